@@ -1,0 +1,64 @@
+"""The one bit that flows back into a running job: it must end now, and why.
+
+One `Halt` per job. Whoever learns that the job must end (heartbeat, signal handler, time limit) sets it; the first
+reason wins. Whoever blocks registers what ends the wait (stop the container, abort the transfer).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from jobfetcher.core.errors import Stopped, StopReason
+
+
+class Halt:
+    """Set once, read by all. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._event = threading.Event()
+        self._reason: StopReason | None = None
+        self._wakers: list[Callable[[], None]] = []
+
+    @property
+    def reason(self) -> StopReason | None:
+        """Why the job must end, or None while it may go on."""
+        return self._reason
+
+    def set(self, reason: StopReason) -> None:
+        """Ask the job to end. Only the first reason counts; wakers run in the caller's thread, once."""
+        with self._lock:
+            if self._reason is not None:
+                return
+            self._reason = reason
+            wakers = list(self._wakers)
+        self._event.set()
+        for wake in wakers:
+            wake()
+
+    def check(self) -> None:
+        """Raise Stopped if the job must end."""
+        if self._reason is not None:
+            raise Stopped(self._reason)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep that ends at once when the job must end; True if it must."""
+        return self._event.wait(timeout_s)
+
+    @contextmanager
+    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
+        """While inside, `wake` is called when the halt is set (at once if it already is). It must not raise."""
+        with self._lock:
+            already = self._reason is not None
+            if not already:
+                self._wakers.append(wake)
+        if already:
+            wake()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if wake in self._wakers:
+                    self._wakers.remove(wake)

@@ -1,0 +1,221 @@
+"""All seams on one page: what the job path asks of the world, and nothing about who answers.
+
+The runner and the worker know these protocols and no adapter. A new source, file scheme or engine is one new file, one
+line in `build.py` and one row of the contract test.
+
+Two deviations from the plan, for simplicity's sake: `fetch` returns the lease *and* the job (a lease is only the right
+to speak of a job; an unreadable job has a lease but no `Job`), and `Engine.own` exists because a container's root user
+leaves files that a worker without root may neither read nor delete (FAULTS.md E13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.job import FileRef, Job, JobId, OutputKind
+from jobfetcher.core.machine import Offer
+from jobfetcher.core.phases import Phase
+from jobfetcher.core.run import Exit, Image, Outcome, RunSpec, Stored
+from jobfetcher.core.urls import SignedRequest
+
+
+class Standing(Enum):
+    """What a source says to an update: KEEP on; CANCEL: its user took it back; LOST: somebody else has it.
+
+    CANCEL and LOST both mean: end the job, never speak of it again.
+    """
+
+    KEEP = "keep"
+    CANCEL = "cancel"
+    LOST = "lost"
+
+
+class Lease(Protocol):
+    """The right to speak of one job. One sender at a time uses it (DESIGN.md, rule 4)."""
+
+    @property
+    def job_id(self) -> JobId: ...
+
+    @property
+    def token(self) -> str:
+        """What `JobSource.resume` needs to rebuild this lease in another process."""
+        ...
+
+    def beat(self, phase: Phase) -> Standing:
+        """Tell the source where the job stands. After CANCEL or LOST it is never asked again.
+
+        Raises SourceUnavailable or SourceRefused; repeating is always safe.
+        """
+        ...
+
+    def settle(self, outcome: Outcome) -> Standing:
+        """Tell the end, once: `finished` or `error`. Idempotent: if the source already has it, nothing is sent.
+
+        Raises SourceUnavailable or SourceRefused when it could not be told; call again later.
+        """
+        ...
+
+    def release(self, why: str) -> Standing:
+        """Give the job back for others. Idempotent like `settle`, same errors."""
+        ...
+
+    def sign_input(self, ref: FileRef) -> SignedRequest:
+        """A request that fetches an input, signed now. Raises JobFault if the source does not know it."""
+        ...
+
+    def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:
+        """A request that stores `folder/name` (folder may be empty). `renew`: the last one did not work any more."""
+        ...
+
+
+class Claim(NamedTuple):
+    """A job handed out to us, and the right to speak of it."""
+
+    lease: Lease
+    job: Job
+
+
+class JobSource(Protocol):
+    """Where jobs come from. `max_hold_s`: how long a job stays ours without a word, in seconds."""
+
+    @property
+    def max_hold_s(self) -> float: ...
+
+    def fetch(self, offer: Offer, wait_s: float) -> Claim | None:
+        """A job that fits `offer`, or None; may wait up to `wait_s` for one.
+
+        Raises SourceUnavailable, SourceRefused, or UnreadableJob for a job that nobody could run.
+        """
+        ...
+
+    def resume(self, token: str, job_id: JobId) -> Lease:
+        """The lease of a job that was handed out earlier, from its token. Sends nothing."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """One file to fetch. `name` is for people; `part` is where its bytes go (a file only this worker writes)."""
+
+    name: str
+    sign: Callable[[], SignedRequest]
+    part: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One file to send. `open` gives a fresh descriptor of a regular file; `sign(renew)` a request for it.
+
+    `size` in bytes and `mtime_ns` are what the walk saw; a file that differs when it is sent has changed meanwhile.
+    """
+
+    name: str
+    filename: str
+    size: int
+    mtime_ns: int
+    open: Callable[[], BinaryIO]
+    sign: Callable[[bool], SignedRequest]
+
+
+class Watch(Protocol):
+    """What a transfer reports to, and where it learns that it must end. Called from the caller's thread only."""
+
+    @property
+    def halt(self) -> Halt: ...
+
+    def moved(self, size: int) -> None:
+        """`size` more bytes went over the wire (negative when a piece must be moved again)."""
+        ...
+
+    def done(self, item: Download | Upload, stored: Stored) -> None:
+        """`item` is whole and verified. Raising here aborts the transfer."""
+        ...
+
+
+class Transfer(Protocol):
+    """How bytes move. Batches, concurrent, memory bounded whatever the sizes and the number of items.
+
+    Both raise Stopped (the halt was set), JobFault (input missing or corrupt, output too large) or WorkerFault (storage
+    out of reach for longer than the budget, disk). `download` ends at the first failure; `upload` sends all it can
+    first and then raises the first failure. `items` is consumed lazily, so it may be a generator.
+    """
+
+    def download(self, items: Iterable[Download], watch: Watch) -> None: ...
+
+    def upload(self, items: Iterable[Upload], watch: Watch) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PullProgress(Protocol):
+    """Called while an image is pulled: bytes so far and in all, as far as the engine knows."""
+
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+class Container(Protocol):
+    """One container of ours."""
+
+    @property
+    def id(self) -> str: ...
+
+    def wait(self, timeout_s: float) -> Exit | None:
+        """How it ended, as soon as it does; None if it still runs after `timeout_s`.
+
+        Raises WorkerFault when the engine cannot be reached, JobFault when the container was removed by somebody else.
+        """
+        ...
+
+    def stop(self, grace_s: float) -> None:
+        """TERM, and KILL after `grace_s`. Safe from any thread, when it has ended, and when it is gone."""
+        ...
+
+    def save_logs(self, path: Path) -> None:
+        """Write what it printed (stdout and stderr in order) to `path`, memory bounded."""
+        ...
+
+    def last_lines(self, count: int) -> str:
+        """The last `count` lines it printed, as text, at most 64 KiB read."""
+        ...
+
+    def remove(self) -> None:
+        """Remove it with its anonymous volumes. Safe when it is gone already."""
+        ...
+
+
+class Engine(Protocol):
+    """What runs containers. Raises WorkerFault(ENGINE) when it cannot be reached, JobFault for the job's own faults."""
+
+    def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
+        """The image on this machine: allowed, pulled if the policy says so, right architecture.
+
+        Raises Stopped, JobFault (missing, denied, not allowed, other architecture) or WorkerFault (registry, engine).
+        """
+        ...
+
+    def start(self, spec: RunSpec) -> Container:
+        """Create and start; if a container of that name exists and its labels are ours, adopt it instead."""
+        ...
+
+    def find(self, job_id: JobId) -> Container | None:
+        """This worker's container of that job, running or not."""
+        ...
+
+    def reap(self, known: frozenset[JobId]) -> list[str]:
+        """Remove this worker's containers of jobs that are not in `known`; returns their names."""
+        ...
+
+    def own(self, image_id: str, host_path: str) -> None:
+        """Make everything below `host_path` belong to this process's user, through a throw-away container."""
+        ...
+
+
+#: Something that happened: a stable name and plain fields. Never raises into the caller.
+Emit = Callable[..., None]

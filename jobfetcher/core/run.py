@@ -1,0 +1,105 @@
+"""What is run, and how it ended. Plain values between the runner and an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from jobfetcher.core.errors import JobReason, WorkerReason
+from jobfetcher.core.job import JobId
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that is on this machine and was checked; `id` is what is run, so no tag can move in between.
+
+    `digest` is the registry's (`repo@sha256:...`), or None for an image that never was in one.
+    `user` is what the image itself runs as, `has_command` whether it says what to run.
+    """
+
+    id: str
+    reference: str
+    digest: str | None
+    architecture: str
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """Everything an engine needs to run one job, already decided; the engine adds nothing of its own.
+
+    Memory in MiB, `cpu_cores` may be a fraction, `time_limit_s` is not here: the runner watches the clock.
+    `entrypoint` None keeps the image's, () clears it. `network` None means no network at all.
+    """
+
+    job_id: JobId
+    name: str
+    labels: Mapping[str, str]
+    image_id: str
+    command: tuple[str, ...] | None
+    entrypoint: tuple[str, ...] | None
+    env: Mapping[str, str]
+    files_host_path: str
+    cpu_cores: float
+    cpu_shares: int
+    memory_mib: int
+    shm_mib: int
+    pids_limit: int
+    gpu_uuids: tuple[str, ...] = ()
+    runtime: str | None = None
+    network: str | None = None
+    user: str | None = None
+    read_only: bool = False
+    cap_add: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a container ended.
+
+    `genuine` is False when the engine cannot vouch for the exit code (it restarted meanwhile): such an exit is
+    *interrupted*, never a success, whatever the code (FAULTS.md E1). Times are the engine's own (RFC 3339 text).
+    """
+
+    code: int
+    oom_killed: bool = False
+    genuine: bool = True
+    started_at: str = ""
+    finished_at: str = ""
+    error: str = ""
+
+
+class Ending(Enum):
+    """The four ways a job can end for this worker."""
+
+    FINISHED = "finished"
+    JOB_FAILED = "job failed"
+    WORKER_FAILED = "worker failed"
+    DROPPED = "dropped"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended and why, in one sentence. Begins as *worker failed*: success is earned (DESIGN.md, rule 2)."""
+
+    ending: Ending = Ending.WORKER_FAILED
+    reason: JobReason | WorkerReason | None = WorkerReason.INTERNAL
+    message: str = "the worker stopped before the job's end was decided"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One file that reached its place: bytes, the digest we computed (`sha256:...` or `md5:...`), the store's ETag."""
+
+    name: str
+    size: int
+    digest: str
+    etag: str = ""
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds spent in each step of one job, by step name; goes into the provenance record."""
+
+    seconds: dict[str, float] = field(default_factory=dict)

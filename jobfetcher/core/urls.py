@@ -1,0 +1,179 @@
+"""Requests that a server signed for us, parsed into checked values; and which addresses bytes may go to.
+
+A malicious or taken-over server (FAULTS.md M2) may answer anything where a presigned request is expected. So only four
+fields are read, each against a strict grammar, and everything else is dropped (T6). The address is judged after name
+resolution, by whoever connects (T7): a name is only a name. Pure: nothing here resolves or connects.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")  # RFC 9110, token
+_PRINTABLE = re.compile(r"[\x20-\x7e\t]{0,8192}")
+_URL = re.compile(r"[\x21-\x5b\x5d-\x7e]{1,16384}")  # printable ASCII without space and backslash
+_HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")
+
+#: Headers a signed request may carry. Authorization is decided by origin (T8), the rest is S3, GCS and Azure practice.
+_HEADERS = frozenset({"content-type", "content-disposition", "content-encoding", "content-md5", "cache-control"})
+_HEADER_PREFIXES = ("x-amz-", "x-goog-", "x-ms-")
+
+#: S3 POST policies have about ten fields; a policy document is a few KiB.
+_MAX_FIELDS, _MAX_FIELD = 64, 65_536
+
+
+class Origin(NamedTuple):
+    """RFC 6454: what must be equal for credentials to be sent along."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+class Method(StrEnum):
+    """How a signed request moves its file: GET fetches, PUT sends the raw body, POST sends a multipart form."""
+
+    GET = "get"
+    PUT = "put"
+    POST = "post"
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRequest:
+    """One request that a server signed. `fields` are the form's, for POST, sent before the file.
+
+    `ignored` names what the server sent and we dropped, for the log.
+    """
+
+    method: Method
+    url: str
+    headers: tuple[tuple[str, str], ...] = ()
+    fields: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+def parse_origin(url: str) -> Origin:
+    """The origin of an absolute http(s) URL; ValueError if it is not one."""
+    if not _URL.fullmatch(url):
+        raise ValueError("is empty, too long or has characters that no URL has")
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"}:
+        raise ValueError("is not an http or https URL")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("carries a user name or password")
+    host = (parts.hostname or "").rstrip(".")
+    if not _HOST.fullmatch(host):
+        raise ValueError("has no valid host name")
+    port = parts.port  # raises ValueError itself when out of range
+    return Origin(parts.scheme, host, port if port is not None else (443 if parts.scheme == "https" else 80))
+
+
+@dataclass(frozen=True, slots=True)
+class UrlPolicy:
+    """Where files may be fetched from and sent to. `storage_allow`: host names the machine's owner trusts."""
+
+    api: Origin
+    storage_allow: frozenset[str] = frozenset()
+
+    def check_url(self, url: str) -> Origin:
+        """The origin of a URL that a server handed out, or the reason for refusing it."""
+        try:
+            origin = parse_origin(url)
+        except ValueError as error:
+            raise JobFault(JobReason.UNSAFE_REQUEST, f"the server handed out a file URL that {error}") from None
+        if origin.scheme == "http" and self.api.scheme != "http" and origin.host not in self.storage_allow:
+            raise WorkerFault(
+                WorkerReason.STORAGE,
+                f"the server handed out an unencrypted file URL on {origin.host}; "
+                "if that storage is yours, add the host to STORAGE_ALLOW",
+            )
+        return origin
+
+    def check_address(self, host: str, address: str, api_addresses: Collection[str]) -> None:
+        """Raise WorkerFault unless a file may be moved to or from `address`, which `host` resolved to.
+
+        Public addresses may; the API's own host and STORAGE_ALLOW may; private ones where the API itself is private or
+        on this machine, loopback where the API is on this machine. Link-local (cloud metadata), multicast and
+        unspecified ones never, unless allow-listed by name (FAULTS.md T7).
+        """
+        if host in self.storage_allow or host == self.api.host:
+            return
+        ip = _plain(address)
+        special = ip.is_link_local or ip.is_multicast or ip.is_unspecified
+        if ip.is_global and not special:
+            return
+        api = [_plain(text) for text in api_addresses]
+        api_here = any(known.is_loopback for known in api)
+        api_private = any(not known.is_global for known in api)
+        if not special and (api_here if ip.is_loopback else api_private):
+            return
+        raise WorkerFault(
+            WorkerReason.STORAGE,
+            f"storage host {host} has the internal address {ip}, which this worker does not connect to; "
+            "if that storage is yours, add the host to STORAGE_ALLOW",
+        )
+
+    def parse_request(self, raw: object) -> SignedRequest:
+        """A server's answer (`{method, url, headers, data}`) as a SignedRequest. Raises JobFault or WorkerFault."""
+        if not isinstance(raw, Mapping):
+            raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out a file request that is not an object")
+        try:
+            method = Method(str(raw.get("method", "")).lower())
+        except ValueError:
+            raise JobFault(
+                JobReason.UNSAFE_REQUEST, "the server handed out a file request that is neither get, put nor post"
+            ) from None
+        url = raw.get("url")
+        if not isinstance(url, str):
+            raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out a file request without a URL")
+        origin = self.check_url(url)
+        ignored = [str(key)[:40] for key in raw if key not in {"method", "url", "headers", "data"}]
+
+        headers: list[tuple[str, str]] = []
+        given = raw.get("headers") or {}
+        for name, value in given.items() if isinstance(given, Mapping) else ():
+            if self._takes_header(name, value, origin):
+                headers.append((name, value))
+            else:
+                ignored.append(f"header {str(name)[:40]}")
+
+        fields: list[tuple[str, str]] = []
+        data = raw.get("data") or {}
+        for name, value in data.items() if isinstance(data, Mapping) else ():
+            if not isinstance(name, str) or not isinstance(value, str) or name == "file" or len(value) > _MAX_FIELD:
+                raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out an upload form with an unusable field")
+            fields.append((name, value))
+        if len(fields) > _MAX_FIELDS:
+            raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out an upload form with too many fields")
+        return SignedRequest(method, url, tuple(headers), tuple(fields), tuple(ignored))
+
+    def _takes_header(self, name: object, value: object, origin: Origin) -> bool:
+        if not isinstance(name, str) or not isinstance(value, str):
+            return False  # PROTOCOL.md S15: the schema allows nested values; they mean nothing
+        if not _HEADER_NAME.fullmatch(name) or not _PRINTABLE.fullmatch(value):
+            return False
+        lower = name.lower()
+        if lower == "authorization":
+            return origin == self.api
+        return lower in _HEADERS or lower.startswith(_HEADER_PREFIXES)
+
+
+def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address, an IPv4 one where it only wears IPv6 clothes (::ffff:127.0.0.1, 64:ff9b::7f00:1)."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return ip.ipv4_mapped
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # RFC 6052, NAT64
+            return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if ip.sixtofour is not None:
+            return ip.sixtofour
+    return ip
