@@ -67,7 +67,6 @@ class StopReason(StrEnum):
     CANCELLED = "cancelled"
     LOST = "lost"
     SHUTDOWN = "shutdown"
-    TIME_LIMIT = "time_limit"
     HEARTBEAT = "heartbeat"
 
 
@@ -153,8 +152,6 @@ def verdict(error: BaseException) -> Verdict:
             return Verdict.FAIL_JOB
         case Stopped(reason=StopReason.CANCELLED | StopReason.LOST):
             return Verdict.SILENCE
-        case Stopped(reason=StopReason.TIME_LIMIT):
-            return Verdict.FAIL_JOB
         case ConfigError():
             return Verdict.STOP_WORKER
         case _:

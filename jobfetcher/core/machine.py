@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -32,6 +33,20 @@ class Offer:
     cpu_cores: float
     memory_mib: int
     gpus: tuple[Gpu, ...] = ()
+
+    @property
+    def whole_cores(self) -> int:
+        """Free cores as servers count them, rounded half up: the 1.9 that a reserve of 0.1 leaves of 2 cores are 2."""
+        return whole_cores(self.cpu_cores)
+
+
+def whole_cores(cpu_cores: float) -> int:
+    """Cores rounded half up, because servers match whole numbers and the reserve is a fraction of one core.
+
+    Rounded down, a reserve of a tenth of a core would take a whole one from every machine. A job that asks for the
+    rounded number is capped at what is really free.
+    """
+    return math.floor(cpu_cores + 0.5)
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,10 +154,8 @@ class Transfer(Protocol):
     def close(self) -> None: ...
 
 
-class PullProgress(Protocol):
-    """Called while an image is pulled: bytes so far and in all, as far as the engine knows."""
-
-    def __call__(self, done: int, total: int) -> None: ...
+#: Called while an image is pulled: bytes so far, and in all as far as the engine knows.
+PullProgress = Callable[[int, int], None]
 
 
 class Container(Protocol):
@@ -192,6 +190,10 @@ class Container(Protocol):
 
 class Engine(Protocol):
     """What runs containers. Raises WorkerFault(ENGINE) when it cannot be reached, JobFault for the job's own faults."""
+
+    def check(self) -> None:
+        """Raise ConfigError (not there, no permission) or WorkerFault (does not answer) unless jobs could run now."""
+        ...
 
     def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
         """The image on this machine: allowed, pulled if the policy says so, right architecture.

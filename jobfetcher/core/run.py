@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from jobfetcher.core.errors import JobReason, WorkerReason
@@ -15,7 +15,6 @@ class Image:
     """An image that is on this machine and was checked; `id` is what is run, so no tag can move in between.
 
     `digest` is the registry's (`repo@sha256:...`), or None for an image that never was in one.
-    `user` is what the image itself runs as, `has_command` whether it says what to run.
     """
 
     id: str
@@ -96,10 +95,3 @@ class Stored:
     size: int
     digest: str
     etag: str = ""
-
-
-@dataclass(slots=True)
-class Timings:
-    """Seconds spent in each step of one job, by step name; goes into the provenance record."""
-
-    seconds: dict[str, float] = field(default_factory=dict)

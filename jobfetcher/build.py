@@ -1,0 +1,181 @@
+"""The composition root: settings in, a worker out. The only room that names concrete classes.
+
+Everything is opened in the order in which it is needed and closed in the reverse one, whatever goes wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import PurePosixPath
+
+from jobfetcher.core.machine import Inventory
+from jobfetcher.core.ports import Emit
+from jobfetcher.core.urls import UrlPolicy
+from jobfetcher.engine.api import DEFAULT_URL
+from jobfetcher.engine.docker import DockerEngine
+from jobfetcher.engine.host_path import check_host_path, find_host_path
+from jobfetcher.engine.images import ImagePolicy, PullPolicy
+from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_run_spec
+from jobfetcher.journal import Journal
+from jobfetcher.resources import detect
+from jobfetcher.resources.budget import Budget, auto_slots
+from jobfetcher.runner import Rules, Runner
+from jobfetcher.settings import Settings
+from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
+from jobfetcher.sources.worker_api.client import Client, failure
+from jobfetcher.sources.worker_api.source import Filter, WorkerApi
+from jobfetcher.telemetry.logs import redact
+from jobfetcher.transfer.exchange import NetSettings
+from jobfetcher.transfer.presigned import PresignedTransfer
+from jobfetcher.worker import Polling, Worker
+from jobfetcher.workspace import Base
+
+
+def make_source(settings: Settings, emit: Emit) -> WorkerApi:
+    """The worker API, signed in lazily. Close it when done."""
+    client = Client(settings.api_url, ca_file=_ca_file(settings))
+    client.auth = make_auth(settings, client)
+    wanted = Filter(groups=settings.groups, older_than_s=settings.older_than)
+    return WorkerApi(client, make_policy(settings), wanted=wanted, emit=emit)
+
+
+def make_auth(settings: Settings, client: Client) -> Auth:
+    """A fixed token if one is set, else sign-in; every secret is kept out of the log from here on."""
+    if settings.access_token is not None:
+        redact(settings.access_token.get_secret_value())
+        return StaticToken(settings.access_token.get_secret_value())
+    assert settings.username is not None  # noqa: S101 - settings check that one of the two ways is there
+    assert settings.password is not None  # noqa: S101
+    redact(settings.password.get_secret_value())
+
+    def find_pool() -> CognitoPool:
+        reply = client.send("GET", f"{client.base_url}/access_info")
+        if reply.status != 200:
+            raise failure(reply, "the question where to sign in (/access_info; is API_URL right?)")
+        return CognitoPool.model_validate(_member(reply.json(), "cognito"))
+
+    def post(url: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
+        reply = client.send("POST", url, (), headers, body)
+        return reply.status, reply.body
+
+    return CognitoAuth(
+        settings.username,
+        settings.password.get_secret_value(),
+        pool=find_pool,
+        post=post,
+        endpoint=settings.aws_endpoint_url,
+        on_token=redact,
+    )
+
+
+def make_policy(settings: Settings) -> UrlPolicy:
+    """Where files may be fetched from and sent to."""
+    return UrlPolicy(settings.origin, frozenset(host.lower() for host in settings.storage_allow))
+
+
+def make_transfer(settings: Settings) -> PresignedTransfer:
+    """Moves files by presigned requests. Close it when done."""
+    return PresignedTransfer(
+        make_policy(settings), concurrency=settings.transfers, net=NetSettings(ca_file=settings.ca_file)
+    )
+
+
+def make_engine(settings: Settings, instance: str, emit: Emit) -> DockerEngine:
+    """The container engine, not connected yet."""
+    images = ImagePolicy(allowed=settings.allowed_images, pull=PullPolicy(settings.pull_policy))
+    return DockerEngine(instance, url=settings.docker_host or DEFAULT_URL, images=images, emit=emit)
+
+
+def make_box(settings: Settings) -> BoxPolicy:
+    """What the machine's owner lets every job have."""
+    network = {"bridge": OWN_NETWORK, "none": None}.get(settings.job_network, settings.job_network)
+    return BoxPolicy(
+        cap_add=settings.job_cap_add,
+        shm_mib=settings.job_shm_size,
+        pids_limit=settings.job_pids_limit,
+        network=network,
+        runtime=settings.job_runtime,
+        user=settings.job_user,
+        read_only=settings.job_read_only,
+    )
+
+
+def make_budget(settings: Settings, inventory: Inventory) -> Budget:
+    """The machine's accounts."""
+    return Budget(
+        inventory,
+        slots=settings.max_jobs or auto_slots(inventory),
+        memory_in_use_mib=detect.memory_in_use_mib,
+        read_gpus=lambda: detect.read_gpus(settings.gpus).gpus,
+        reserve_cpus=settings.reserve_cpus,
+        reserve_memory_mib=settings.reserve_memory,
+    )
+
+
+def find_instance(host_base: str) -> str:
+    """This worker's name on its engine: the same at every start, another for every PATH_BASE of the machine."""
+    return hashlib.sha256(host_base.encode()).hexdigest()[:8]
+
+
+@contextmanager
+def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]:
+    """A worker ready to run, everything it holds, closed at the end.
+
+    Raises ConfigError for what only a person can change: no engine, wrong PATH_HOST_BASE, PATH_BASE in use.
+    """
+    os.umask(0o077)  # the journal, the lock and logs are nobody else's business
+    with ExitStack() as opened:
+        base = opened.enter_context(Base(settings.path_base, reserve_mib=settings.reserve_disk))
+        finder = make_engine(settings, "", emit)
+        opened.callback(finder.close)
+        finder.check()
+        if settings.path_host_base is None:
+            host_base = find_host_path(finder.api, str(base.path))
+        else:
+            host_base = check_host_path(finder.api, str(settings.path_host_base.expanduser()), str(base.path))
+        engine = make_engine(settings, find_instance(host_base), emit)
+        opened.callback(engine.close)
+        journal = Journal(base.path / "journal.db")
+        opened.callback(journal.close)
+        source = make_source(settings, emit)
+        opened.callback(source.close)
+        transfer = make_transfer(settings)
+        opened.callback(transfer.close)
+        budget = make_budget(settings, detect.detect(settings.gpus))
+        runner = Runner(
+            base=base,
+            host_base=PurePosixPath(host_base),
+            journal=journal,
+            transfer=transfer,
+            engine=engine,
+            build_spec=partial(build_run_spec, attempt=1, instance=engine.instance, policy=make_box(settings)),
+            rules=Rules(
+                beat_interval_s=settings.timeout_status,
+                stop_grace_s=settings.stop_grace,
+                max_runtime_s=settings.max_runtime,
+                worker_fault_is_error=settings.on_worker_fault == "error",
+            ),
+            emit=emit,
+        )
+        yield Worker(
+            source=source,
+            engine=engine,
+            budget=budget,
+            base=base,
+            journal=journal,
+            runner=runner,
+            polling=polling,
+            emit=emit,
+        )
+
+
+def _ca_file(settings: Settings) -> str | None:
+    return None if settings.ca_file is None else str(settings.ca_file)
+
+
+def _member(data: object, name: str) -> object:
+    return data.get(name) if isinstance(data, dict) else None

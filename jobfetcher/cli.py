@@ -1,0 +1,201 @@
+"""The command line: parse, build, run, and map errors to exit codes. Thin.
+
+Exit codes: 0 all well; 1 the worker failed; 2 a setting or the machine's set-up is wrong; 130 ended at once by a third
+signal. Results go to standard output, everything else to standard error. Rooms are imported by the command that needs
+them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from jobfetcher.core.ports import Emit
+    from jobfetcher.settings import Loaded, Settings
+    from jobfetcher.telemetry.progress import ProgressBars
+
+app = typer.Typer(
+    name="jobfetcher",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Takes container jobs that fit this machine from a job server, runs them, and reports how they ended.",
+    epilog="Settings come from options, the environment and .env; `jobfetcher config` shows all of them.",
+)
+
+EnvFile = Annotated[
+    Path | None, typer.Option("--env-file", help="Read settings from this file instead of .env in this directory.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from jobfetcher import __version__
+
+        typer.echo(f"jobfetcher {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    once: Annotated[bool, typer.Option("--once", help="Run one job, then exit; waits until there is one.")] = False,
+    exit_when_idle: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Exit after so many seconds without a job.")
+    ] = None,
+    max_jobs: Annotated[
+        str | None, typer.Option(metavar="N|auto", help="Jobs computing side by side (setting MAX_JOBS).")
+    ] = None,
+    path_base: Annotated[
+        Path | None, typer.Option(help="The worker's own directory (setting PATH_BASE).", show_default=False)
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(metavar="plain|json", help="How log lines look.")] = None,
+    log_level: Annotated[
+        str | None, typer.Option(metavar="debug|info|warning|error", help="Least level that is logged.")
+    ] = None,
+    env_file: EnvFile = None,
+) -> None:
+    """Take jobs and run them until told to stop.
+
+    Ctrl-C once: finish the jobs in hand, then exit. Twice: stop them and give them back. Three times: exit at once.
+
+    Needs API_URL and either ACCESS_TOKEN or USERNAME and PASSWORD, from the environment or .env.
+    """
+    options = {"max_jobs": max_jobs, "path_base": path_base, "log_format": log_format, "log_level": log_level}
+    loaded = _load(options, env_file)
+    with ExitStack() as opened:
+        emit, bars = _telemetry(loaded.settings)
+        opened.callback(bars.close)
+        raise typer.Exit(_guarded(lambda: _run(loaded.settings, once, exit_when_idle, emit, bars)))
+
+
+@app.command()
+def resources(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    env_file: EnvFile = None,
+) -> None:
+    """Show what this machine would offer to a job server now. Needs no server and no account."""
+    raise typer.Exit(_guarded(lambda: _resources(as_json, env_file)))
+
+
+@app.command()
+def config(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    env_file: EnvFile = None,
+) -> None:
+    """Show every setting, its value and where it came from; secrets are masked."""
+    from jobfetcher.settings import check_server
+    from jobfetcher.show import config_rows, print_json, print_table
+
+    loaded = _load({}, env_file, server=False)
+    rows = config_rows(loaded)
+    if as_json:
+        print_json({row["name"]: {"value": row["value"], "from": row["from"]} for row in rows})
+    else:
+        print_table(rows)
+    raise typer.Exit(_guarded(lambda: check_server(loaded.settings)))
+
+
+def _load(options: dict[str, Any], env_file: Path | None, *, server: bool = True) -> Loaded:
+    from jobfetcher.core.errors import ConfigError
+    from jobfetcher.settings import load
+
+    try:
+        return load(options, env_file=env_file, server=server)
+    except ConfigError as error:
+        raise typer.Exit(_complain(error, 2)) from None
+
+
+def _complain(error: Exception, code: int) -> int:
+    for line in str(error).splitlines():
+        typer.echo(f"jobfetcher: {line}", err=True)
+    return code
+
+
+def _telemetry(settings: Settings) -> tuple[Emit, ProgressBars]:
+    from jobfetcher.telemetry.events import Events
+    from jobfetcher.telemetry.logs import configure
+    from jobfetcher.telemetry.progress import ProgressBars
+
+    bars = ProgressBars(sys.stderr)
+    log = configure(settings.log_format, settings.log_level, bars)
+    return Events(log, bars).emit, bars
+
+
+def _guarded(command: Callable[[], int | None]) -> int:
+    """Run a command; a ConfigError is one readable line and exit code 2, another error of ours exit code 1."""
+    from jobfetcher.core.errors import ConfigError, JobfetcherError
+
+    try:
+        return command() or 0
+    except ConfigError as error:
+        return _complain(error, 2)
+    except JobfetcherError as error:
+        return _complain(error, 1)
+
+
+def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emit, bars: ProgressBars) -> int:
+    from jobfetcher import build
+    from jobfetcher.worker import Leaving, Polling, Worker
+
+    def enough(taken: int, idle_s: float) -> bool:
+        return (once and taken > 0) or (exit_when_idle is not None and idle_s >= exit_when_idle)
+
+    def on_signal(worker: Worker) -> None:
+        signals = 0
+
+        def handle(number: int, _frame: object) -> None:
+            nonlocal signals
+            signals += 1
+            if signals >= 3:
+                bars.close()
+                os._exit(128 + number)
+            worker.leave(Leaving(signals))
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+
+    with build.worker(settings, Polling(settings.timeout_job, enough), emit) as worker:
+        on_signal(worker)
+        emit("started", message=f"taking jobs from {settings.api_url}; Ctrl-C to stop", path_base=settings.path_base)
+        worker.run()
+        emit("stopped", message="stopped; nothing is left running")
+        return 1 if once and worker.worker_faults else 0
+
+
+def _resources(as_json: bool, env_file: Path | None) -> int:
+    from jobfetcher import build
+    from jobfetcher.resources import detect
+    from jobfetcher.show import print_json, print_table, resources_record, resources_rows
+
+    settings = _load({}, env_file, server=False).settings
+    inventory = detect.detect(settings.gpus)
+    budget = build.make_budget(settings, inventory)
+    budget.offer()  # takes the readings
+    record = resources_record(inventory, budget.free(), budget.slots, detect.read_gpus(settings.gpus).problems)
+    if as_json:
+        print_json(record)
+    else:
+        print_table(resources_rows(record))
+    return 0
+
+
+def main() -> None:
+    """Entry point of the command `jobfetcher`."""
+    app()

@@ -1,0 +1,157 @@
+"""The side thread of one job: it says that the job is alive, and learns when it must end.
+
+    with beating(lease, halt, interval_s=30) as pulse:
+        pulse.enter(Phase.RUNNING)
+
+One sender (DESIGN.md, rule 4): phases entered and keep-alives go through this one thread, in order, so the job's own
+thread never waits for the network and two updates never cross (PROTOCOL.md S9). On leaving, the thread is stopped *and
+joined*, a request in flight included: a late `running` after `finished` would open the job again (S6).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from jobfetcher.core.errors import SourceError, StopReason
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.phases import Phase
+from jobfetcher.core.ports import Emit, Lease, Standing
+
+#: Waits after the 1st, 2nd, ... failed attempt; the last one repeats. With a 10 s deadline per attempt some ten
+#: attempts fit into a lease of 300 s (FAULTS.md J3).
+RETRY_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+
+#: 10 % either way, so that a thousand workers started together do not beat together.
+_JITTER = 0.1
+
+#: More failures of our own making than this within _BUG_WINDOW_S, and the job cannot be kept (FAULTS.md F8).
+_BUGS, _BUG_WINDOW_S = 3, 600.0
+
+
+class Pulse:
+    """What the job's thread holds of its heartbeat."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        halt: Halt,
+        *,
+        interval_s: float,
+        emit: Emit,
+        clock: Callable[[], float],
+        jitter: Callable[[], float],
+    ) -> None:
+        self._lease = lease
+        self._halt = halt
+        self._interval_s = interval_s
+        self._emit = emit
+        self._clock = clock
+        self._jitter = jitter
+        self._changed = threading.Condition()
+        self._phase = Phase.CLAIMED
+        self._unsaid: deque[Phase] = deque()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"heartbeat-{lease.job_id}")
+
+    def enter(self, phase: Phase) -> None:
+        """The job is in `phase` now: said at once, and repeated from now on. Never blocks."""
+        with self._changed:
+            self._phase = phase
+            self._unsaid.append(phase)
+            self._changed.notify()
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say what is still unsaid if the server listens, then end; returns when the thread is gone."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        failures = 0
+        bugs: list[float] = []
+        due = self._clock()
+        while (phase := self._next(due, failures)) is not None:
+            try:
+                standing = self._lease.beat(phase)
+            except SourceError as error:
+                failures += 1
+                if failures == 1:
+                    self._emit(
+                        "heartbeat_failed",
+                        level="warning",
+                        job=self._lease.job_id,
+                        message=f"keep-alive not delivered, trying again: {error}",
+                    )
+                due = self._clock() + RETRY_S[min(failures, len(RETRY_S)) - 1] * self._jitter()
+                continue
+            except Exception as error:
+                # A bug of ours must not end the beats silently: the server would hand the job on while it runs here.
+                now = self._clock()
+                bugs = [moment for moment in bugs if now - moment < _BUG_WINDOW_S] + [now]
+                self._emit("heartbeat_bug", level="error", job=self._lease.job_id, message=f"heartbeat: {error!r}")
+                if len(bugs) >= _BUGS:
+                    self._halt.set(StopReason.HEARTBEAT)
+                    return
+                failures += 1
+                due = now + RETRY_S[0]
+                continue
+            if failures:
+                self._emit("heartbeat_recovered", job=self._lease.job_id, message="keep-alive delivered again")
+            failures = 0
+            with self._changed:
+                if self._unsaid and self._unsaid[0] is phase:
+                    self._unsaid.popleft()
+            if standing is not Standing.KEEP:
+                self._halt.set(StopReason.CANCELLED if standing is Standing.CANCEL else StopReason.LOST)
+                return
+            due = self._clock() + self._interval_s * self._jitter()
+
+    def _next(self, due: float, failures: int) -> Phase | None:
+        """Wait until something must be said, and return it; None when all is said and the job is over.
+
+        While the server does not answer, a newly entered phase waits for the next attempt, too: no hammering.
+        """
+        with self._changed:
+            while True:
+                if self._stopping and (failures or not self._unsaid):
+                    return None
+                if self._unsaid and not failures:
+                    return self._unsaid[0]
+                left = due - self._clock()
+                if left <= 0:
+                    return self._unsaid[0] if self._unsaid else self._phase
+                self._changed.wait(left)
+
+
+@contextmanager
+def beating(
+    lease: Lease,
+    halt: Halt,
+    *,
+    interval_s: float,
+    emit: Emit,
+    phase: Phase = Phase.CLAIMED,
+    clock: Callable[[], float] = time.monotonic,
+    jitter: Callable[[], float] = lambda: random.uniform(1 - _JITTER, 1 + _JITTER),  # noqa: S311 - spreads load only
+) -> Iterator[Pulse]:
+    """Beat for `lease` while inside, beginning with `phase`; sets `halt` when the source says the job is not ours.
+
+    `interval_s`: seconds between keep-alives.
+    """
+    pulse = Pulse(lease, halt, interval_s=interval_s, emit=emit, clock=clock, jitter=jitter)
+    pulse.enter(phase)
+    pulse.start()
+    try:
+        yield pulse
+    finally:
+        pulse.stop()

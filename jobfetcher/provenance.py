@@ -1,0 +1,69 @@
+"""The record of how a job was run, sent beside its logs: enough to run it again, and to see what it had. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from jobfetcher import __version__
+from jobfetcher.core.job import Job
+from jobfetcher.core.run import Exit, Image, RunSpec, Stored
+
+
+def exit_class(exit: Exit) -> str:
+    """The kind of end, as one word: `success`, `failure`, `out_of_memory`, `killed` or `interrupted`."""
+    if not exit.genuine:
+        return "interrupted"
+    if exit.oom_killed:
+        return "out_of_memory"
+    if exit.code == 0:
+        return "success"
+    return "killed" if exit.code == 137 else "failure"
+
+
+def provenance(
+    job: Job,
+    *,
+    image: Image,
+    spec: RunSpec,
+    inputs: Mapping[str, Stored],
+    exit: Exit,
+    seconds: Mapping[str, float],
+) -> str:
+    """The record as JSON text. `seconds`: how long each step took; memory in MiB.
+
+    No token, signed URL or host path is in it, and no value of an environment variable: people put their keys there.
+    """
+    record = {
+        "jobfetcher": __version__,
+        "job": job.id,
+        "image": {"reference": image.reference, "id": image.id, "digest": image.digest, "arch": image.architecture},
+        "command": list(spec.command) if spec.command is not None else None,
+        "entrypoint": list(spec.entrypoint) if spec.entrypoint is not None else None,
+        "environment": sorted(spec.env),
+        "inputs": [
+            {
+                "path": file.path,
+                "source": file.ref,
+                "size": inputs[file.path].size,
+                "digest": inputs[file.path].digest,
+            }
+            for file in job.inputs
+        ],
+        "gpus": list(spec.gpu_uuids),
+        "limits": {
+            "cpu_cores": round(spec.cpu_cores, 3),
+            "memory_mib": spec.memory_mib,
+            "shm_mib": spec.shm_mib,
+            "processes": spec.pids_limit,
+            "network": spec.network or "none",
+        },
+        "exit": {
+            "class": exit_class(exit),
+            "code": exit.code,
+            "started_at": exit.started_at,
+            "finished_at": exit.finished_at,
+        },
+        "seconds": {step: round(took, 3) for step, took in seconds.items()},
+    }
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,323 @@
+"""Every setting, and the only room that reads the environment and `.env`.
+
+A value may come from the command line, the environment, a `.env` file or a default; each setting is also known as
+`JOBFETCHER_<NAME>`, which wins over the plain name in the same layer. `load` returns frozen `Settings` and, for
+`jobfetcher config`, which layer each value came from.
+
+python-dotenv is read directly instead of through pydantic-settings, because every value must know its layer, and
+because USERNAME and PASSWORD must come from the same one: many desktops set USERNAME to the login name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+
+from jobfetcher.core.errors import ConfigError
+from jobfetcher.core.urls import Origin, parse_origin
+
+PREFIX = "JOBFETCHER_"
+
+#: As it is spelt in the documentation of the reference worker, and so in the wild.
+_ALIASES = {"TIMEOUT_STATUS": "TIMOUT_STATUS"}
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", re.IGNORECASE)
+_SIZE_MIB = {"": 1.0, "K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0 * 1024}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)?", re.IGNORECASE)
+_TIME_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _mib(value: Any) -> Any:
+    """`512`, `512MiB`, `2GB`: MiB; a bare number is MiB."""
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if not match:
+            raise ValueError("must be a size such as 512MiB or 2GiB")
+        return round(float(match[1]) * _SIZE_MIB[match[2].upper()])
+    return value
+
+
+def _seconds(value: Any) -> Any:
+    """`30`, `90s`, `5m`, `24h`: seconds; a bare number is seconds."""
+    if isinstance(value, str):
+        match = _TIME.fullmatch(value.strip())
+        if not match:
+            raise ValueError("must be a time such as 30, 90s, 5m or 24h")
+        return float(match[1]) * _TIME_S[(match[2] or "s").lower()]
+    return value
+
+
+def _words(value: Any) -> Any:
+    """`a, b`: ('a', 'b')."""
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+
+def _api_url(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("must be a URL such as https://jobs.example.org")
+    if not value:
+        return value
+    try:
+        parse_origin(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; it must look like https://jobs.example.org") from None
+    if "?" in value or "#" in value:
+        raise ValueError("must not have a query or fragment")
+    return value.rstrip("/")
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+AutoMib = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda value: _mib(_auto(value)))]
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+def _field(default: Any, text: str, **more: Any) -> Any:
+    return Field(default=default, description=text, **more)
+
+
+class Settings(BaseModel):
+    """All settings of one worker, checked. Times in seconds, sizes in MiB."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    api_url: Annotated[str, BeforeValidator(_api_url)] = _field("", "Address of the worker-facing API. Must be set.")
+    access_token: SecretStr | None = _field(
+        None, "A fixed token. Wins over USERNAME and PASSWORD; usually short-lived."
+    )
+    username: str | None = _field(None, "Account to sign in with, together with PASSWORD.")
+    password: SecretStr | None = _field(None, "Password of USERNAME. Better: PASSWORD_FILE, a file of mode 0600.")
+    path_base: Path = Field(description="Directory for jobs and the journal, private to this worker.")
+    path_host_base: Path | None = _field(
+        None, "Where PATH_BASE lies on the engine's host. Found by itself; a wrong one is refused."
+    )
+    timeout_job: Seconds = _field(30.0, "How often to ask for a job when there was none, in seconds.")
+    timeout_status: Seconds = _field(30.0, "How often to send a keep-alive for a running job, in seconds.", le=120)
+    groups: Words = _field((), "Take only jobs of these groups (comma-separated). Empty: as the server decides.")
+    older_than: Annotated[int, Field(ge=0)] = _field(0, "Take only jobs that have waited for this many seconds.")
+    gpus: str = _field("all", "GPUs to use: all, none, or a comma-separated list of UUIDs.")
+    max_jobs: Annotated[Annotated[int, Field(ge=1, le=256)] | None, BeforeValidator(_auto)] = _field(
+        "auto", "Jobs computing side by side. auto: one per GPU, or 1."
+    )
+    reserve_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _field(
+        0.1, "Cores no job may use, so that heartbeats never starve. May be a fraction."
+    )
+    reserve_memory: AutoMib = _field("auto", "Memory no job may use. auto: 512 MiB or 5 %, whichever is more.")
+    reserve_disk: AutoMib = _field(
+        "auto", "Free disk below which no job is taken. auto: 5 GiB or 5 %, whichever is more, at most half the disk."
+    )
+    max_runtime: Seconds | None = _field(None, "Longest time one job may compute, such as 24h. Empty: no limit.")
+    stop_grace: Seconds = _field(10.0, "Seconds between TERM and KILL when a job is stopped.")
+    pull_policy: Literal["always", "if-not-present", "never"] = _field(
+        "if-not-present", "When to pull a job's image: always, if-not-present or never."
+    )
+    allowed_images: Words = _field(
+        (), "Images that may run, as patterns such as docker.io/library/*. Empty: every image the server names."
+    )
+    job_network: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = _field(
+        "bridge", "Network of jobs: bridge (an own one, jobs cannot reach each other), none, or a network's name."
+    )
+    job_runtime: str | None = _field(
+        None, "Engine runtime for jobs, such as nvidia, runsc or kata. Empty: the default."
+    )
+    job_user: str | None = _field(None, "User that jobs run as, such as 1000:1000. Empty: as the image says.")
+    job_read_only: bool = _field(False, "Make the image's own files read-only for the job (/files stays writable).")
+    job_cap_add: Words = _field((), "Linux capabilities given back to jobs on top of the few they keep.")
+    job_shm_size: AutoMib = _field("auto", "Size of /dev/shm in jobs. auto: half of the job's memory.")
+    job_pids_limit: Annotated[int, Field(ge=16)] = _field(4096, "Processes one job may have.")
+    storage_allow: Words = _field(
+        (), "Storage hosts that may have internal addresses or plain http. Public ones need no entry."
+    )
+    transfers: Annotated[int, Field(ge=1, le=64)] = _field(8, "Files moved at the same time, per job.")
+    ca_file: Path | None = _field(None, "Certificates to trust instead of the system's (PEM file).")
+    allow_insecure_http: bool = _field(False, "Allow an API_URL with plain http that is not on this machine.")
+    on_worker_fault: Literal["release", "error"] = _field(
+        "release", "A job this machine could not run: release (others take it) or error (one worker is all there is)."
+    )
+    aws_endpoint_url: str | None = _field(None, "Where to sign in instead of AWS's own address (for tests).")
+    docker_host: str | None = _field(None, "The engine's socket. Empty: unix:///var/run/docker.sock.")
+    log_format: Literal["plain", "json"] = _field("plain", "Log lines: plain, or json (one object a line).")
+    log_level: Literal["debug", "info", "warning", "error"] = _field("info", "Least level that is logged.")
+
+    @property
+    def origin(self) -> Origin:
+        """The API's origin."""
+        return parse_origin(self.api_url)
+
+
+#: Settings whose value may lie in a file instead, named by <NAME>_FILE.
+SECRETS = ("access_token", "password")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The settings, and the layer each one came from, by field name."""
+
+    settings: Settings
+    layers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Found:
+    value: str
+    layer: str
+    prefixed: bool
+
+
+def load(
+    options: Mapping[str, Any] | None = None,
+    *,
+    environ: MutableMapping[str, str] | None = None,
+    env_file: Path | None = None,
+    server: bool = True,
+) -> Loaded:
+    """Read and check all settings. `options`: given on the command line, by field name; None values do not count.
+
+    `server` False: those that say where and as whom to sign in may be missing, for commands that speak to no server.
+
+    `env_file` None means `.env` in the working directory, if there is one. Secrets are taken out of `environ` after
+    reading, so that no child process inherits them. Raises ConfigError with one line per bad setting.
+    """
+    environ = os.environ if environ is None else environ
+    layers = {"environment": dict(environ), **_dotenv(env_file)}
+    given: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name in Settings.model_fields:
+        found = _find(name, layers)
+        if found is not None:
+            given[name], origin[name] = found.value, found.layer
+    _pair_credentials(given, origin, layers)
+    if "aws_endpoint_url" not in given:
+        found = _find("aws_endpoint_url_cognito_identity_provider", layers)
+        if found is not None:
+            given["aws_endpoint_url"], origin["aws_endpoint_url"] = found.value, found.layer
+    for name in SECRETS:
+        for key in (name.upper(), PREFIX + name.upper()):
+            environ.pop(key, None)
+    for name, value in (options or {}).items():
+        if value is not None:
+            given[name], origin[name] = value, "command line"
+    if "path_base" not in given:
+        from platformdirs import user_data_dir
+
+        given["path_base"] = user_data_dir("jobfetcher")
+    settings = _check(given)
+    if server:
+        check_server(settings)
+    layer_of = {name: origin.get(name, "default") for name in Settings.model_fields}
+    return Loaded(settings, layer_of)
+
+
+def _dotenv(env_file: Path | None) -> dict[str, dict[str, str]]:
+    from dotenv import dotenv_values
+
+    path = env_file or Path(".env")
+    if not path.is_file():
+        if env_file is not None:
+            raise ConfigError(f"there is no file {env_file} (--env-file)")
+        return {}
+    try:
+        values = dotenv_values(path, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    return {str(path): {key: value for key, value in values.items() if value is not None}}
+
+
+def _find(name: str, layers: Mapping[str, Mapping[str, str]], only: str | None = None) -> _Found | None:
+    """The first non-empty value of a setting: an empty one means "not set", as `ACCESS_TOKEN=` in a template does."""
+    upper = name.upper()
+    keys = [PREFIX + upper, upper, *([_ALIASES[upper]] if upper in _ALIASES else [])]
+    for layer, values in layers.items():
+        if only is not None and layer != only:
+            continue
+        for key in keys:
+            if values.get(key, "").strip():
+                return _Found(values[key].strip(), f"{layer} ({key})", key.startswith(PREFIX))
+            if name in SECRETS and values.get(f"{key}_FILE", "").strip():
+                path = Path(values[f"{key}_FILE"].strip())
+                return _Found(_secret(path, f"{key}_FILE"), f"{layer} ({key}_FILE)", key.startswith(PREFIX))
+    return None
+
+
+def _secret(path: Path, key: str) -> str:
+    try:
+        text = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}: {path} cannot be read: {error}") from None
+    if not text:
+        raise ConfigError(f"{key}: {path} is empty")
+    return text
+
+
+def _pair_credentials(given: dict[str, Any], origin: dict[str, str], layers: Mapping[str, Mapping[str, str]]) -> None:
+    """USERNAME comes from the layer that sets PASSWORD; a plain USERNAME elsewhere is the desktop's, not ours."""
+    given.pop("username", None)
+    origin.pop("username", None)
+    password = origin.get("password")
+    if password is None:
+        return
+    same = next(layer for layer in layers if password.startswith(f"{layer} ("))
+    found = _find("username", layers, only=same) or _find("username", layers)
+    if found is not None and (found.layer.startswith(f"{same} (") or found.prefixed):
+        given["username"], origin["username"] = found.value, found.layer
+        return
+    raise ConfigError(f"USERNAME: missing beside PASSWORD in {same}; both must stand in the same place")
+
+
+def _check(given: Mapping[str, Any]) -> Settings:
+    try:
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        lines = [_line(problem, given) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from None
+    if settings.ca_file is not None and not settings.ca_file.is_file():
+        raise ConfigError(f"CA_FILE: there is no file {settings.ca_file}")
+    return settings.model_copy(update={"path_base": Path(settings.path_base).expanduser().absolute()})
+
+
+def check_server(settings: Settings) -> None:
+    """Raise ConfigError unless it is said where to sign in, as whom, and safely."""
+    problems = []
+    if not settings.api_url:
+        problems.append(
+            "API_URL: must be set to the address of the worker-facing API, such as https://jobs.example.org"
+        )
+    if settings.access_token is None and settings.password is None:
+        problems.append("ACCESS_TOKEN, or USERNAME and PASSWORD: one of the two must be set to sign in")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    host = settings.origin.host
+    if settings.origin.scheme == "http" and not settings.allow_insecure_http and not _on_this_machine(host):
+        raise ConfigError(
+            f"API_URL: {settings.api_url} would send the token unencrypted over the network; use https, "
+            "or set ALLOW_INSECURE_HTTP=true if that network is yours alone"
+        )
+
+
+def _line(problem: Any, given: Mapping[str, Any]) -> str:
+    name = str(problem["loc"][0])
+    text = problem["msg"].removeprefix("Value error, ")
+    text = text[0].lower() + text[1:]
+    shown = "" if name in SECRETS else f" (it is {str(given.get(name))[:80]!r})"
+    return f"{name.upper()}: {text}{shown}"
+
+
+def _on_this_machine(host: str) -> bool:
+    """Loopback, or the name under which containers know the machine they run on."""
+    if host == "host.docker.internal":
+        return True
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(entry[4][0] == "::1" or str(entry[4][0]).startswith("127.") for entry in found)

@@ -1,0 +1,100 @@
+"""What `jobfetcher resources` and `jobfetcher config` print: plain records first, then a table or JSON of them.
+
+Tables go to standard output; on a terminal they are drawn by rich, in a pipe they are tab-separated lines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import SecretStr
+
+from jobfetcher.core.machine import Inventory, Offer
+from jobfetcher.core.text import clean
+from jobfetcher.settings import Loaded, Settings
+
+Row = Mapping[str, str]
+
+
+def config_rows(loaded: Loaded) -> list[dict[str, str]]:
+    """Every setting by name, its value (secrets masked), and the layer it came from."""
+    rows = []
+    for name in Settings.model_fields:
+        value = getattr(loaded.settings, name)
+        rows.append({"name": name.upper(), "value": _shown(name, value), "from": loaded.layers[name]})
+    return rows
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, SecretStr):
+        return "********"
+    if value is None or value in ("", ()):
+        default = Settings.model_fields[name].default
+        return default if isinstance(default, str) and default else ""
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def resources_record(inventory: Inventory, free: Offer, slots: int, problems: Sequence[str]) -> dict[str, Any]:
+    """What the machine has and what would be advertised, memory in MiB."""
+    return {
+        "machine": {
+            "cpu_cores": round(inventory.cpu_cores, 2),
+            "memory_mib": inventory.memory_mib,
+            "architecture": inventory.architecture,
+            "gpus": len(inventory.gpus),
+        },
+        "offer": {
+            "cpu_cores": max(0, free.whole_cores),
+            "memory_mib": max(0, free.memory_mib),
+            "gpus": [
+                {"uuid": gpu.uuid, "model": gpu.model, "archi": gpu.archi, "memory_mib": gpu.memory_mib}
+                for gpu in free.gpus
+            ],
+        },
+        "slots": slots,
+        "notes": list(problems),
+    }
+
+
+def resources_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The record as rows for people."""
+    machine, offer = record["machine"], record["offer"]
+    rows = [
+        {"resource": "CPU cores", "machine": f"{machine['cpu_cores']:g}", "offered": str(offer["cpu_cores"])},
+        {"resource": "memory (MiB)", "machine": str(machine["memory_mib"]), "offered": str(offer["memory_mib"])},
+        {"resource": "GPUs", "machine": str(machine["gpus"]), "offered": str(len(offer["gpus"]))},
+    ]
+    for gpu in offer["gpus"]:
+        about = f"{gpu['memory_mib']} MiB, architecture {gpu['archi']}"
+        rows.append({"resource": f"  {clean(gpu['model'], 80)}", "machine": gpu["uuid"], "offered": about})
+    rows.append({"resource": "jobs side by side", "machine": "", "offered": str(record["slots"])})
+    rows += [{"resource": "note", "machine": clean(note, 300), "offered": ""} for note in record["notes"]]
+    return rows
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """A table on standard output: drawn on a terminal, tab-separated lines with a header elsewhere."""
+    names = list(rows[0])
+    if not sys.stdout.isatty():
+        for line in (names, *([row[name] for name in names] for row in rows)):
+            sys.stdout.write("\t".join(line) + "\n")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*(name.upper() for name in names), box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(row[name], overflow="fold") for name in names))
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""Where jobs come from: one adapter per kind of server, each implementing core.ports.JobSource."""

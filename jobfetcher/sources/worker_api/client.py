@@ -1,0 +1,171 @@
+"""One request to the worker API, one reply, in bounded time and memory.
+
+Knows HTTP and tokens, and no endpoint. Never follows a redirect and speaks to one origin only, so the token cannot
+leave for another host (FAULTS.md T8); nothing of the environment (proxies, netrc) is used. Nothing is repeated here
+except once after a 401, which the server did not act upon (PROTOCOL.md S1).
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import httpx
+
+from jobfetcher.core.errors import SourceError, SourceRefused, SourceUnavailable
+from jobfetcher.core.text import clean
+from jobfetcher.core.urls import Origin, parse_origin
+from jobfetcher.sources.worker_api.auth import Auth
+from jobfetcher.sources.worker_api.deadline import NOT_SENT, TRANSPORT_ERRORS, DeadlineTransport, deadline
+
+#: DESIGN.md rule 9: connect 5 s, whole call 30 s, body 4 MiB.
+CONNECT_S, CALL_S, BODY_BYTES = 5.0, 30.0, 4 * 1024 * 1024
+
+#: FAULTS.md J8: worth another try later.
+_TRY_LATER = frozenset({408, 425, 429})
+
+#: FAULTS.md B11: a server may ask for at most this much patience.
+_RETRY_AFTER_MAX_S = 600.0
+
+Params = Sequence[tuple[str, str]]
+
+
+class Reply(NamedTuple):
+    """Status and body of an answer, and when its request was sent (on the clock given)."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str]
+
+    def json(self) -> Any:
+        """The body as JSON: duplicate keys, NaN and absurd nesting refused. Raises SourceUnavailable."""
+        try:
+            return json.loads(self.body, object_pairs_hook=_distinct, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            start = clean(self.body[:80].decode(errors="replace"), 80)
+            raise SourceUnavailable(
+                f"the server's answer is not the JSON expected ({type(error).__name__}: it begins {start!r}); "
+                "is API_URL the address of a worker API?"
+            ) from None
+
+    @property
+    def words(self) -> str:
+        """The start of the body as one harmless line, for messages."""
+        return clean(self.body[:1024].decode(errors="replace"), 300)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+class Client:
+    """Requests to one base URL. Thread-safe; close it when done."""
+
+    def __init__(self, base_url: str, *, ca_file: str | None = None) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.origin: Origin = parse_origin(base_url)
+        self._http = httpx.Client(
+            transport=DeadlineTransport(ca_file=ca_file),
+            timeout=httpx.Timeout(CALL_S, connect=CONNECT_S),
+            trust_env=False,
+            follow_redirects=False,
+            headers={"User-Agent": "jobfetcher", "Accept": "application/json", "Accept-Encoding": "identity"},
+        )
+        self.auth: Auth | None = None
+
+    def request(self, method: str, path: str, params: Params = (), *, within_s: float = CALL_S) -> Reply:
+        """Send one authorised request to `path` (already percent-encoded) below the base URL.
+
+        Raises SourceUnavailable when there is no answer; any status is returned, 401 after one renewal of the token.
+        """
+        assert self.auth is not None  # noqa: S101 - set by build before the first request
+        url = f"{self.base_url}{path}"
+        token = self.auth.token()
+        reply = self.send(method, url, params, {"Authorization": f"Bearer {token}"}, within_s=within_s)
+        if reply.status != 401:
+            return reply
+        token = self.auth.renew(token)
+        return self.send(method, url, params, {"Authorization": f"Bearer {token}"}, within_s=within_s)
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        params: Params = (),
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        *,
+        within_s: float = CALL_S,
+    ) -> Reply:
+        """Send one request as given, without a token. Raises SourceUnavailable; `sent` says whether it went out."""
+        try:
+            request = self._http.build_request(
+                method, url, params=list(params) or None, headers=dict(headers or {}), content=content
+            )
+            # A cookie jar is shared state between threads and a place for a server to leave things: not here.
+            self._http.cookies.clear()
+            with deadline(within_s):
+                response = self._http.send(request, stream=True)
+                try:
+                    body = bytearray()
+                    for piece in response.iter_raw():
+                        body += piece
+                        if len(body) > BODY_BYTES:
+                            raise SourceUnavailable(
+                                f"the server's answer to {method} {request.url.path} is larger than "
+                                f"{BODY_BYTES >> 20} MiB; it was cut off"
+                            )
+                finally:
+                    response.close()
+        except TRANSPORT_ERRORS as error:
+            where = f"{self.origin.host}:{self.origin.port}" if url.startswith(self.base_url) else url
+            raise SourceUnavailable(
+                f"no answer from {clean(where, 200)}: {clean(str(error) or type(error).__name__, 200)}",
+                sent=not isinstance(error, NOT_SENT),
+            ) from error
+        return Reply(response.status_code, bytes(body), response.headers)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+
+def failure(reply: Reply, what: str) -> SourceError:
+    """The error that a reply nobody planned for stands for. `what` names the call for a person."""
+    if reply.status == 401:
+        return SourceRefused(f"the server refused our token for {what} (401): {reply.words}")
+    if reply.status == 403:
+        return SourceRefused(
+            f"the server does not let this account do that: {what} (403): is it in the group 'workers'?"
+        )
+    if reply.status in _TRY_LATER or reply.status >= 500:
+        return SourceUnavailable(
+            f"the server answered {reply.status} to {what}: {reply.words}",
+            retry_after_s=retry_after(reply.headers.get("retry-after")),
+        )
+    return SourceUnavailable(f"the server answered {reply.status} to {what}, which makes no sense here: {reply.words}")
+
+
+def retry_after(value: str | None, now: float | None = None) -> float | None:
+    """RFC 9110, 10.2.3: seconds or a date, as seconds from now within 0..600; None when absent or unreadable."""
+    if value is None:
+        return None
+    try:
+        seconds = float(int(value))
+    except ValueError:
+        try:
+            moment = email.utils.parsedate_to_datetime(value).timestamp()
+        except (ValueError, TypeError, OverflowError):
+            return None
+        seconds = moment - (time.time() if now is None else now)
+    return min(max(seconds, 0.0), _RETRY_AFTER_MAX_S)

@@ -1,0 +1,332 @@
+"""The worker API as a JobSource. Every oddity of the server (PROTOCOL.md, S1 to S18) is met here and nowhere else."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from jobfetcher.core.errors import (
+    ConfigError,
+    JobFault,
+    JobReason,
+    SourceError,
+    SourceUnavailable,
+    Stopped,
+    StopReason,
+    UnreadableJob,
+)
+from jobfetcher.core.job import FileRef, JobId, OutputKind, parse_job_id
+from jobfetcher.core.machine import Gpu, Offer
+from jobfetcher.core.phases import Phase
+from jobfetcher.core.ports import Claim, Emit, Standing
+from jobfetcher.core.run import Ending, Outcome
+from jobfetcher.core.text import clean, details
+from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy
+from jobfetcher.sources.worker_api.client import CALL_S, Client, Params, Reply, failure
+from jobfetcher.sources.worker_api.wire import ERROR, FINISHED, QUEUED, STATUS_OF_PHASE, parse_specs
+
+#: PROTOCOL.md S4: a job silent for longer is handed on.
+LEASE_S = 300.0
+
+#: FAULTS.md J3: short, so that ten heartbeats fit into one lease.
+BEAT_WITHIN_S = 10.0
+
+#: PROTOCOL.md: a form is valid for 600 s; two minutes are kept for the upload that uses it last.
+FORM_S = 480.0
+
+#: Forms of at most this many folders are kept: the walk goes folder by folder, so few are in use at once.
+_FORMS_KEPT = 64
+
+
+def boottime() -> float:
+    """Seconds, counting those that the machine was suspended (FAULTS.md J4): a lease runs out during sleep, too."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which jobs to ask for: only of these groups, only those that waited at least `older_than_s`."""
+
+    groups: tuple[str, ...] = ()
+    older_than_s: int = 0
+
+
+class WorkerApi:
+    """The JobSource. `client.auth` must be set."""
+
+    max_hold_s = LEASE_S
+
+    def __init__(
+        self,
+        client: Client,
+        policy: UrlPolicy,
+        *,
+        wanted: Filter,
+        emit: Emit,
+        clock: Callable[[], float] = boottime,
+    ) -> None:
+        self._client = client
+        self._policy = policy
+        self._wanted = wanted
+        self._emit = emit
+        self._clock = clock
+
+    def fetch(self, offer: Offer, wait_s: float) -> Claim | None:  # noqa: ARG002 - this server has no long poll
+        """Ask for one job; once per free GPU model, because the server compares models for equality (S18).
+
+        The server hands a job out the moment it answers, without acknowledgement (S1): a lost answer is a job that
+        comes back to the queue after 300 s, and asking again would lose a second one. So nothing is repeated here.
+        """
+        for gpu in _one_per_model(offer.gpus) or [None]:
+            reply = self._client.request("GET", "/jobs", self._question(offer, gpu))
+            if reply.status == 404:
+                raise SourceUnavailable(
+                    f"{self._client.base_url} has no /jobs (404): is API_URL the address of a worker API?"
+                )
+            if reply.status != 200:
+                raise failure(reply, "the request for a job")
+            handed_out = reply.json()
+            if not isinstance(handed_out, dict):
+                raise SourceUnavailable("the server's answer to the request for a job is not an object")
+            if handed_out:
+                return self._take_first(handed_out)
+        return None
+
+    def resume(self, token: str, job_id: JobId) -> ApiLease:
+        """Raises ConfigError for a job of another server: its words would mean another job here."""
+        if token != self._client.base_url:
+            raise ConfigError(
+                f"PATH_BASE holds job {job_id} of {clean(token, 200)}, but API_URL is {self._client.base_url}; start "
+                "once more with the old API_URL to bring the job to its end, or use another PATH_BASE"
+            )
+        return self._lease(job_id, accepted_at=None)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _question(self, offer: Offer, gpu: Gpu | None) -> Params:
+        question = [("memory", str(offer.memory_mib)), ("cpu_cores", str(max(1, offer.whole_cores))), ("limit", "1")]
+        if gpu is not None:
+            question += [("gpu_mem", str(gpu.memory_mib)), ("gpu_model", gpu.model), ("gpu_archi", gpu.archi)]
+        if self._wanted.older_than_s:
+            question.append(("older_than", str(self._wanted.older_than_s)))
+        return [*question, *(("groups", group) for group in self._wanted.groups)]
+
+    def _take_first(self, handed_out: Mapping[str, Any]) -> Claim:
+        """The first job; the others, which nobody asked for, go back at once (FAULTS.md B16)."""
+        leases: list[tuple[ApiLease, Any]] = []
+        for key, specs in handed_out.items():
+            try:
+                leases.append((self._lease(parse_job_id(key), accepted_at=self._clock()), specs))
+            except ValueError as error:
+                # Not even its name can be spoken: nothing can be sent about it; it returns to the queue by itself.
+                self._emit(
+                    "job_unnameable", level="error", message=f"the server handed out a job with a bad id: {error}"
+                )
+        if not leases:
+            raise SourceUnavailable("the server handed out a job without a usable id")
+        for extra, _ in leases[1:]:
+            try:
+                extra.release("this worker asked for one job only")
+            except SourceError as error:
+                self._emit("release_failed", level="warning", job=extra.job_id, message=str(error))
+        lease, specs = leases[0]
+        try:
+            return Claim(lease, parse_specs(lease.job_id, specs))
+        except ValueError as error:
+            raise UnreadableJob(lease, str(error)) from None
+
+    def _lease(self, job_id: JobId, accepted_at: float | None) -> ApiLease:
+        return ApiLease(self._client, self._policy, job_id, accepted_at=accepted_at, emit=self._emit, clock=self._clock)
+
+
+class ApiLease:
+    """One job of the worker API. All updates go through one lock, in order (S9: two at once may fail)."""
+
+    def __init__(
+        self,
+        client: Client,
+        policy: UrlPolicy,
+        job_id: JobId,
+        *,
+        accepted_at: float | None,
+        emit: Emit,
+        clock: Callable[[], float] = boottime,
+    ) -> None:
+        self.job_id = job_id
+        self.token = client.base_url
+        self._client = client
+        self._policy = policy
+        self._emit = emit
+        self._clock = clock
+        self._door = threading.Lock()
+        #: Latched: after the first 404 the job is never spoken of again (S7).
+        self._gone: Standing | None = None
+        #: Send time of the last accepted update; None when this process never had one accepted (S4).
+        self._accepted_at = accepted_at
+        self._server_errors = 0
+        #: A terminal update may have been heard although no answer came: do not repeat it before this time.
+        self._doubt_until: float | None = None
+        self._settled = False
+        self._forms = _Forms(clock)
+
+    def beat(self, phase: Phase) -> Standing:
+        with self._door:
+            return self._gone or self._update(STATUS_OF_PHASE[phase], "", within_s=BEAT_WITHIN_S)
+
+    def settle(self, outcome: Outcome) -> Standing:
+        word = FINISHED if outcome.ending is Ending.FINISHED else ERROR
+        # S11: what is written here is appended to the user's record and mailed; a plain success needs no words.
+        return self._end(word, "" if outcome.ending is Ending.FINISHED and not outcome.message else outcome.message)
+
+    def release(self, why: str) -> Standing:
+        return self._end(QUEUED, why)
+
+    def sign_input(self, ref: FileRef) -> SignedRequest:
+        path = "/".join(quote(segment, safe="") for segment in ref.split("/"))
+        reply = self._client.request("GET", f"/files/{path}/url")
+        if reply.status == 404:
+            raise JobFault(JobReason.INPUT_MISSING, f"input {clean(ref, 200)} does not exist on the server")
+        return self._signed(reply, {200}, f"the request for a link to {clean(ref, 200)}", {Method.GET})
+
+    def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:
+        """One form serves all files of its folder for 600 s, so it is kept; a PUT is for one file (PROTOCOL.md)."""
+        return self._forms.get((kind, folder), renew, lambda: self._sign_output(kind, folder, name))
+
+    def _sign_output(self, kind: OutputKind, folder: str, name: str) -> SignedRequest:
+        reply = self._client.request(
+            "POST",
+            f"/jobs/{quote(self.job_id, safe='')}/files/url",
+            [("type", kind.value), ("base_path", folder), ("filename", name)],
+        )
+        if reply.status >= 500 or reply.status == 404:
+            # S8: a lost lease is answered with 500 here. The status tells which of the two it is.
+            with self._door:
+                if self._gone or self._ask() is None:
+                    raise Stopped(StopReason.CANCELLED)
+        return self._signed(reply, {200, 201}, f"the request to upload {clean(name, 100)}", {Method.POST, Method.PUT})
+
+    def _signed(self, reply: Reply, good: set[int], what: str, methods: set[Method]) -> SignedRequest:
+        if reply.status not in good:
+            raise failure(reply, what)
+        request = self._policy.parse_request(reply.json())
+        if request.method not in methods:
+            raise JobFault(JobReason.UNSAFE_REQUEST, f"the server answered {what} with method {request.method.value}")
+        if request.ignored:
+            self._emit("request_fields_ignored", level="debug", job=self.job_id, fields=", ".join(request.ignored))
+        return request
+
+    def _update(self, word: str, why: str, *, within_s: float = CALL_S) -> Standing:
+        """Send one status update; the door is held. Raises SourceError when it was not accepted."""
+        sent_at = self._clock()
+        params = [("status", word)] + ([("runtime_details", details(why))] if why else [])
+        reply = self._client.request("PUT", self._status_path, params, within_s=within_s)
+        if reply.status == 422 and why:  # FAULTS.md B10: perhaps it chokes on our words
+            reply = self._client.request("PUT", self._status_path, params[:1], within_s=within_s)
+        if 200 <= reply.status < 300:
+            self._accepted_at, self._server_errors = sent_at, 0
+            return Standing.KEEP
+        if reply.status == 404:
+            self._gone = Standing.CANCEL
+            return self._gone
+        self._server_errors = self._server_errors + 1 if reply.status >= 500 else 0
+        # S7: after its first 404 was lost, or when the server's sweep met the deletion first, only 500 ever comes.
+        undecided = reply.status in {409, 410, 412, 422}
+        if (self._server_errors >= 2 or undecided) and self._ask(within_s=within_s) is None:
+            return self._gone or Standing.CANCEL
+        raise failure(reply, f"the update of job {self.job_id} to {word!r}")
+
+    def _ask(self, *, within_s: float = CALL_S) -> str | None:
+        """The server's own view of the job; None when it is gone, which is then latched. The door is held."""
+        reply = self._client.request("GET", self._status_path, within_s=within_s)
+        if reply.status == 404:
+            self._gone = Standing.CANCEL
+            return None
+        if reply.status != 200:
+            raise failure(reply, f"the question how job {self.job_id} stands")
+        return str(reply.json())
+
+    def _end(self, word: str, why: str) -> Standing:
+        """The one update after which this job is never mentioned again.
+
+        It must arrive once (S6, S11). So when it may have been heard already (an answer was lost), or the job may not
+        be ours any more (lease older than 300 s, or taken over from an earlier process), the server is asked first. A
+        request whose answer was lost may still be on its way for the length of a call: not repeated before that.
+        """
+        with self._door:
+            if self._gone or self._settled:
+                return self._gone or Standing.KEEP
+            now = self._clock()
+            if self._doubt_until is not None and now < self._doubt_until:
+                left = self._doubt_until - now
+                raise SourceUnavailable(f"waiting to learn whether {word!r} was heard", retry_after_s=left)
+            unsure = self._accepted_at is None or now - self._accepted_at > LEASE_S
+            if unsure or self._doubt_until is not None:
+                state = self._ask()
+                if state is None:
+                    return Standing.CANCEL
+                if state in {FINISHED, ERROR} or state == word:
+                    self._settled = True
+                    return Standing.KEEP
+            try:
+                standing = self._update(word, why)
+            except SourceUnavailable as error:
+                if error.sent:
+                    # A reply with a status means the request was dealt with; only silence leaves it on its way.
+                    answered = error.__cause__ is None
+                    self._doubt_until = now if answered else now + CALL_S
+                raise
+            self._settled = standing is Standing.KEEP
+            return standing
+
+    @property
+    def _status_path(self) -> str:
+        return f"/jobs/{quote(self.job_id, safe='')}/status"
+
+
+class _Forms:
+    """Upload forms by folder, each asked for once at a time and kept for FORM_S."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[OutputKind, str], tuple[float, SignedRequest]] = {}
+        self._asking: dict[tuple[OutputKind, str], threading.Lock] = {}
+        #: This server signs single objects: there is nothing to keep, and nothing to wait for.
+        self._one_object_each = False
+
+    def get(self, key: tuple[OutputKind, str], renew: bool, ask: Callable[[], SignedRequest]) -> SignedRequest:
+        if self._one_object_each:
+            return ask()
+        called_at = self._clock()
+        with self._lock:
+            asking = self._asking.setdefault(key, threading.Lock())
+        with asking:
+            signed_at, form = self._kept.get(key, (0.0, None))
+            fresh = form is not None and called_at - signed_at < FORM_S
+            # With `renew`, a form that somebody else fetched since this call began is new enough.
+            if form is not None and fresh and (not renew or signed_at > called_at):
+                return form
+            asked_at = self._clock()
+            request = ask()
+            self._one_object_each = request.method is Method.PUT
+            if request.method is Method.POST:
+                with self._lock:
+                    self._kept[key] = (asked_at, request)
+                    while len(self._kept) > _FORMS_KEPT:
+                        oldest = next(iter(self._kept))
+                        del self._kept[oldest]
+                        self._asking.pop(oldest, None)
+            return request
+
+
+def _one_per_model(gpus: tuple[Gpu, ...]) -> list[Gpu | None]:
+    """For each model the free GPU with the most memory: what fits a smaller one fits it, too."""
+    best: dict[str, Gpu] = {}
+    for gpu in sorted(gpus, key=lambda gpu: gpu.memory_mib):
+        best[gpu.model] = gpu
+    return list(best.values())

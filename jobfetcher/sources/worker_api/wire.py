@@ -1,0 +1,93 @@
+"""The server's job JSON (PROTOCOL.md, JobSpecs), strictly parsed into a `Job`.
+
+Its words live here and nowhere else. Unknown fields are ignored and nulls mean "not said"; a required field that is
+missing or of the wrong kind makes the job unreadable, with the path of the field in the message (FAULTS.md B16).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jobfetcher.core.job import Job, JobId
+from jobfetcher.core.phases import Phase
+from jobfetcher.core.text import clean
+
+#: What the server calls our phases. A job is `pulled` from the fetch on; SETTLING is ours alone.
+STATUS_OF_PHASE = {
+    Phase.CLAIMED: "preprocessing",
+    Phase.STAGING_IN: "preprocessing",
+    Phase.RUNNING: "running",
+    Phase.STAGING_OUT: "postprocessing",
+    Phase.SETTLING: "postprocessing",
+}
+
+#: The server's words for ends and for giving back (PROTOCOL.md, States and S10).
+FINISHED, ERROR, QUEUED = "finished", "error", "queued"
+
+
+class _App(BaseModel):
+    cmd: list[str] | None = None
+    env: dict[str, str] | None = None
+
+
+class _Handler(BaseModel):
+    image_url: str
+    entrypoint: str | None = None
+    files_down: dict[str, str] | None = None
+    files_up: dict[str, str] | None = None
+
+
+class _Hardware(BaseModel):
+    # Servers compare these as numbers and keep them as whatever was submitted: a number in a string is accepted,
+    # zero means "no need", as null does.
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    cpu_cores: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    memory: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    gpu_model: str | None = None
+    gpu_archi: str | None = None
+    gpu_mem: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
+class _Specs(BaseModel):
+    app: _App = _App()
+    handler: _Handler
+    hardware: _Hardware | None = None
+
+
+def parse_specs(job_id: JobId, raw: Any) -> Job:
+    """The server's JobSpecs as a Job; ValueError with one readable line when it cannot be one."""
+    try:
+        specs = _Specs.model_validate(raw if not isinstance(raw, dict) else {**raw, "app": raw.get("app") or {}})
+        needs = specs.hardware or _Hardware()
+        return Job.model_validate(
+            {
+                "id": job_id,
+                "image": specs.handler.image_url,
+                "command": specs.app.cmd or None,
+                "entrypoint": specs.handler.entrypoint,
+                "env": specs.app.env or {},
+                "inputs": [{"path": path, "ref": ref} for path, ref in (specs.handler.files_down or {}).items()],
+                "outputs": [{"kind": kind, "path": path} for kind, path in (specs.handler.files_up or {}).items()],
+                "needs": {
+                    "cpu_cores": needs.cpu_cores or None,
+                    "memory_mib": round(needs.memory) or None if needs.memory is not None else None,
+                    "gpu_mem_mib": round(needs.gpu_mem) if needs.gpu_mem is not None else None,
+                    "gpu_model": needs.gpu_model or None,
+                    "gpu_archi": needs.gpu_archi or None,
+                },
+            }
+        )
+    except ValidationError as error:
+        raise ValueError(_first_problem(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "job"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return clean(f"{where}: {first['msg'].removeprefix('Value error, ')}{more}", 400)

@@ -1,0 +1,208 @@
+"""Which files go in and out of a job, and under which names.
+
+Used by the runner and by `steps`. How bytes move is the transfer's business, what a name means to the server the
+lease's. Files that an earlier attempt already moved (the journal's marks) are not moved again.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from jobfetcher import tree
+from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.job import InputFile, Job, OutputKind
+from jobfetcher.core.ports import Download, Lease, Transfer, Upload
+from jobfetcher.core.run import Stored
+from jobfetcher.core.text import clean
+from jobfetcher.core.urls import SignedRequest
+from jobfetcher.workspace import Workspace
+
+#: What the worker itself sends lies below this folder, as logs.
+OWN_FOLDER = "jobfetcher"
+
+#: So many skipped things are named; of the others only the number is told.
+_NAMED = 5
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a batch came. `changed` is called after every change, often; it must be quick."""
+
+    files: int = 0
+    files_total: int | None = None
+    moved: int = 0
+    bytes_total: int | None = None
+    changed: Callable[[Progress], None] = lambda progress: None  # noqa: ARG005 - the callback's signature
+
+
+@dataclass(slots=True)
+class StagedOut:
+    """What was sent, and what was not because it is no plain file (named in the job's details)."""
+
+    stored: dict[str, Stored] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    skipped_count: int = 0
+
+    def skip(self, name: str, why: str) -> None:
+        """Remember something that is not sent."""
+        self.skipped_count += 1
+        if len(self.skipped) < _NAMED:
+            self.skipped.append(f"{clean(name, 120)} {why}")
+
+    def sentence(self) -> str:
+        """What was skipped, for people; empty when nothing was."""
+        if not self.skipped_count:
+            return ""
+        more = self.skipped_count - len(self.skipped)
+        return f"not uploaded: {'; '.join(self.skipped)}" + (f"; and {more} more" if more else "")
+
+
+class _Watch:
+    """core.ports.Watch over a Progress and a callback per file."""
+
+    def __init__(self, halt: Halt, progress: Progress, done: Callable[[Download | Upload, Stored], None]) -> None:
+        self.halt = halt
+        self._progress = progress
+        self._done = done
+
+    def moved(self, size: int) -> None:
+        self._progress.moved += size
+        self._progress.changed(self._progress)
+
+    def done(self, item: Download | Upload, stored: Stored) -> None:
+        self._done(item, stored)
+        self._progress.files += 1
+        self._progress.changed(self._progress)
+
+
+def stage_in(
+    job: Job,
+    lease: Lease,
+    workspace: Workspace,
+    transfer: Transfer,
+    *,
+    halt: Halt,
+    have: Mapping[str, Stored],
+    mark: Callable[[Stored], None],
+    progress: Progress,
+) -> dict[str, Stored]:
+    """Bring all inputs into `workspace.files`; returns them by path.
+
+    A file is moved into place only when it is whole and verified, then marked. `have`: files placed earlier, which are
+    kept if they still have their size. Raises Stopped, JobFault or WorkerFault.
+    """
+    workspace.create()
+    stored: dict[str, Stored] = {file.path: have[file.path] for file in job.inputs if _kept(workspace, file, have)}
+    waiting = [file for file in job.inputs if file.path not in stored]
+    parts = {workspace.parts / str(number): file for number, file in enumerate(job.inputs)}
+    part_of = {file.path: part for part, file in parts.items()}
+
+    def placed(item: Download | Upload, done: Stored) -> None:
+        assert isinstance(item, Download)  # noqa: S101 - a download reports downloads
+        file = parts[item.part]
+        try:
+            tree.place(item.part, workspace.files, file.path.split("/"))
+        except OSError as error:
+            raise WorkerFault(WorkerReason.DISK, f"input {file.path!r} cannot be stored: {error.strerror}") from error
+        stored[file.path] = done
+        mark(done)
+
+    progress.files, progress.files_total = len(stored), len(job.inputs)
+    items = (Download(file.path, partial(lease.sign_input, file.ref), part_of[file.path]) for file in waiting)
+    transfer.download(items, _Watch(halt, progress, placed))
+    workspace.make_output_folders(job)
+    return stored
+
+
+def _kept(workspace: Workspace, file: InputFile, have: Mapping[str, Stored]) -> bool:
+    if file.path not in have:
+        return False
+    found = next(tree.walk(workspace.files, file.path.split("/")), None)
+    return isinstance(found, tree.Found) and found.size == have[file.path].size
+
+
+def stage_out(
+    job: Job,
+    lease: Lease,
+    workspace: Workspace,
+    transfer: Transfer,
+    *,
+    halt: Halt,
+    have: Mapping[str, Stored],
+    mark: Callable[[Stored], None],
+    progress: Progress,
+) -> StagedOut:
+    """Send every file of the job's output trees, then the worker's own logs; whatever the exit code was.
+
+    A file keeps its path relative to the job directory (PROTOCOL.md). The container must be gone. What is no regular
+    file is not followed but reported. Raises Stopped, JobFault (after everything else was sent) or WorkerFault.
+    """
+    result = StagedOut(dict(have))
+    unsendable: list[str] = []
+
+    def items() -> Iterator[Upload]:
+        for output in job.outputs:
+            for found in tree.walk(workspace.files, output.path.split("/")):
+                if isinstance(found, tree.Skipped):
+                    result.skip("/".join(found.parts), found.why)
+                    continue
+                if not _sendable(found.parts):
+                    unsendable.append(clean("/".join(found.parts), 120))
+                    continue
+                item = _upload(lease, output.kind, workspace.files, found, "/".join(found.parts[:-1]))
+                if not _sent(have.get(item.name), found):
+                    yield item
+        for found in tree.walk(workspace.logs, ()):
+            if isinstance(found, tree.Found):
+                yield _upload(lease, OutputKind.LOG, workspace.logs, found, OWN_FOLDER)
+
+    def sent(item: Download | Upload, done: Stored) -> None:
+        result.stored[item.name] = done
+        mark(done)
+
+    try:
+        transfer.upload(items(), _Watch(halt, progress, sent))
+    except PermissionError as error:
+        raise WorkerFault(
+            WorkerReason.DISK, f"the job's outputs cannot be read: {error.strerror}: {error.filename}"
+        ) from error
+    except OSError as error:
+        raise WorkerFault(WorkerReason.DISK, f"the job's outputs cannot be read: {error}") from error
+    if unsendable:
+        more = f" and {len(unsendable) - 1} more" if len(unsendable) > 1 else ""
+        raise JobFault(
+            JobReason.BAD_OUTPUT,
+            f"output {unsendable[0]}{more} was not uploaded: its name is not UTF-8 text or has control characters",
+        )
+    return result
+
+
+def _upload(lease: Lease, kind: OutputKind, root: Path, found: tree.Found, folder: str) -> Upload:
+    name = found.parts[-1]
+
+    def sign(renew: bool) -> SignedRequest:
+        return lease.sign_output(kind, folder, name, renew=renew)
+
+    return Upload(
+        name=f"{kind}:{folder}/{name}" if folder else f"{kind}:{name}",
+        filename=name,
+        size=found.size,
+        mtime_ns=found.mtime_ns,
+        open=partial(tree.open_file, root, found),
+        sign=sign,
+    )
+
+
+def _sent(earlier: Stored | None, found: tree.Found) -> bool:
+    """Whether an earlier attempt stored this file: the container has been gone since, so size is enough."""
+    return earlier is not None and earlier.size == found.size
+
+
+def _sendable(parts: tuple[str, ...]) -> bool:
+    """Names travel as UTF-8 text in a form; control characters would break it (FAULTS.md C15)."""
+    return not any(unicodedata.category(char) in {"Cc", "Cs"} for part in parts for char in part)

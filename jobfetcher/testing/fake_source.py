@@ -1,0 +1,125 @@
+"""A job source in memory: hands out the jobs it was given and records what it is told."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jobfetcher.core.errors import JobFault, JobReason, SourceError
+from jobfetcher.core.job import FileRef, Job, JobId, OutputKind
+from jobfetcher.core.machine import Offer
+from jobfetcher.core.phases import Phase
+from jobfetcher.core.ports import Claim, Standing
+from jobfetcher.core.run import Ending, Outcome
+from jobfetcher.core.urls import Method, SignedRequest
+
+#: Words that end a job for its holder.
+TERMINAL = frozenset({"finished", "error", "released"})
+
+
+@dataclass
+class Said:
+    """Everything a source was told about one job, in order, and how it answers."""
+
+    words: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    #: What the next updates are answered with; KEEP once it is empty. An exception is raised instead.
+    answers: deque[Standing | SourceError] = field(default_factory=deque)
+    gone: Standing | None = None
+
+
+class FakeSource:
+    """Give it jobs with `put`; read `said[job_id]`. `known_refs` None: every input exists."""
+
+    max_hold_s = 300.0
+
+    def __init__(self, base_url: str = "http://files.invalid") -> None:
+        self.said: dict[JobId, Said] = {}
+        self.offers: list[Offer] = []
+        self.known_refs: set[str] | None = None
+        self.fetch_error: SourceError | None = None
+        self._base_url = base_url
+        self._queue: deque[Job] = deque()
+        self._lock = threading.Lock()
+        self.changed = threading.Condition()
+
+    def put(self, job: Job) -> Said:
+        """Queue a job; returns the record of what will be said about it."""
+        with self._lock:
+            self._queue.append(job)
+            return self.said.setdefault(job.id, Said())
+
+    def fetch(self, offer: Offer, wait_s: float) -> Claim | None:  # noqa: ARG002 - nothing to wait for in memory
+        with self._lock:
+            self.offers.append(offer)
+            if self.fetch_error is not None:
+                raise self.fetch_error
+            if not self._queue:
+                return None
+            job = self._queue.popleft()
+        return Claim(self.resume("fake", job.id), job)
+
+    def resume(self, token: str, job_id: JobId) -> FakeLease:
+        return FakeLease(self, token, job_id, self.said.setdefault(job_id, Said()))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def wait_for(self, happened: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+        """Wait until `happened` is true after something was said; False after `timeout_s`."""
+        with self.changed:
+            return self.changed.wait_for(happened, timeout_s)
+
+    def sign(self, path: str, method: Method) -> SignedRequest:
+        """A request that leads nowhere; a fake transfer reads only its URL."""
+        return SignedRequest(method, f"{self._base_url}/{path}")
+
+
+class FakeLease:
+    """The lease of a FakeSource's job."""
+
+    def __init__(self, source: FakeSource, token: str, job_id: JobId, said: Said) -> None:
+        self.job_id = job_id
+        self.token = token
+        self._source = source
+        self._said = said
+        self._door = threading.Lock()
+
+    def beat(self, phase: Phase) -> Standing:
+        return self._say(phase.value, "")
+
+    def settle(self, outcome: Outcome) -> Standing:
+        return self._say("finished" if outcome.ending is Ending.FINISHED else "error", outcome.message)
+
+    def release(self, why: str) -> Standing:
+        return self._say("released", why)
+
+    def sign_input(self, ref: FileRef) -> SignedRequest:
+        if self._source.known_refs is not None and ref not in self._source.known_refs:
+            raise JobFault(JobReason.INPUT_MISSING, f"input {ref} does not exist")
+        return self._source.sign(ref, Method.GET)
+
+    def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:  # noqa: ARG002 - what is signed here never expires
+        return self._source.sign("/".join(part for part in (self.job_id, kind, folder, name) if part), Method.PUT)
+
+    def _say(self, word: str, details: str) -> Standing:
+        with self._door, self._source.changed:
+            try:
+                said = self._said
+                if said.gone is not None:
+                    return said.gone
+                if word in TERMINAL and said.words and said.words[-1] in TERMINAL:
+                    return Standing.KEEP
+                answer = said.answers.popleft() if said.answers else Standing.KEEP
+                if isinstance(answer, SourceError):
+                    raise answer
+                if answer is not Standing.KEEP:
+                    said.gone = answer
+                    return answer
+                said.words.append(word)
+                said.details.append(details)
+                return Standing.KEEP
+            finally:
+                self._source.changed.notify_all()

@@ -1,0 +1,225 @@
+"""Files below a directory that somebody hostile may have filled, touched through directory descriptors only.
+
+A job writes what it likes into its directory: links to /etc/shadow, FIFOs, devices, a million folders. So no path is
+ever given to the kernel as a whole: each step opens one name relative to an open directory, never following a link
+(FAULTS.md T1, T4, T5), and nothing but regular files on the same filesystem is read. Used by workspace and staging.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: O_NONBLOCK: opening a FIFO must not wait for a writer (FAULTS.md F11).
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+#: Deeper folders are reported and not entered: every level costs a descriptor.
+MAX_DEPTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A regular file: its path below the root, and what the walk saw of it."""
+
+    parts: tuple[str, ...]
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something that is not sent, and why."""
+
+    parts: tuple[str, ...]
+    why: str
+
+
+class Changed(OSError):
+    """A name is not any more what it was a moment ago."""
+
+
+@contextmanager
+def opened(root: Path, parts: Sequence[str] = (), *, create: bool = False) -> Iterator[int]:
+    """A descriptor of the directory `root/parts...`; `create` makes the missing ones (mode 0777, see workspace)."""
+    here = os.open(root, _DIR)
+    try:
+        for part in parts:
+            made = create and _make(here, part)
+            deeper = os.open(part, _DIR, dir_fd=here)
+            os.close(here)
+            here = deeper
+            if made:
+                # The umask cut the mode; the job may run as any user and must be able to write here.
+                os.fchmod(here, 0o777)
+        yield here
+    finally:
+        os.close(here)
+
+
+def place(source: Path, root: Path, parts: Sequence[str]) -> None:
+    """Move the file `source` to `root/parts...`, making folders; atomic, never through a link."""
+    source.chmod(0o666)  # below the worker's own 0700 directory; the job may run as any user
+    with opened(root, parts[:-1], create=True) as folder:
+        os.rename(source, parts[-1], dst_dir_fd=folder)
+
+
+def open_file(root: Path, found: Found) -> BinaryIO:
+    """The file that the walk found, for reading; Changed if something else is there now."""
+    try:
+        with opened(root, found.parts[:-1]) as folder:
+            descriptor = os.open(found.parts[-1], _FILE, dir_fd=folder)
+    except OSError as error:
+        raise Changed(f"{'/'.join(found.parts)}: {error.strerror}") from error
+    seen = os.fstat(descriptor)
+    if not stat.S_ISREG(seen.st_mode):
+        os.close(descriptor)
+        raise Changed(f"{'/'.join(found.parts)} is not a file any more")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def walk(root: Path, start: Sequence[str]) -> Iterator[Found | Skipped]:
+    """Every regular file below `root/start`, folder by folder, and what was skipped with the reason.
+
+    Streams: one open directory per level, no listing in memory. A start that is missing yields nothing; a start that
+    is itself a regular file yields that file. Raises PermissionError where we may not look.
+    """
+    if not start:
+        with opened(root) as folder:
+            yield from _walk(folder, (), os.fstat(folder).st_dev)
+        return
+    try:
+        with opened(root, start[:-1]) as parent:
+            device = os.fstat(parent).st_dev
+            yield from _entry(parent, start[-1], tuple(start[:-1]), device)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        yield Skipped(tuple(start), "one of its folders is a link or a file")
+
+
+def _walk(folder: int, parts: tuple[str, ...], device: int) -> Iterator[Found | Skipped]:
+    folders: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            else:
+                yield from _entry(folder, entry.name, parts, device)
+    for name in folders:
+        yield from _entry(folder, name, parts, device)
+
+
+def _entry(folder: int, name: str, parts: tuple[str, ...], device: int) -> Iterator[Found | Skipped]:
+    here = (*parts, name)
+    seen = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    mode = seen.st_mode
+    if seen.st_dev != device:
+        yield Skipped(here, "is on another filesystem")
+    elif stat.S_ISREG(mode):
+        yield Found(here, seen.st_size, seen.st_mtime_ns)
+    elif stat.S_ISDIR(mode):
+        if len(here) > MAX_DEPTH:
+            yield Skipped(here, f"is more than {MAX_DEPTH} folders deep")
+            return
+        try:
+            inner = os.open(name, _DIR, dir_fd=folder)
+        except (NotADirectoryError, FileNotFoundError):
+            yield Skipped(here, "changed while it was read")
+            return
+        try:
+            yield from _walk(inner, here, device)
+        finally:
+            os.close(inner)
+    else:
+        yield Skipped(here, f"is a {_kind(mode)}, not a file")
+
+
+def remove(parent: Path, name: str) -> None:
+    """Delete `parent/name` and everything below it, never following a link or entering another filesystem.
+
+    Missing is fine. Raises OSError for what could not be deleted, after deleting all that could.
+    """
+    with opened(parent) as folder:
+        try:
+            device = os.stat(name, dir_fd=folder, follow_symlinks=False).st_dev
+        except FileNotFoundError:
+            return
+        problem: OSError | None = None
+        waiting = [name]
+        while waiting:
+            problem = _remove(folder, waiting.pop(), 0, _Removal(folder, name, device, waiting)) or problem
+    if problem is not None:
+        raise problem
+
+
+@dataclass(frozen=True, slots=True)
+class _Removal:
+    """What stays the same during one removal. Folders nested too deeply are moved to `top` and wait in `waiting`."""
+
+    top: int
+    name: str
+    device: int
+    waiting: list[str]
+
+
+def _remove(folder: int, name: str, depth: int, removal: _Removal) -> OSError | None:
+    """The first problem met, or None. One descriptor per level, MAX_DEPTH levels at once."""
+    try:
+        seen = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if seen.st_dev != removal.device:
+            return OSError(f"{name} is a mount point; it is left alone")
+        if not stat.S_ISDIR(seen.st_mode):
+            os.unlink(name, dir_fd=folder)
+            return None
+        if depth > MAX_DEPTH:
+            moved = f"{removal.name}.deep{seen.st_ino}"
+            os.rename(name, moved, src_dir_fd=folder, dst_dir_fd=removal.top)
+            removal.waiting.append(moved)
+            return None
+        inner = os.open(name, _DIR, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    problem: OSError | None = None
+    try:
+        with os.scandir(inner) as entries:
+            for entry in entries:
+                problem = _remove(inner, entry.name, depth + 1, removal) or problem
+    except OSError as error:
+        problem = error
+    finally:
+        os.close(inner)
+    try:
+        os.rmdir(name, dir_fd=folder)
+    except OSError as error:
+        return problem or error
+    return problem
+
+
+def _make(folder: int, name: str) -> bool:
+    """Make a folder; False if something of that name is there already."""
+    try:
+        os.mkdir(name, dir_fd=folder)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _kind(mode: int) -> str:
+    for test, word in (
+        (stat.S_ISLNK, "link"),
+        (stat.S_ISFIFO, "FIFO"),
+        (stat.S_ISSOCK, "socket"),
+        (stat.S_ISCHR, "character device"),
+        (stat.S_ISBLK, "block device"),
+    ):
+        if test(mode):
+            return word
+    return "special file"
