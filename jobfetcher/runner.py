@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Protocol, TypeVar
 
+import tenacity
+
 from jobfetcher import staging
 from jobfetcher.core.errors import (
     JobFault,
@@ -63,8 +65,8 @@ _WAIT_S = 60.0
 #: Progress is told at most this often, in seconds.
 _PROGRESS_S = 0.2
 
-#: Tries to tell the end at once, before it is left to the outbox; waits between them, in seconds.
-_SETTLE_WAITS_S = (1.0, 2.0, 4.0)
+#: Tries to tell the end at once, 1, 2 and 4 s apart, before it is left to the outbox.
+_SETTLE_TRIES = 4
 
 
 _T = TypeVar("_T")
@@ -199,10 +201,14 @@ class Runner:
         except WorkerFault as error:
             # Not durable, but still to be told; without the record a restart finds the job in an earlier phase.
             self._emit("journal_failed", level="error", job=lease.job_id, message=str(error))
-        for wait_s in (*_SETTLE_WAITS_S, None):
-            if self.deliver(lease, outcome) or wait_s is None:
-                break
-            self._sleep(wait_s)
+        patiently = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda heard: not heard),
+            stop=tenacity.stop_after_attempt(_SETTLE_TRIES),
+            wait=tenacity.wait_exponential(),
+            retry_error_callback=lambda _: False,
+            sleep=self._sleep,
+        )
+        patiently(self.deliver, lease, outcome)
         return outcome
 
     def deliver(self, lease: Lease, outcome: Outcome) -> bool:

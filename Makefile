@@ -1,0 +1,21 @@
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo setup test check
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: ## one real microscope image through one real worker; says where the results are
+	@scripts/setup
+	@.venv/bin/python -u -m demo.run
+
+setup: ## the virtual environment, a container engine, and what the tests need
+	@scripts/setup --tests
+
+check: ## lint, format, types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: setup check ## set-up, checks, and all tests on the real engine
+	.venv/bin/python -m pytest

@@ -1,0 +1,1 @@
+"""What this machine has (detect) and who holds how much of it (budget)."""

@@ -1,0 +1,1 @@
+"""What is told to people: events, and the listeners that write them as log lines or progress bars."""

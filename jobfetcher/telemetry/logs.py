@@ -1,0 +1,274 @@
+"""Log lines: one event is one line, for people or for machines, harmless and without secrets.
+
+Set up once by `build` (`configure`), which also hands `redact` to whoever holds secrets. Everything that a library logs
+or warns of goes the same way, so nothing else writes to the stream. Promises, for own and foreign text alike:
+
+- one record is one line, and nothing in it drives a terminal (FAULTS.md T17, by core.text.clean);
+- registered secrets, and the values of what is named like a signature or a token, are masked (FAULTS.md T10).
+
+structlog gives the pipeline and brings records of the standard `logging` into it; it is imported on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import re
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping, MutableMapping
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol, TextIO, cast
+from urllib.parse import quote, quote_plus
+
+from jobfetcher.core.text import clean
+from jobfetcher.telemetry.events import Event, Listener
+
+Format = Literal["auto", "plain", "json"]
+
+_MASK = "***"
+
+#: Long enough for one sentence with a job's last lines in it; a registry may answer with megabytes.
+_VALUE_LIMIT = 2000
+
+#: What comes first in a line, in this order.
+_HEAD = ("time", "level", "event", "job", "message")
+
+
+class Stream(Protocol):
+    """What a log needs of where it is written to: a text file, or progress bars that print lines above them."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+    def isatty(self) -> bool: ...
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+#: Names whose values are secrets, in queries, forms, headers and fields: S3, GCS and Azure signatures, sign-in answers.
+_SENSITIVE = r"[\w-]*(?:signature|credential|token|password)|sig|policy|(?:proxy-)?authorization"
+_NAMED = re.compile(_SENSITIVE, re.IGNORECASE)
+
+_PATTERNS = (
+    # name=value in a query or a form; also where the whole URL is itself a parameter, percent-encoded
+    (
+        re.compile(rf"(?i)(?:(?<![\w-])|(?<=%26)|(?<=%3F))((?:{_SENSITIVE})(?:=|%3D))(?:(?!%26)[^&\s\"'<>])+"),
+        rf"\1{_MASK}",
+    ),
+    # "name": "value" and ('name', 'value'): JSON, and how Python shows mappings and pairs
+    (re.compile(rf"(?i)(([\"'])(?:{_SENSITIVE})\2\s*[:,]\s*)([\"']).*?\3"), rf"\1\3{_MASK}\3"),
+    # a header line: name: scheme value
+    (
+        re.compile(r"(?i)((?:authorization|x-(?:amz|goog)-[a-z-]+)\s*:\s*)(?:(?:bearer|basic)\s+)?[^\s\"']+"),
+        rf"\1{_MASK}",
+    ),
+    (re.compile(r"(?i)(\bbearer\s+)[a-z0-9._~+/=-]{8,}"), rf"\1{_MASK}"),  # RFC 6750, section 2.1
+    # base64 that begins with '{"': a JSON web token or an upload policy, whatever its name
+    (re.compile(r"\beyJ[\w+/=.-]{16,}"), _MASK),
+    # user:password@ in a URL
+    (re.compile(r"(://)[^/\s:@]+:[^/\s@]+@"), rf"\1{_MASK}@"),
+)
+
+
+class _Secrets:
+    """The values that must not be shown, bounded: a worker that renews its tokens for years must not collect them.
+
+    The first ones stay (the password and token from the settings come at the start), of later ones the latest.
+    """
+
+    _FIRST, _LATEST = 16, 32
+
+    #: Shorter ones would mask pieces of ordinary words, and show by that what they are.
+    _SHORTEST = 4
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._first: list[str] = []
+        self._latest: deque[str] = deque(maxlen=self._LATEST)
+        self._pattern: re.Pattern[str] | None = None
+
+    def add(self, secret: str) -> None:
+        if len(secret) < self._SHORTEST:
+            return
+        with self._lock:
+            if secret in self._first or secret in self._latest:
+                return
+            if len(self._first) < self._FIRST:
+                self._first.append(secret)
+            else:
+                self._latest.append(secret)
+            # as it is, as it stands in a URL or a form, and inside JSON
+            forms = {
+                form
+                for known in (*self._first, *self._latest)
+                for form in (known, quote(known, safe=""), quote(known), quote_plus(known), json.dumps(known)[1:-1])
+            }
+            longest_first = sorted(forms, key=len, reverse=True)  # one secret may be the beginning of another
+            self._pattern = re.compile("|".join(re.escape(form) for form in longest_first))
+
+    def mask(self, text: str) -> str:
+        if self._pattern is not None:
+            text = self._pattern.sub(_MASK, text)
+        for pattern, masked in _PATTERNS:
+            text = pattern.sub(masked, text)
+        return text
+
+
+#: One process has one standard error, and a secret is one whoever logs it.
+_secrets = _Secrets()
+
+
+def redact(secret: str) -> None:
+    """Never show `secret` from now on: for each password and token, at the start and at each renewal. Thread-safe."""
+    _secrets.add(secret)
+
+
+def mask(text: str) -> str:
+    """`text` with every known secret, and every value that is named like one, replaced by `***`."""
+    return _secrets.mask(text)
+
+
+# -- lines ------------------------------------------------------------------------------------------------------------
+
+
+def configure(format: Format = "auto", level: str = "info", stream: Stream | None = None) -> Listener:
+    """Route everything that is logged to `stream` (standard error), and return the listener that logs events.
+
+    `auto` is plain on a terminal, JSON elsewhere. `level` (debug, info, warning, error) is for our own events;
+    libraries are heard from warning on. Colour: only on a terminal, and as NO_COLOR and TERM say. Calling it again
+    replaces what was set up before.
+    """
+    import structlog
+
+    output: Stream = sys.stderr if stream is None else stream
+    plain = format == "plain" or (format == "auto" and output.isatty())
+    renderer = _Plain(_has_colour(output)) if plain else _render_json
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[_from_library],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _make_safe, renderer],
+    )
+    handler = _Handler(cast(TextIO, output))  # StreamHandler uses write and flush only
+    handler.setFormatter(formatter)
+    logging.basicConfig(force=True, level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)
+    ours = logging.getLogger("jobfetcher")
+    ours.setLevel(level.upper())
+    log = structlog.stdlib.BoundLogger(
+        ours,
+        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        context={},
+    )
+
+    def log_event(event: Event) -> None:
+        if not event.name.startswith("progress"):  # several a second, for bars only
+            number = logging.getLevelNamesMapping().get(event.level.upper(), logging.INFO)
+            # `fields` is one value so that no field can collide with a parameter of the logging call
+            log.log(number, event.name, fields=event.fields, time=event.time, level_name=event.level)
+
+    return log_event
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Name the kind of failure only: the default prints the raw record, secrets and all."""
+        with contextlib.suppress(OSError, ValueError):  # the stream itself may be what failed
+            self.stream.write(f"a log line of {record.name} could not be written: {type(sys.exception()).__name__}\n")
+
+
+def _from_library(_logger: object, _method: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """A record of the standard `logging` in the form of our own events."""
+    record: logging.LogRecord = line["_record"]
+    fields: dict[str, object] = {"message": line["event"], "logger": record.name}
+    if record.exc_info and record.exc_info[1]:
+        fields["error"] = record.exc_info[1]
+    return {**line, "event": "log", "fields": fields, "time": record.created, "level_name": record.levelname.lower()}
+
+
+def _make_safe(_logger: object, _method: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Mask, then clean, every name and value: what is left is safe to show. Masked first, as cleaning changes text."""
+    safe: dict[str, object] = {}
+    for name, value in line["fields"].items():
+        hidden = _NAMED.fullmatch(name) is not None and value is not None
+        safe[clean(mask(name), 80)] = _MASK if hidden else _safe_value(value)
+    # the record's own facts come last: no field can stand in for them
+    safe |= {"time": float(line["time"]), "level": clean(line["level_name"], 20), "event": _safe_text(line["event"])}
+    first = {name: safe[name] for name in _HEAD if name in safe}
+    return first | safe
+
+
+def _safe_value(value: object) -> object:
+    match value:
+        case None | bool() | int():
+            return value
+        case float() if math.isfinite(value):  # JSON has no other numbers
+            return round(value, 3)
+        case BaseException():
+            return _safe_text(_describe(value))
+        case _:
+            return _safe_text(str(value))
+
+
+def _safe_text(text: str) -> str:
+    # cut before the search as well as after it: masking ten megabytes takes seconds
+    return clean(mask(text[: 8 * _VALUE_LIMIT]), _VALUE_LIMIT)
+
+
+def _describe(error: BaseException) -> str:
+    """An exception as one line: kind, text, and the last five places it came through, innermost first."""
+    places = [f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)]
+    text = f"{type(error).__name__}: {error}"
+    return f"{text}; in {' < '.join(places[:-6:-1])}" if places else text
+
+
+def _render_json(_logger: object, _method: str, line: Mapping[str, Any]) -> str:
+    """One object; `time` as RFC 3339 in UTC. ASCII only, so that it can be written whatever the locale."""
+    moment = datetime.fromtimestamp(line["time"], UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return json.dumps({**line, "time": moment})
+
+
+class _Plain:
+    """`HH:MM:SS  job 12  downloading 3 files (1.2 GB)  key=value`, in local time."""
+
+    _COLOURS: Mapping[str, str] = {"warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31m"}
+    _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+
+    def __call__(self, _logger: object, _method: str, line: Mapping[str, Any]) -> str:
+        sentence = str(line.get("message") or line["event"].replace("_", " "))
+        if line["level"] in self._COLOURS:
+            sentence = self._paint(self._COLOURS[line["level"]], f"{line['level']}: {sentence}")
+        parts = [self._paint(self._DIM, time.strftime("%H:%M:%S", time.localtime(line["time"])))]
+        if line.get("job") is not None:
+            parts.append(f"job {line['job']}")
+        parts.append(sentence)
+        rest = " ".join(f"{name}={_quoted(value)}" for name, value in line.items() if name not in _HEAD)
+        if rest:
+            parts.append(self._paint(self._DIM, rest))
+        return "  ".join(parts)
+
+    def _paint(self, colour: str, text: str) -> str:
+        return f"{colour}{text}{self._PLAIN}" if self._colour else text
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return '"' + text.replace('"', '\\"') + '"' if not text or re.search(r'[\s="]', text) else text
+
+
+def _has_colour(output: Stream) -> bool:
+    """Whether colours are wanted there; rich knows the conventions (NO_COLOR, FORCE_COLOR, TERM=dumb)."""
+    if not output.isatty():
+        return False
+    from rich.console import Console
+
+    console = Console(file=cast(TextIO, output))
+    return console.color_system is not None and not console.no_color

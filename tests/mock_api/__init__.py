@@ -1,0 +1,1 @@
+"""The mock API against PROTOCOL.md, over a real socket."""

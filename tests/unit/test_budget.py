@@ -1,0 +1,371 @@
+"""resources.budget: what is offered, what a job gets, what comes back, and the waiting for it."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobfetcher.core.errors import WorkerFault, WorkerReason
+from jobfetcher.core.job import Needs
+from jobfetcher.core.machine import Gpu, Inventory, Offer, Share
+from jobfetcher.resources.budget import Budget, Reservation, auto_slots, default_reserve_memory_mib
+
+SMALL = Gpu("GPU-b", "NVIDIA RTX A2000", 6000, "8.6")
+LARGE = Gpu("GPU-a", "NVIDIA RTX A4000", 16000, "8.6")
+OLD = Gpu("GPU-c", "NVIDIA TITAN V", 12000, "7.0")
+
+
+class Others:
+    """What the probes say; a test changes it as other programs come and go."""
+
+    def __init__(self, memory_mib: int = 0, gpus: Sequence[Gpu] = ()) -> None:
+        self.memory_mib = memory_mib
+        self.gpus = gpus
+        self.asked = 0
+
+    def read_memory_mib(self) -> int:
+        self.asked += 1
+        return self.memory_mib
+
+    def read_gpus(self) -> Sequence[Gpu]:
+        self.asked += 1
+        return self.gpus
+
+
+def budget(
+    cores: float = 8.0,
+    memory_mib: int = 10_000,
+    gpus: tuple[Gpu, ...] = (),
+    slots: int = 1,
+    others: Others | None = None,
+    reserve_cpus: float = 0.0,
+    reserve_memory_mib: int | None = 0,
+) -> Budget:
+    others = others or Others(gpus=gpus)
+    return Budget(
+        Inventory(cores, memory_mib, gpus),
+        slots=slots,
+        memory_in_use_mib=others.read_memory_mib,
+        read_gpus=others.read_gpus,
+        reserve_cpus=reserve_cpus,
+        reserve_memory_mib=reserve_memory_mib,
+    )
+
+
+def refused(of: Budget, needs: Needs) -> str:
+    with pytest.raises(WorkerFault) as caught:
+        of.reserve(needs)
+    assert caught.value.reason is WorkerReason.DOES_NOT_FIT
+    return str(caught.value)
+
+
+# -- the offer --------------------------------------------------------------------------------------------------------
+
+
+def test_reserve_and_others_are_not_offered() -> None:
+    of = budget(2.0, 24_000, others=Others(3_000), reserve_cpus=0.1, reserve_memory_mib=None)
+    offer = of.offer()
+    assert offer == Offer(1.9, 24_000 - 1_200 - 3_000)
+    assert offer.whole_cores == 2
+
+
+def test_default_reserve_of_memory_is_a_twentieth_and_at_least_512() -> None:
+    assert [default_reserve_memory_mib(total) for total in (1_000, 10_240, 64_000)] == [512, 512, 3_200]
+
+
+def test_slots_are_one_per_gpu_or_one() -> None:
+    assert [auto_slots(Inventory(8, 1000, gpus)) for gpus in ((), (SMALL,), (SMALL, LARGE))] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(("cores", "memory_mib"), [(0.49, 10_000), (0.0, 10_000), (8.0, 63), (8.0, 0)])
+def test_what_is_too_little_is_not_offered(cores: float, memory_mib: int) -> None:
+    of = budget(cores, memory_mib)
+    assert of.offer() is None
+    assert of.free() == Offer(cores, memory_mib)
+    assert "free on this machine" in refused(of, Needs())
+
+
+def test_no_offer_and_no_probe_while_all_slots_are_taken() -> None:
+    others = Others()
+    of = budget(slots=1, others=others)
+    with of.reserve(Needs(cpu_cores=1, memory_mib=100)):
+        assert of.offer() is None
+        assert refused(of, Needs(cpu_cores=1)) == "all 1 job slots are taken on this machine"
+    assert others.asked == 0
+    assert of.offer() is not None
+    assert others.asked == 2
+
+
+def test_memory_of_others_is_read_while_idle_and_kept_while_jobs_run() -> None:
+    others = Others(1_000)
+    of = budget(slots=2, others=others)
+    assert of.offer() == Offer(8.0, 9_000)
+    job = of.reserve(Needs(cpu_cores=1, memory_mib=4_000))
+    others.memory_mib = 1_000 + 3_900  # the job uses what it was given: that is in its share already
+    assert of.offer() == Offer(7.0, 5_000)
+    job.release()
+    others.memory_mib = 2_000
+    assert of.offer() == Offer(8.0, 8_000)
+
+
+def test_gpus_are_read_at_every_offer() -> None:
+    others = Others(gpus=(SMALL, LARGE))
+    of = budget(gpus=(SMALL, LARGE), slots=3, others=others)
+    with of.reserve(Needs(cpu_cores=1, memory_mib=100, gpu_model=LARGE.model)):
+        half = Gpu(SMALL.uuid, SMALL.model, 3_000, SMALL.archi)
+        others.gpus = (half, LARGE)
+        offer = of.offer()
+        assert offer is not None
+        assert offer.gpus == (half,)
+        others.gpus = ()  # both fell off the bus
+        offer = of.offer()
+        assert offer is not None
+        assert offer.gpus == ()
+
+
+# -- what a job gets --------------------------------------------------------------------------------------------------
+
+
+def test_a_job_gets_what_it_asks_for() -> None:
+    of = budget(slots=2)
+    assert of.reserve(Needs(cpu_cores=1.5, memory_mib=700)).share == Share(1.5, 700)
+    assert of.free() == Offer(6.5, 9_300)
+
+
+@pytest.mark.fault("E15")
+def test_a_job_that_does_not_say_gets_an_equal_share_at_most_what_is_free() -> None:
+    of = budget(8.1, 10_000, slots=4, others=Others(1_000), reserve_cpus=0.1, reserve_memory_mib=1_000)
+    of.offer()
+    assert of.reserve(Needs()).share == Share(2.0, 2_000)
+    assert of.reserve(Needs(cpu_cores=5, memory_mib=5_500)).share == Share(5.0, 5_500)
+    assert of.reserve(Needs()).share == Share(1.0, 500)
+
+
+@pytest.mark.fault("E15")
+def test_what_was_rounded_up_for_the_server_fits_and_is_capped() -> None:
+    of = budget(2.0, slots=1, reserve_cpus=0.1)
+    assert of.reserve(Needs(cpu_cores=2)).share.cpu_cores == 1.9
+
+
+@pytest.mark.parametrize(("reserve_cpus", "fits"), [(0.5, True), (0.6, False)])
+def test_rounding_is_half_up(reserve_cpus: float, fits: bool) -> None:
+    of = budget(2.0, reserve_cpus=reserve_cpus)
+    if fits:
+        assert of.reserve(Needs(cpu_cores=2)).share.cpu_cores == 1.5
+    else:
+        assert refused(of, Needs(cpu_cores=2)) == "the job asks for 2 CPU cores; 1.4 are free on this machine"
+
+
+def test_a_fraction_of_a_core_fits_where_no_whole_one_is_free() -> None:
+    assert budget(0.4).reserve(Needs(cpu_cores=0.25, memory_mib=10)).share == Share(0.25, 10)
+
+
+@pytest.mark.fault("E15")
+def test_more_than_is_free_is_refused_with_both_numbers() -> None:
+    of = budget(8.0, 10_000, slots=2, reserve_memory_mib=500)
+    assert refused(of, Needs(cpu_cores=9)) == "the job asks for 9 CPU cores; 8 are free on this machine"
+    assert refused(of, Needs(memory_mib=9_501)) == (
+        "the job asks for 9501 MiB of memory; 9500 MiB are free on this machine"
+    )
+    assert of.free() == Offer(8.0, 9_500), "a refused job holds nothing"
+
+
+def test_a_gpu_job_gets_the_smallest_one_that_fits() -> None:
+    def chosen(**asked: object) -> tuple[Gpu, ...]:
+        return budget(gpus=(LARGE, SMALL, OLD), slots=1).reserve(Needs.model_validate(asked)).share.gpus
+
+    assert chosen(gpu_mem_mib=1) == (SMALL,)
+    assert chosen(gpu_mem_mib=6_001) == (OLD,)
+    assert chosen(gpu_mem_mib=6_001, gpu_archi="8.6") == (LARGE,)
+    assert chosen(gpu_archi="8.6") == (SMALL,)
+    assert chosen(gpu_model="NVIDIA TITAN V") == (OLD,)
+    twins = (Gpu("GPU-z", "X", 8_000, "8.6"), Gpu("GPU-y", "X", 8_000, "8.6"))
+    assert budget(gpus=twins).reserve(Needs(gpu_model="X")).share.gpus == (twins[1],)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"gpu_mem_mib": 16_001}, "a GPU with 16001 MiB"),
+        ({"gpu_model": "nvidia rtx a4000"}, "a GPU of model 'nvidia rtx a4000'"),
+        ({"gpu_archi": "8"}, "a GPU of compute capability '8'"),
+    ],
+)
+def test_a_gpu_that_is_not_here_is_refused(asked: dict[str, object], words: str) -> None:
+    said = refused(budget(gpus=(LARGE,)), Needs.model_validate(asked))
+    assert said == f"the job asks for {words}; free: NVIDIA RTX A4000 (8.6, 16000 MiB) on this machine"
+    assert "no GPU is free" in refused(budget(), Needs.model_validate(asked))
+
+
+def test_a_gpu_is_given_to_one_job_at_a_time() -> None:
+    of = budget(gpus=(SMALL, LARGE), slots=3)
+    first = of.reserve(Needs(cpu_cores=1, memory_mib=100, gpu_mem_mib=5_000))
+    second = of.reserve(Needs(cpu_cores=1, memory_mib=100, gpu_mem_mib=5_000))
+    assert (first.share.gpus, second.share.gpus) == ((SMALL,), (LARGE,))
+    assert "no GPU is free" in refused(of, Needs(cpu_cores=1, gpu_mem_mib=5_000))
+    first.release()
+    assert of.reserve(Needs(cpu_cores=1, memory_mib=100, gpu_mem_mib=5_000)).share.gpus == (SMALL,)
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(1, 3), (2, 1), (3, 1), (4, 1)])
+def test_a_job_that_says_nothing_of_gpus_gets_its_share_of_them(slots: int, expected: int) -> None:
+    of = budget(gpus=(SMALL, LARGE, OLD), slots=slots)
+    assert len(of.reserve(Needs()).share.gpus) == expected
+
+
+def test_a_job_that_wants_no_gpu_gets_none() -> None:
+    assert budget(gpus=(SMALL,)).reserve(Needs(gpu_mem_mib=0)).share.gpus == ()
+
+
+def test_a_job_that_says_nothing_runs_without_a_gpu_when_none_is_free() -> None:
+    of = budget(gpus=(SMALL,), slots=2)
+    of.reserve(Needs(cpu_cores=1, memory_mib=100, gpu_mem_mib=1))
+    assert of.reserve(Needs()).share.gpus == ()
+
+
+# -- what comes back --------------------------------------------------------------------------------------------------
+
+
+def test_release_is_idempotent_and_a_reservation_is_a_block() -> None:
+    of = budget(slots=2)
+    whole = of.free()
+    with of.reserve(Needs(cpu_cores=2, memory_mib=100)) as first:
+        second = of.reserve(Needs(cpu_cores=2, memory_mib=100))
+        first.release()
+        first.release()
+        assert of.free() == Offer(6.0, 9_900)
+    assert of.free() == Offer(6.0, 9_900)
+    second.release()
+    assert of.free() == whole
+
+
+def test_equal_shares_are_told_apart() -> None:
+    of = budget(slots=2)
+    one, _other = (of.reserve(Needs(cpu_cores=1, memory_mib=100)) for _ in range(2))
+    one.release()
+    one.release()
+    assert of.free() == Offer(7.0, 9_900)
+
+
+def test_waiting_ends_at_a_release_before_or_after_it_began() -> None:
+    of = budget(slots=2)
+    one, other = (of.reserve(Needs(cpu_cores=1, memory_mib=100)) for _ in range(2))
+    one.release()
+    one.release()
+    assert of.wait_for_change(0)
+    assert not of.wait_for_change(0), "one change ends one wait"
+    thread = threading.Timer(0.05, other.release)
+    thread.start()
+    assert of.wait_for_change(30)
+    thread.join()
+
+
+def test_several_changes_end_one_wait() -> None:
+    of = budget()
+    for _ in range(5):
+        of.wake()
+    assert of.wait_for_change(0)
+    assert not of.wait_for_change(0.01)
+
+
+def test_a_signal_handler_may_wake() -> None:
+    of = budget()
+    before = signal.signal(signal.SIGALRM, lambda _number, _frame: of.wake())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        started = time.monotonic()
+        assert of.wait_for_change(30)
+        assert time.monotonic() - started < 20
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# -- the promise ------------------------------------------------------------------------------------------------------
+
+GPUS = (SMALL, LARGE, OLD)
+NEEDS = st.builds(
+    Needs,
+    cpu_cores=st.none() | st.floats(0.01, 12),
+    memory_mib=st.none() | st.integers(1, 12_000),
+    gpu_mem_mib=st.none() | st.integers(0, 17_000),
+    gpu_model=st.none() | st.sampled_from([gpu.model for gpu in GPUS]),
+    gpu_archi=st.none() | st.sampled_from(["8.6", "7.0"]),
+)
+
+
+@settings(deadline=None)
+@given(
+    cores=st.floats(0.5, 16),
+    memory_mib=st.integers(100, 16_000),
+    gpus=st.lists(st.sampled_from(GPUS), unique=True).map(tuple),
+    slots=st.integers(1, 5),
+    used_mib=st.integers(0, 8_000),
+    steps=st.lists(st.tuples(st.booleans(), NEEDS, st.integers(0, 9)), max_size=30),
+)
+def test_shares_never_exceed_the_machine(
+    cores: float,
+    memory_mib: int,
+    gpus: tuple[Gpu, ...],
+    slots: int,
+    used_mib: int,
+    steps: list[tuple[bool, Needs, int]],
+) -> None:
+    of = budget(cores, memory_mib, gpus, slots, Others(used_mib, gpus), reserve_cpus=0.1, reserve_memory_mib=50)
+    of.offer()
+    whole = of.free()
+    held: list[Reservation] = []
+    for reserve, needs, which in steps:
+        if reserve:
+            before = of.free()
+            try:
+                held.append(of.reserve(needs))
+            except WorkerFault:
+                assert of.free() == before, "a refused job holds nothing"
+        elif held:
+            held.pop(which % len(held)).release()
+        shares = [one.share for one in held]
+        assert len(shares) <= slots
+        assert all(share.cpu_cores > 0 and share.memory_mib > 0 for share in shares)
+        assert math.fsum(share.cpu_cores for share in shares) <= whole.cpu_cores + 1e-9
+        assert sum(share.memory_mib for share in shares) <= whole.memory_mib
+        uuids = [gpu.uuid for share in shares for gpu in share.gpus]
+        assert len(uuids) == len(set(uuids))
+        offer = of.offer()
+        assert offer is None or not set(uuids) & {gpu.uuid for gpu in offer.gpus}
+    for one in held:
+        one.release()
+    assert of.free() == whole
+
+
+def test_many_threads_share_one_budget() -> None:
+    of = budget(4.0, 4_000, GPUS, slots=3)
+    whole = of.free()
+    holders: dict[str, int] = {}
+    clashes: list[str] = []
+    rounds = 300
+
+    def work(number: int) -> None:
+        for _ in range(rounds):
+            try:
+                held = of.reserve(Needs(cpu_cores=1, memory_mib=1_000, gpu_mem_mib=1))
+            except WorkerFault:
+                continue
+            with held:
+                uuid = held.share.gpus[0].uuid
+                if holders.setdefault(uuid, number) != number:
+                    clashes.append(uuid)
+                del holders[uuid]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert clashes == []
+    assert of.free() == whole
