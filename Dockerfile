@@ -21,7 +21,7 @@ COPY --from=build /opt/jobfetcher /opt/jobfetcher
 ENV PATH=/opt/jobfetcher/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    PATH_BASE=/data
+    JOBFETCHER_DEFAULT_PATH_BASE=/data
 # the worker reads .env from here when one is mounted
 WORKDIR /app
 # Root: the worker talks to the engine's socket, which belongs to root on the host under a group id that differs from host to

@@ -210,7 +210,8 @@ def load(
     if "path_base" not in given:
         from platformdirs import user_data_dir
 
-        given["path_base"] = user_data_dir("jobfetcher")
+        # The image has a default of its own. It must not be PATH_BASE itself: that would win over a mounted .env.
+        given["path_base"] = environ.get("JOBFETCHER_DEFAULT_PATH_BASE") or user_data_dir("jobfetcher")
     settings = _check(given)
     if server:
         check_server(settings)

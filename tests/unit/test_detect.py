@@ -17,7 +17,22 @@ from jobfetcher.resources.detect import detect, memory_in_use_mib, read_gpus
 from tests.support.services import GpuStub
 
 GIB = 1024**3
-MEMINFO = "MemTotal:       67108864 kB\nMemAvailable:   46137344 kB\nHugePages_Total:       0\n"
+#: The lines of proc_meminfo(5) that psutil reads: 64 GiB, of which a new program could have 44.
+MEMINFO = "".join(
+    f"{name}: {kib} kB\n"
+    for name, kib in {
+        "MemTotal": 64 << 20,
+        "MemFree": 40 << 20,
+        "MemAvailable": 44 << 20,
+        "Buffers": 0,
+        "Cached": 4 << 20,
+        "SReclaimable": 0,
+        "Shmem": 0,
+        "Active": 0,
+        "Inactive": 0,
+        "Slab": 0,
+    }.items()
+)
 V2_MOUNT = "31 23 0:28 {root} /sys/fs/cgroup ro,nosuid shared:9 master:2 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1_MOUNTS = (
     "32 31 0:29 {root} /sys/fs/cgroup/cpu,cpuacct ro,relatime - cgroup cgroup rw,cpu,cpuacct\n"
