@@ -234,9 +234,10 @@ class Runner:
             )
             return False
         self._leave(lease.job_id, self._base.job(lease.job_id))
+        expected = outcome.ending in {Ending.FINISHED, Ending.DROPPED} or outcome.reason is WorkerReason.SHUTDOWN
         self._emit(
             "job_ended",
-            level="info" if outcome.ending in {Ending.FINISHED, Ending.DROPPED} else "warning",
+            level="info" if expected else "warning",
             job=lease.job_id,
             ending=outcome.ending.value,
             reason=None if outcome.reason is None else outcome.reason.value,
@@ -283,6 +284,8 @@ class Runner:
             return JobFault(
                 JobReason.OUT_OF_MEMORY, f"out of memory (limit {share.memory_mib} MiB), exit code {exit.code}"
             )
+        if exit.error:
+            return JobFault(JobReason.CANNOT_START, exit.error)
         said = clean(" | ".join(container.last_lines(_LAST_LINES).split("\n")).strip(" |"), 20_000)[-_LAST_CHARACTERS:]
         if exit.code == 137:
             return JobFault(JobReason.KILLED_OUTSIDE, f"killed (exit code 137), not by this worker{_quote(said)}")
@@ -300,8 +303,9 @@ class Runner:
         if isinstance(error, WorkerFault):
             return Outcome(Ending.WORKER_FAILED, error.reason, str(error))
         if isinstance(error, Stopped):
-            why = WorkerReason.HEARTBEAT if error.reason is StopReason.HEARTBEAT else WorkerReason.SHUTDOWN
-            return Outcome(Ending.WORKER_FAILED, why, f"the worker was stopped ({error.reason.value})")
+            if error.reason is StopReason.HEARTBEAT:
+                return Outcome(Ending.WORKER_FAILED, WorkerReason.HEARTBEAT, "the worker's keep-alives broke down")
+            return Outcome(Ending.WORKER_FAILED, WorkerReason.SHUTDOWN, "the worker was shut down")
         if isinstance(error, SourceError):
             return Outcome(Ending.WORKER_FAILED, WorkerReason.SOURCE, str(error))
         self._emit("bug", level="error", job=job_id, message=f"{error!r}", where=traceback.format_exc(limit=-3))
@@ -392,6 +396,7 @@ def _farewell(outcome: Outcome, worker_fault_is_error: bool) -> str:
             return f"failed by its own fault: {outcome.message}"
         case Ending.WORKER_FAILED:
             done = "reported as failed" if worker_fault_is_error else "given back"
-            return f"{done}, this machine's fault: {outcome.message}"
+            whose = "" if outcome.reason is WorkerReason.SHUTDOWN else ", this machine's fault"
+            return f"{done}{whose}: {outcome.message}"
         case Ending.DROPPED:
             return outcome.message

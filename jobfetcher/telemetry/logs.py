@@ -234,7 +234,10 @@ def _render_json(_logger: object, _method: str, line: Mapping[str, Any]) -> str:
 
 
 class _Plain:
-    """`HH:MM:SS  job 12  downloading 3 files (1.2 GB)  key=value`, in local time."""
+    """`HH:MM:SS  job 12  downloading 3 files (1.2 GB)`, in local time.
+
+    An event with a message is shown as that sentence; one without, as its name and fields. JSON has all of it.
+    """
 
     _COLOURS: Mapping[str, str] = {"warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31m"}
     _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -251,7 +254,7 @@ class _Plain:
             parts.append(f"job {line['job']}")
         parts.append(sentence)
         rest = " ".join(f"{name}={_quoted(value)}" for name, value in line.items() if name not in _HEAD)
-        if rest:
+        if rest and not line.get("message"):
             parts.append(self._paint(self._DIM, rest))
         return "  ".join(parts)
 

@@ -108,9 +108,9 @@ def test_ctrl_c_in_a_listener_is_not_swallowed() -> None:
 # -- lines ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_plain_line_is_a_sentence_with_its_job_and_fields() -> None:
+def test_a_plain_line_is_a_sentence_or_a_name_with_its_fields() -> None:
     def tell(events: Events) -> None:
-        events.emit("download_started", job="12", message="downloading 3 files (1.2 GB)")
+        events.emit("download_started", job="12", message="downloading 3 files (1.2 GB)", files=3)
         events.emit("job_ended", job="12", exit_code=0, seconds=1.23456, note='a "b" c', empty="")
         events.emit("poll_failed", "warning", message="the server does not answer")
         events.emit("broken", "error", error=ValueError("no"))
