@@ -1,0 +1,83 @@
+"""The command `jobfetcher-mock-api` (or `python -m mock_api`): start the server and print its URL."""
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import uvicorn
+from pydantic.fields import FieldInfo
+
+from mock_api.app import create_app
+from mock_api.settings import Settings
+
+_EXAMPLE = """\
+A first round, with the server on port 8000:
+
+  curl -T cell.pgm localhost:8000/user/files/cell.pgm        # store an input: prints its file_id
+  curl localhost:8000/user/jobs --json '{"app": {"cmd": ["wc -c /files/data/cell.pgm > /files/out/size"]},
+      "handler": {"image_url": "busybox", "files_down": {"data/cell.pgm": "s3://mock-api/inputs/cell.pgm"},
+                  "files_up": {"output": "out"}}}'
+  API_URL=http://localhost:8000 ACCESS_TOKEN=mock-token jobfetcher run --once
+  curl localhost:8000/user/jobs/1                            # state, details, history
+  curl localhost:8000/user/jobs/1/files/output/out/size      # the result
+
+The page http://localhost:8000/ lists the jobs; /openapi.json every call; /_mock/events the record;
+/_mock/violations what the worker did wrong. A worker signs in as `worker` with the password
+`worker-password`, or uses the token `mock-token`. Every option can also be set as MOCK_API_<OPTION>;
+MOCK_API_S3_SECRET_KEY only so, since others can read a command line.
+It is a test server: its user side asks for no password."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the server until Ctrl-C. Exits 2, with one line on stderr, on a bad setting or an address in use."""
+    given = vars(_parser().parse_args(arguments))
+    host, port = given.pop("host"), given.pop("port")
+    try:
+        settings = Settings.from_env(os.environ, **{name: value for name, value in given.items() if value is not None})
+        listener = listen(host, port)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"jobfetcher-mock-api: {error}\n")
+        raise SystemExit(2) from None
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    sys.stdout.write(f"mock API on {url}  files: {settings.file_mode}, data: {settings.data_dir.resolve()}\n")
+    sys.stdout.flush()
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", ws="none"))
+    server.run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket for uvicorn, made here so that port 0 is known before the start. Raises `OSError`."""
+    listener = socket.create_server((host, port), backlog=512)
+    # connections inherit it; asyncio sets it only where a socket names its protocol, as this one does not. Without it
+    # Nagle's algorithm and delayed acknowledgements hold the body of each answer back for 40 ms
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jobfetcher-mock-api",
+        description="A faithful server of the worker-facing job API, to try a worker on.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    for name, field in Settings.model_fields.items():
+        if name == "s3_secret_key":
+            continue
+        parser.add_argument(f"--{name.replace('_', '-')}", **_option(name, field))
+    return parser
+
+
+def _option(name: str, field: FieldInfo) -> dict[str, Any]:
+    default = {"accounts": "worker:worker-password:workers", "tokens": "mock-token:worker"}.get(name, field.default)
+    text = f"{field.description} (default: {'none' if default is None else default})".replace("%", "%%")
+    return {"help": text, "metavar": "VALUE"}
+
+
+if __name__ == "__main__":
+    main()

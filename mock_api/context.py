@@ -1,0 +1,36 @@
+"""What a running server consists of, and how a route gets at it. Built by `app`, once per start."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from mock_api.clock import Clock
+from mock_api.settings import Settings
+from mock_api.signing import Signer
+from mock_api.storage import Storage
+from mock_api.store import Store
+from mock_api.tokens import Tokens
+from mock_api.tree import Tree
+
+
+@dataclass(frozen=True)
+class Context:
+    """The parts of one running server. `tree` is this machine's own object store; `storage` is what jobs are told."""
+
+    settings: Settings
+    clock: Clock
+    store: Store
+    tokens: Tokens
+    signer: Signer
+    tree: Tree
+    storage: Storage
+
+
+def context(request: Request) -> Context:
+    """The running server's parts, from inside a request."""
+    parts: Context = request.app.state.context
+    return parts
+
+
+Parts = Annotated[Context, Depends(context)]

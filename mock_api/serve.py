@@ -1,0 +1,63 @@
+"""Objects on their way out: ranges, strong ETags, conditions (RFC 9110, 13 and 14), streamed in large pieces."""
+
+import re
+from collections.abc import AsyncIterator
+from email.utils import formatdate
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from mock_api.storage import StorageError
+from mock_api.tree import PIECE_BYTES, StoredObject, Tree
+
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+def serve(request: Request, tree: Tree, found: StoredObject) -> Response:
+    """The answer to a GET of the object: 200, 206 or 304. Raises `StorageError` 416."""
+    etag = f'"{found.md5}"'
+    modified = formatdate(found.path.stat().st_mtime, usegmt=True)
+    headers = {"ETag": etag, "Last-Modified": modified, "Accept-Ranges": "bytes"}
+    asked = request.headers
+    if etag in asked.get("if-none-match", "") or asked.get("if-none-match") == "*":
+        return Response(status_code=304, headers=headers)
+    wanted = _range(asked.get("range", ""), found.size) if asked.get("if-range", etag) in (etag, modified) else None
+    start, end = wanted or (0, found.size)
+    headers["Content-Length"] = str(end - start)
+    if wanted:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{found.size}"
+    tree.count(found.key, "gets")
+    body = _body(tree, found, start, end)
+    return StreamingResponse(body, 206 if wanted else 200, headers, media_type="application/octet-stream")
+
+
+def _range(header: str, size: int) -> tuple[int, int] | None:
+    """First byte and the one after the last; None (the whole) for no range, several, or one that cannot be read."""
+    match = _RANGE.fullmatch(header)
+    if match is None or match.group(1) == match.group(2) == "":
+        return None
+    first, last = match.groups()
+    start = int(first) if first else max(size - int(last), 0)
+    end = min(int(last) + 1, size) if first and last else size
+    if first and last and int(last) < start:
+        return None
+    if start >= end:
+        raise StorageError(
+            416, "InvalidRange", "The requested range is not satisfiable", {"Content-Range": f"bytes */{size}"}
+        )
+    return start, end
+
+
+async def _body(tree: Tree, found: StoredObject, start: int, end: int) -> AsyncIterator[bytes]:
+    # opened here and not before: a response that is never sent leaves no open file
+    file = await run_in_threadpool(found.path.open, "rb")
+    try:
+        file.seek(start)
+        left = end - start
+        while left > 0 and (piece := await run_in_threadpool(file.read, min(left, PIECE_BYTES))):
+            left -= len(piece)
+            yield piece
+            tree.count(found.key, "sent", len(piece))
+    finally:
+        file.close()

@@ -1,0 +1,84 @@
+"""What workers call: jobs, their states, and where their files come from and go to (PROTOCOL.md, "Endpoints")."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, HTTPException, Query, Request
+
+from mock_api.auth import Worker
+from mock_api.context import Context, Parts
+from mock_api.models import FileAnswer, FileKind, Offer, State
+from mock_api.storage import Asker, Folder, StorageError
+
+router = APIRouter()
+
+
+@router.get("/jobs")
+def pull(parts: Parts, caller: Worker, request: Request, offer: Annotated[Offer, Query()]) -> dict[int, Any]:
+    """Jobs that fit the offer. They are the caller's from now on, without acknowledgement (S1)."""
+    return parts.store.pull(offer, caller.name, asked=request.url.query)
+
+
+@router.get("/jobs/{job_id}/status")
+def get_status(parts: Parts, caller: Worker, job_id: int) -> State:
+    """The job's state, to any worker; 404 when the job is gone."""
+    state = parts.store.state(job_id, caller.name)
+    if state is None:
+        raise HTTPException(404, "Job not found")
+    return state
+
+
+@router.put("/jobs/{job_id}/status", status_code=204)
+def put_status(parts: Parts, caller: Worker, job_id: int, status: State, runtime_details: str = "") -> None:
+    """A worker's word on a job: heartbeat, progress, end or release. 404: stop this job (S5 to S7, S10)."""
+    code = parts.store.update(job_id, caller.name, status, runtime_details)
+    if code == 404:
+        raise HTTPException(404, "Job not found")
+    if code == 500:
+        raise HTTPException(500, "Internal Server Error")
+
+
+@router.get("/files/{file_id:path}/url")
+def download_url(parts: Parts, caller: Worker, request: Request, file_id: str) -> FileAnswer:
+    """How to fetch an input. That an object's name starts like it is all that is checked (S14)."""
+    answer = parts.storage.download(file_id, _asker(parts, request))
+    code = 404 if answer is None else 200
+    parts.store.note("sign_download", account=caller.name, code=code, note=file_id)
+    if answer is None:
+        raise HTTPException(404, "File not found")
+    return _nested(parts, request, answer)
+
+
+@router.post("/jobs/{job_id}/files/url", status_code=201)
+def upload_url(
+    parts: Parts,
+    caller: Worker,
+    request: Request,
+    job_id: int,
+    kind: Annotated[FileKind, Query(alias="type")],
+    base_path: str = "",
+    filename: str | None = None,
+) -> FileAnswer:
+    """How to send outputs. 500 when the job is no longer the caller's (S8)."""
+    held = parts.store.holds(job_id, caller.name)
+    note = "/".join(filter(None, [kind, base_path, filename]))
+    parts.store.note("sign_upload", job_id=job_id, account=caller.name, code=201 if held else 500, note=note)
+    if not held:
+        raise HTTPException(500, "Internal Server Error")
+    if filename is not None and (not filename or filename in (".", "..") or "/" in filename):
+        raise StorageError(400, "InvalidArgument", "filename must be one path component")
+    one_object = filename if parts.settings.upload_method == "put" else None  # deployed servers ignore the file name
+    answer = parts.storage.upload(Folder(job_id, kind, base_path), one_object, _asker(parts, request))
+    return _nested(parts, request, answer)
+
+
+def _asker(parts: Context, request: Request) -> Asker:
+    api = (parts.settings.public_url or str(request.base_url)).rstrip("/")
+    storage = (parts.settings.storage_url or api).rstrip("/")
+    return Asker(api, storage, request.headers["authorization"])
+
+
+def _nested(parts: Context, request: Request, answer: FileAnswer) -> FileAnswer:
+    """The answer, with headers nested as the deployed schema allows (S15), where that is switched on."""
+    if not (parts.settings.nested_headers or getattr(request.state, "nested_headers", False)):
+        return answer
+    return answer.model_copy(update={"headers": {**answer.headers, "x-nested": {"a": "b", "c": ["d"]}}})
