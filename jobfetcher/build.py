@@ -9,21 +9,25 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import PurePosixPath
 
-from jobfetcher.core.machine import Inventory
+from pydantic import ValidationError
+
+from jobfetcher.core.errors import SourceUnavailable
+from jobfetcher.core.job import Job
+from jobfetcher.core.machine import Inventory, Share
 from jobfetcher.core.ports import Emit
+from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.core.urls import UrlPolicy
 from jobfetcher.engine.api import DEFAULT_URL
 from jobfetcher.engine.docker import DockerEngine
 from jobfetcher.engine.host_path import check_host_path, find_host_path
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
-from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_run_spec
+from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_run_spec, dropped_env
 from jobfetcher.journal import Journal
 from jobfetcher.resources import detect
 from jobfetcher.resources.budget import Budget, auto_slots
-from jobfetcher.runner import Rules, Runner
+from jobfetcher.runner import BuildSpec, Rules, Runner
 from jobfetcher.settings import Settings
 from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
 from jobfetcher.sources.worker_api.client import Client, failure
@@ -56,7 +60,12 @@ def make_auth(settings: Settings, client: Client) -> Auth:
         reply = client.send("GET", f"{client.base_url}/access_info")
         if reply.status != 200:
             raise failure(reply, "the question where to sign in (/access_info; is API_URL right?)")
-        return CognitoPool.model_validate(_member(reply.json(), "cognito"))
+        try:
+            return CognitoPool.model_validate(_member(reply.json(), "cognito"))
+        except ValidationError:
+            raise SourceUnavailable(
+                f"{client.base_url}/access_info does not say where to sign in; is API_URL the address of a worker API?"
+            ) from None
 
     def post(url: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
         reply = client.send("POST", url, (), headers, body)
@@ -102,6 +111,21 @@ def make_box(settings: Settings) -> BoxPolicy:
         user=settings.job_user,
         read_only=settings.job_read_only,
     )
+
+
+def make_build_spec(settings: Settings, instance: str, emit: Emit) -> BuildSpec:
+    """What a job gets, by the owner's policy; says which of its environment variables are not passed on."""
+    policy = make_box(settings)
+
+    def build_spec(job: Job, share: Share, *, image: Image, files_host_path: str) -> RunSpec:
+        dropped = ", ".join(dropped_env(job.env))
+        if dropped:
+            emit("env_dropped", level="warning", job=job.id, message=f"not passed on to the job: {dropped}")
+        return build_run_spec(
+            job, share, image=image, files_host_path=files_host_path, attempt=1, instance=instance, policy=policy
+        )
+
+    return build_spec
 
 
 def make_budget(settings: Settings, inventory: Inventory) -> Budget:
@@ -152,7 +176,7 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             journal=journal,
             transfer=transfer,
             engine=engine,
-            build_spec=partial(build_run_spec, attempt=1, instance=engine.instance, policy=make_box(settings)),
+            build_spec=make_build_spec(settings, engine.instance, emit),
             rules=Rules(
                 beat_interval_s=settings.timeout_status,
                 stop_grace_s=settings.stop_grace,

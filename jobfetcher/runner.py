@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Protocol, TypeVar
 
@@ -47,7 +48,7 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Share
 from jobfetcher.core.phases import Phase
-from jobfetcher.core.ports import Container, Emit, Engine, Lease, Transfer
+from jobfetcher.core.ports import Container, Emit, Engine, Lease, Standing, Transfer
 from jobfetcher.core.run import Ending, Exit, Image, Outcome, RunSpec
 from jobfetcher.core.text import clean
 from jobfetcher.heartbeat import Pulse, beating
@@ -115,6 +116,7 @@ class Runner:
         self._emit = emit
         self._clock = clock
         self._sleep = sleep
+        self._undelivered: frozenset[JobId] = frozenset()
 
     def run(self, lease: Lease, job: Job, hold: Reservation, halt: Halt) -> Outcome:
         """Run a claimed job to its end. Never raises for what a job, a server or this machine does wrong.
@@ -163,7 +165,7 @@ class Runner:
             try:
                 self._journal.started(job.id, container.id)
                 pulse.enter(Phase.RUNNING)
-                exit, timed_out = self._wait(container, halt)
+                exit, timed_out = self._wait(job.id, container, halt)
                 self._journal.exited(job.id, exit)
                 hold.release()
                 halt.check()
@@ -177,7 +179,7 @@ class Runner:
         if os.geteuid() != 0:
             self._quietly(job.id, lambda: self._engine.own(image.id, files_host_path))
         record = provenance(job, image=image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
-        (workspace.logs / "provenance.json").write_text(record)
+        (workspace.logs / "provenance.json").write_text(record, encoding="utf-8")
         with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {exit.code}"):
             sent = staging.stage_out(
                 job,
@@ -216,23 +218,28 @@ class Runner:
 
         False leaves the record in the journal, which is the outbox: call again later.
         """
+        standing = Standing.KEEP
         try:
             match outcome.ending:
                 case Ending.WORKER_FAILED if not self._rules.worker_fault_is_error:
-                    lease.release(outcome.message)
+                    standing = lease.release(outcome.message)
                 case Ending.FINISHED | Ending.JOB_FAILED | Ending.WORKER_FAILED:
-                    lease.settle(outcome)
+                    standing = lease.settle(outcome)
                 case Ending.DROPPED:
                     pass  # never speak of it again
         except SourceError as error:
             waiting = isinstance(error, SourceUnavailable) and error.retry_after_s is not None
+            told, self._undelivered = self._undelivered, self._undelivered | {lease.job_id}
             self._emit(
                 "settle_failed",
-                level="debug" if waiting else "warning",
+                level="debug" if waiting or lease.job_id in told else "warning",  # once, not per try (FAULTS.md J10)
                 job=lease.job_id,
                 message=f"the end ({outcome.ending.value}) is not delivered yet: {error}",
             )
             return False
+        self._undelivered -= {lease.job_id}
+        if standing is not Standing.KEEP:
+            outcome = Outcome(Ending.DROPPED, None, f"taken back by the server ({standing.value}) as it ended")
         self._leave(lease.job_id, self._base.job(lease.job_id))
         expected = outcome.ending in {Ending.FINISHED, Ending.DROPPED} or outcome.reason is WorkerReason.SHUTDOWN
         self._emit(
@@ -253,12 +260,13 @@ class Runner:
         self._quietly(job_id, workspace.remove)
         self._quietly(job_id, lambda: self._journal.forget(job_id))
 
-    def _wait(self, container: Container, halt: Halt) -> tuple[Exit, bool]:
+    def _wait(self, job_id: JobId, container: Container, halt: Halt) -> tuple[Exit, bool]:
         """How the container ended, and whether it was for its time limit. A halt stops it, which ends the wait."""
         limit = self._rules.max_runtime_s
         ends_at = None if limit is None else self._clock() + limit
         timed_out = False
-        with _stopping_on(halt, container, self._rules.stop_grace_s):
+        stop = partial(self._quietly, job_id, partial(container.stop, self._rules.stop_grace_s))
+        with _stopping_on(halt, stop):
             while True:
                 left = _WAIT_S if ends_at is None or timed_out else max(0.0, min(_WAIT_S, ends_at - self._clock()))
                 exit = container.wait(left)
@@ -267,6 +275,23 @@ class Runner:
                 if ends_at is not None and not timed_out and self._clock() >= ends_at:
                     timed_out = True
                     container.stop(self._rules.stop_grace_s)
+
+    @contextmanager
+    def _stopping_on(self, halt: Halt, container: Container) -> Iterator[None]:
+        """While inside, a halt stops the container. In a thread of its own, because stopping takes up to the grace
+        time, and whoever sets the halt (a heartbeat, the way out with many jobs) must not wait for it."""
+
+        def stop() -> None:
+            try:
+                container.stop(self._rules.stop_grace_s)
+            except WorkerFault as error:
+                self._emit("stop_failed", level="error", message=f"a container could not be stopped: {error}")
+
+        stopper = threading.Thread(target=stop, name="stop-container")
+        with halt.waking(stopper.start):
+            yield
+        if stopper.ident is not None:
+            stopper.join()
 
     def _fault_of(
         self, exit: Exit, timed_out: bool, container: Container, share: Share
@@ -362,17 +387,6 @@ class Runner:
                 self._emit("progress", job=job_id, step="pull", done=done, total=total or None)
 
         return pulled
-
-
-@contextmanager
-def _stopping_on(halt: Halt, container: Container, grace_s: float) -> Iterator[None]:
-    """While inside, a halt stops the container. In a thread of its own: stopping takes up to `grace_s`, and whoever
-    sets the halt (a heartbeat, the signal path with many jobs) must not wait for it."""
-    stopper = threading.Thread(target=container.stop, args=(grace_s,), name="stop-container")
-    with halt.waking(stopper.start):
-        yield
-    if stopper.ident is not None:
-        stopper.join()
 
 
 def _files(count: int) -> str:

@@ -1,0 +1,497 @@
+"""The Docker engine behind `core.ports.Engine`.
+
+Named by `build.py` only. Promises: create and start are safe to repeat, for a container is found again by its name and
+labels (FAULTS.md J2, A3); a container's end is noticed at once, in the engine's own wait call; an exit that happened
+while the engine was away is not vouched for (E1); nothing that is not ours, by name and label, is ever touched (E10).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import requests
+from docker.errors import APIError, NotFound
+
+from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.job import JobId
+from jobfetcher.core.ports import Emit, PullProgress
+from jobfetcher.core.run import Exit, Image, RunSpec
+from jobfetcher.core.text import clean
+from jobfetcher.engine.api import DEFAULT_URL, EngineApi, Unreachable, timed_out, words
+from jobfetcher.engine.box import box, chown_box
+from jobfetcher.engine.images import ImagePolicy, Images
+from jobfetcher.engine.run_spec import LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK
+
+#: How often create and start are tried when the engine's answer is lost, and the pauses between, in seconds.
+_PAUSES_S = (0.5, 1.0, 2.0)
+
+#: Longest pause while waiting for an engine that went away, in seconds (FAULTS.md E1).
+_RECONNECT_PAUSE_S = 15.0
+
+#: FinishedAt must be this much before the engine went away for an exit code to be trusted, in seconds (FAULTS.md E1).
+_GENUINE_MARGIN_S = 1.0
+
+#: How long giving back the files of one job may take, in seconds: generous, since a job may leave a million.
+_OWN_TIMEOUT_S = 600.0
+
+#: Most that `last_lines` keeps of what a container printed, in bytes.
+_LAST_BYTES = 64 * 1024
+
+T = TypeVar("T")
+
+_ICC = "com.docker.network.bridge.enable_icc"
+
+#: docker-init (tini) starts the job's program; when it cannot, it prints one line and exits 126, 127 or 1.
+_INIT_FAILED = re.compile(r"\[FATAL tini \(\d+\)\] exec (?P<program>.*) failed: (?P<why>.*)")
+_RUNC_FAILED = re.compile(r'exec: "(?P<program>[^"]*)": (?P<why>.*?)(?:: unknown)?$')
+
+#: What engines say when a container cannot be created or started, in the order in which they are looked for.
+_SAYINGS: tuple[tuple[re.Pattern[str], JobReason | WorkerReason, str], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), reason, sentence)
+    for pattern, reason, sentence in (
+        (r"bind source path does not exist", WorkerReason.DISK, "the engine does not see the job's directory"),
+        (r"no space left on device", WorkerReason.DISK, "the engine's disk is full"),
+        (
+            r"could not select device driver|nvidia|unknown device|cdi device",
+            WorkerReason.GPU,
+            "the GPU cannot be given",
+        ),
+        (
+            r"unable to find user|unable to find group|no matching entries",
+            JobReason.CANNOT_START,
+            "its user is unknown",
+        ),
+        (r"no command specified", JobReason.CANNOT_START, "neither the job nor the image says what to run"),
+        (r"cannot mkdir|chdir to cwd", JobReason.CANNOT_START, "the image's working directory is unusable"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself. Memory in MiB; the engine may have less than this machine (a virtual machine)."""
+
+    name: str
+    version: str
+    api_version: str
+    architecture: str
+    cgroup_version: str
+    cpu_cores: int
+    memory_mib: int
+    runtimes: tuple[str, ...]
+    root_dir: str
+
+
+class DockerEngine:
+    """One engine, seen by one worker (`instance`). Thread-safe. Connects on first use.
+
+    `reconnect_s`: how long a running job waits for an engine that went away before its worker is declared at fault.
+    """
+
+    def __init__(
+        self,
+        instance: str,
+        *,
+        url: str = DEFAULT_URL,
+        images: ImagePolicy | None = None,
+        emit: Emit = lambda *_, **__: None,
+        reconnect_s: float = 300.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.api = EngineApi(url)
+        self.instance = instance
+        self.reconnect_s = reconnect_s
+        self._images = Images(self.api, images or ImagePolicy(), emit)
+        self.sleep = sleep
+        self._network_lock = threading.Lock()
+        self._helpers: set[str] = set()
+
+    def check(self) -> None:
+        """Raise ConfigError or WorkerFault unless an engine answers here that can run jobs."""
+        self.api.check()
+
+    def describe(self) -> EngineInfo:
+        """What the engine is. Raises WorkerFault when it does not answer."""
+        with self.api.calling("describe itself") as client:
+            version, info = client.version(), client.info()
+        platform = version.get("Platform") or {}
+        return EngineInfo(
+            name=str(platform.get("Name") or "Docker Engine"),
+            version=str(version["Version"]),
+            api_version=str(version["ApiVersion"]),
+            architecture=str(version["Arch"]),
+            cgroup_version=str(info.get("CgroupVersion", "1")),
+            cpu_cores=int(info["NCPU"]),
+            memory_mib=int(info["MemTotal"]) // (1024 * 1024),
+            runtimes=tuple(sorted(info.get("Runtimes") or ())),
+            root_dir=str(info.get("DockerRootDir", "")),
+        )
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self.api.close()
+
+    def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
+        return self._images.prepare(reference, halt, progress)
+
+    def start(self, spec: RunSpec) -> DockerContainer:
+        """See `Engine.start`. Raises JobFault(CANNOT_START), WorkerFault(GPU, DISK or ENGINE); then nothing is left.
+
+        A program that the image does not have is found by docker-init, after the start: see `DockerContainer.wait`.
+        """
+        config = box(spec, self._network_mode(spec.network))
+        container = self._persist(lambda: self._create(spec, config))
+        try:
+            self._persist(lambda: self._start(container))
+        except Unreachable:
+            raise  # whether it runs is unknown: it stays, to be found by its labels
+        except (JobFault, WorkerFault):
+            with contextlib.suppress(WorkerFault):
+                container.remove()
+            raise
+        return container
+
+    def find(self, job_id: JobId) -> DockerContainer | None:
+        """See `Engine.find`. Of several attempts, the newest."""
+        ours = self._ours(job_id)
+        newest = max(ours, key=lambda summary: int(summary["Created"]), default=None)
+        return DockerContainer(self, str(newest["Id"])) if newest else None
+
+    def reap(self, known: frozenset[JobId]) -> list[str]:
+        removed = []
+        for summary in self._ours():
+            name = _name(summary)
+            if (summary.get("Labels") or {}).get(LABEL_JOB) not in known and name not in self._helpers:
+                DockerContainer(self, str(summary["Id"])).remove()
+                removed.append(name)
+        return removed
+
+    def own(self, image_id: str, host_path: str) -> None:
+        """See `Engine.own`. Raises WorkerFault(DISK) naming the directory that is left, WorkerFault(ENGINE)."""
+
+        def left(why: str) -> WorkerFault:
+            return WorkerFault(WorkerReason.DISK, f"{host_path} has files of other users that are left behind: {why}")
+
+        name = f"jobfetcher-{self.instance}-own-{uuid.uuid4().hex[:12]}"
+        config = chown_box(image_id, host_path, f"{os.getuid()}:{os.getgid()}", {LABEL_INSTANCE: self.instance})
+        self._helpers.add(name)
+        try:
+            with self.api.calling("create a helper"):
+                try:
+                    helper = DockerContainer(self, self.api.create(config, name))
+                except APIError as error:
+                    raise left(clean(words(error), 300)) from error
+            try:
+                self._start(helper)
+                end = helper.wait(_OWN_TIMEOUT_S)
+                if end is None or end.code != 0:
+                    raise left("chown did not end in time" if end is None else clean(helper.last_lines(3), 300))
+            except JobFault as fault:  # the image has no chown; or somebody removed the helper
+                raise left(str(fault)) from fault
+            finally:
+                helper.remove()
+        finally:
+            self._helpers.discard(name)
+
+    def _persist(self, call: Callable[[], T]) -> T:
+        """Repeat a call that is safe to repeat, while the engine's answer is lost."""
+        for pause in _PAUSES_S:
+            try:
+                return call()
+            except Unreachable as fault:
+                if fault.setup:
+                    raise
+            self.sleep(pause)
+        return call()
+
+    def _create(self, spec: RunSpec, config: dict[str, Any]) -> DockerContainer:
+        with self.api.calling("create a container"):
+            try:
+                return DockerContainer(self, self.api.create(config, spec.name))
+            except APIError as error:
+                if error.status_code != 409:
+                    raise _start_fault(words(error)) from error
+        return self._adopt(spec)
+
+    def _adopt(self, spec: RunSpec) -> DockerContainer:
+        """The container that has our name already: an earlier create whose answer was lost, or a stranger."""
+        found = self.api.inspect(spec.name)
+        if found is None or found["State"]["Status"] in {"removing", "dead"}:
+            raise WorkerFault(WorkerReason.ENGINE, f"a container named {spec.name} is just being removed")
+        labels = found["Config"].get("Labels") or {}
+        if any(labels.get(name) != value for name, value in spec.labels.items()):
+            raise WorkerFault(
+                WorkerReason.ENGINE, f"a container named {spec.name} exists and is not ours; remove or rename it"
+            )
+        return DockerContainer(self, str(found["Id"]))
+
+    def _start(self, container: DockerContainer) -> None:
+        """Start it unless it was started before: one that has run to its end must not run again."""
+        found = self.api.inspect(container.id)
+        if found is None:
+            raise _removed()
+        if found["State"]["Status"] != "created":
+            return
+        with self.api.calling("start a container") as client:
+            try:
+                client.start(container.id)
+            except APIError as error:
+                raise _start_fault(words(error)) from error
+
+    def _ours(self, job_id: JobId | None = None) -> list[Mapping[str, Any]]:
+        """This worker's containers. A label may come from an image (LABEL), so the name must be ours as well."""
+        labels = [f"{LABEL_INSTANCE}={self.instance}"] + ([f"{LABEL_JOB}={job_id}"] if job_id else [])
+        with self.api.calling("list containers") as client:
+            found = client.containers(all=True, filters={"label": labels})
+        return [summary for summary in found if _name(summary).startswith(f"jobfetcher-{self.instance}-")]
+
+    def _network_mode(self, network: str | None) -> str:
+        if network is None:
+            return "none"
+        return self._own_network() if network == OWN_NETWORK else network
+
+    def _own_network(self) -> str:
+        """The id of the bridge network for jobs, made when there is none. Containers on it do not see each other.
+
+        By id, because two workers that make it at the same moment may make two of that name; both take the older one.
+        """
+        with self._network_lock, self.api.calling("make the network for jobs") as client:
+
+            def find() -> list[Mapping[str, Any]]:
+                return [network for network in client.networks(names=[OWN_NETWORK]) if network["Name"] == OWN_NETWORK]
+
+            if not (found := find()):
+                try:
+                    client.create_network(OWN_NETWORK, "bridge", options={_ICC: "false"}, check_duplicate=True)
+                except APIError as error:
+                    if error.status_code != 409:  # another worker was faster
+                        raise
+                found = find()
+            oldest = min(found, key=lambda network: (network["Created"], network["Id"]), default=None)
+        if oldest is None or (oldest.get("Options") or {}).get(_ICC) != "false":
+            raise WorkerFault(
+                WorkerReason.ENGINE,
+                f"the network {OWN_NETWORK} lets containers see each other; remove it "
+                f"(docker network rm {OWN_NETWORK}), and the worker makes its own",
+            )
+        return str(oldest["Id"])
+
+
+class _Break(NamedTuple):
+    """When the engine went away: on the wall clock, as the engine tells time, and on the monotonic one."""
+
+    wall: float
+    since: float
+
+
+class DockerContainer:
+    """One container of ours. `wait` is for one thread; the rest is safe from any."""
+
+    def __init__(self, engine: DockerEngine, container_id: str) -> None:
+        self._engine = engine
+        self._api = engine.api
+        self._id = container_id
+        self._broken: _Break | None = None
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    def wait(self, timeout_s: float) -> Exit | None:
+        """See `Container.wait`. While the engine is away it is tried again, for `reconnect_s` over all calls in a row.
+
+        `Exit.error` says so where the program was never run, because the image does not have it.
+        """
+        deadline = time.monotonic() + timeout_s
+        pause = 1.0
+        while True:
+            try:
+                end = self._wait(max(deadline - time.monotonic(), 0.01))
+                if end or time.monotonic() >= deadline:
+                    return end
+                continue
+            except Unreachable:
+                self._broken = self._broken or _Break(time.time(), time.monotonic())
+                now = time.monotonic()
+                if now - self._broken.since > self._engine.reconnect_s:
+                    raise
+                if now >= deadline:
+                    return None
+            self._engine.sleep(min(pause, max(deadline - time.monotonic(), 0)))
+            pause = min(pause * 2, _RECONNECT_PAUSE_S)
+
+    def _wait(self, timeout_s: float) -> Exit | None:
+        if self._broken and self._inspect()["State"]["Running"]:
+            self._broken = None  # it outlived the engine's absence: its end will be seen
+        with self._api.calling("wait for a container"):
+            try:
+                self._api.ask("POST", f"/containers/{self._id}/wait", timeout_s=timeout_s).json()
+            except NotFound:
+                raise _removed() from None
+            except requests.RequestException as error:
+                if timed_out(error):
+                    return None
+                raise
+        state = self._inspect()["State"]
+        return None if state["Running"] else self._exit(state)  # running: somebody restarted it meanwhile
+
+    def _exit(self, state: Mapping[str, Any]) -> Exit:
+        if state["Status"] == "removing":
+            raise _removed()
+        code, finished = int(state["ExitCode"]), str(state["FinishedAt"])
+        genuine = self._broken is None or _seconds(finished) < self._broken.wall - _GENUINE_MARGIN_S
+        if state["Status"] == "created":  # never started: the 0 that the engine gives it means nothing
+            genuine = False
+        return Exit(
+            code=code,
+            oom_killed=bool(state.get("OOMKilled")),
+            genuine=genuine,
+            started_at=str(state["StartedAt"]),
+            finished_at=finished,
+            error=clean(str(state.get("Error") or ""), 300) or self._init_error(code),
+        )
+
+    def _init_error(self, code: int) -> str:
+        if code not in {1, 126, 127}:
+            return ""
+        with contextlib.suppress(WorkerFault):
+            failed = _INIT_FAILED.match(self.last_lines(1))
+            return _cannot_run(failed["program"], failed["why"]) if failed else ""
+        return ""
+
+    def stop(self, grace_s: float) -> None:
+        """See `Container.stop`. Raises WorkerFault(ENGINE) when it could not be killed."""
+        with self._api.calling("stop a container") as client:
+            try:
+                # It answers when the container has ended: after the grace and a KILL. Not running: nothing is done.
+                self._api.ask(
+                    "POST",
+                    f"/containers/{self._id}/stop",
+                    timeout_s=grace_s + client.timeout,
+                    t=str(math.ceil(grace_s)),
+                )
+            except NotFound:
+                return
+
+    def save_logs(self, path: Path) -> None:
+        """See `Container.save_logs`. Gone: an empty file. Raises WorkerFault(ENGINE or DISK)."""
+        try:
+            with path.open("wb") as file:
+                for piece in self._printed("all"):
+                    file.write(piece)
+        except OSError as error:
+            raise WorkerFault(WorkerReason.DISK, f"the job's log cannot be written: {error}") from error
+
+    def last_lines(self, count: int) -> str:
+        """See `Container.last_lines`. Gone: nothing."""
+        kept: deque[bytes] = deque()
+        size = 0
+        for piece in self._printed(str(count)):
+            kept.append(piece)
+            size += len(piece)
+            while size - len(kept[0]) >= _LAST_BYTES:
+                size -= len(kept.popleft())
+        text = b"".join(kept)[-_LAST_BYTES:].decode(errors="replace")
+        return "\n".join(text.splitlines()[-count:])
+
+    def remove(self) -> None:
+        with self._api.calling("remove a container") as client:
+            try:
+                client.remove_container(self._id, v=True, force=True)
+            except NotFound:
+                return
+            except APIError as error:
+                if error.status_code != 409:
+                    raise
+                with contextlib.suppress(NotFound):  # somebody else is removing it: see it gone
+                    client.wait(self._id, condition="removed", timeout=client.timeout)
+
+    def _inspect(self) -> Mapping[str, Any]:
+        found = self._api.inspect(self._id)
+        if found is None:
+            raise _removed()
+        return found
+
+    def _printed(self, tail: str) -> Iterator[bytes]:
+        """What it printed, stdout and stderr in order, piece by piece."""
+        with self._api.calling("read a container's log") as client:
+            try:
+                answer = self._api.ask(
+                    "GET",
+                    f"/containers/{self._id}/logs",
+                    timeout_s=client.timeout,
+                    stream=True,
+                    stdout="1",
+                    stderr="1",
+                    tail=tail,
+                )
+            except NotFound:
+                return
+            with answer:
+                yield from _payloads(answer.iter_content(64 * 1024))
+
+
+def _payloads(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The contents of the frames of a log: a header of 8 bytes (the last 4 the length, big-endian), then so many."""
+    header, left = b"", 0
+    for chunk in chunks:
+        at = 0
+        while at < len(chunk):
+            if left == 0:
+                piece = chunk[at : at + 8 - len(header)]
+                header += piece
+                if len(header) == 8:
+                    header, left = b"", int.from_bytes(header[4:], "big")
+            else:
+                piece = chunk[at : at + left]
+                left -= len(piece)
+                yield piece
+            at += len(piece)
+
+
+def _start_fault(said: str) -> JobFault | WorkerFault:
+    """What a failed create or start means. What nobody here has seen before is the engine's trouble, not the job's."""
+    if failed := _RUNC_FAILED.search(said):
+        return JobFault(JobReason.CANNOT_START, _cannot_run(failed["program"], failed["why"]))
+    for pattern, reason, sentence in _SAYINGS:
+        if pattern.search(said):
+            message = f"the container cannot start, {sentence}: {clean(said, 300)}"
+            return JobFault(reason, message) if isinstance(reason, JobReason) else WorkerFault(reason, message)
+    return WorkerFault(WorkerReason.ENGINE, f"the container engine could not start a container: {clean(said, 300)}")
+
+
+def _cannot_run(program: str, why: str) -> str:
+    """One sentence for a program that could not be run. `why` is errno's text, or runc's."""
+    program, why = clean(program, 200), clean(why, 200).lower()
+    if "permission denied" in why:
+        return f"{program} in the image is not a program that may be run"
+    if "exec format error" in why:
+        return f"{program} in the image is not made for this machine (exec format error)"
+    if "no such file" in why or "not found" in why:
+        return f"the image has no {program}"
+    return f"{program} in the image cannot be run: {why}"
+
+
+def _removed() -> JobFault:
+    return JobFault(JobReason.REMOVED_OUTSIDE, "container removed from outside")
+
+
+def _name(summary: Mapping[str, Any]) -> str:
+    return str((summary.get("Names") or ["/"])[0]).removeprefix("/")
+
+
+def _seconds(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp).timestamp()

@@ -1,0 +1,310 @@
+"""Images: is it allowed, is it here, bring it, does it fit this machine.
+
+Used by `docker` for `Engine.prepare`. Promises: what is returned was checked, and is named by its id, so no tag can
+move between the check and the run (FAULTS.md T14); a pull has no total limit, but ends when nothing moves for a while
+or when the job must end; a missing or denied image fails at once (E6), a registry out of reach is tried again (E7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any
+from urllib.parse import urlencode
+
+from docker import auth
+from docker.errors import DockerException, NotFound
+
+from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.ports import Emit, PullProgress
+from jobfetcher.core.run import Image
+from jobfetcher.core.text import clean
+from jobfetcher.engine.api import EngineApi
+from jobfetcher.engine.references import Reference, allowed, parse_reference
+
+#: Longest line of progress that is read, in bytes: one is a small JSON object.
+_LINE_MAX = 1024 * 1024
+
+#: Longest pause between two tries at a registry, in seconds (FAULTS.md J8).
+_PAUSE_MAX_S = 60.0
+
+#: What an engine of one architecture also runs.
+_ALSO_RUNS = {"amd64": {"386"}, "arm64": {"arm"}}
+
+#: What engines and registries say, in the order in which they are looked for. Docker Hub has the same words for a
+#: missing repository and a private one ("pull access denied, repository does not exist or may require 'docker login'").
+_SAYINGS: tuple[tuple[re.Pattern[str], JobReason | WorkerReason, str], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), reason, sentence)
+    for pattern, reason, sentence in (
+        (r"no space left on device", WorkerReason.DISK, "the engine's disk is full while pulling {image}"),
+        (r"no matching manifest for", JobReason.IMAGE_ARCHITECTURE, "image {image} is not made for this machine"),
+        (r"toomanyrequests|too many requests", WorkerReason.REGISTRY, "the registry of {image} asks to come later"),
+        (
+            r"(?<!permission )denied|forbidden|unauthorized|authentication required|no basic auth credentials",
+            JobReason.IMAGE_DENIED,
+            "the registry does not give image {image} to this worker, or does not have it",
+        ),
+        (
+            r"manifest unknown|name unknown|(?:manifest for|repository) .* not found|404 page not found|: not found",
+            JobReason.IMAGE_MISSING,
+            "the registry does not have image {image}",
+        ),
+    )
+)
+
+
+class PullPolicy(StrEnum):
+    """When the registry is asked. An image named by digest is never asked for twice: it cannot change."""
+
+    ALWAYS = "always"
+    IF_NOT_PRESENT = "if-not-present"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePolicy:
+    """What the machine's owner says about images.
+
+    `allowed`: globs on the normalised reference (see `references.allowed`); none: every image. `inactivity_s`: a pull
+    during which nothing is heard for so long is cut. `registry_budget_s`: how long a registry out of reach is tried.
+    `docker_config`: the file with credentials; None: where `docker login` puts it.
+    """
+
+    allowed: tuple[str, ...] = ()
+    pull: PullPolicy = PullPolicy.ALWAYS
+    inactivity_s: float = 300.0
+    registry_budget_s: float = 1800.0
+    docker_config: str | None = None
+
+
+class Images:
+    """The images of one engine. Thread-safe; the same image is prepared by one thread at a time.
+
+    `emit` hears `image.retry` (once per pull) and `image.cached` (a cached image is used, the registry being away).
+    """
+
+    def __init__(
+        self, api: EngineApi, policy: ImagePolicy, emit: Emit, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._api = api
+        self._policy = policy
+        self._emit = emit
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._busy: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
+
+    def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
+        """The image on this machine, checked. See `Engine.prepare` for the errors.
+
+        With `always`, a cached image is used only when the registry is out of reach, not when it says that it does not
+        have the image: then the tag was taken away, and running it would be wrong.
+        """
+        halt.check()
+        wanted = self._parse(reference)
+        with self._alone(str(wanted), halt):
+            cached = self._find(wanted)
+            found = self._refresh(wanted, cached, halt, progress) if self._asks(wanted, cached is not None) else cached
+            if found is None:
+                raise JobFault(JobReason.IMAGE_MISSING, f"image {wanted} is not on this machine, and PULL_POLICY=never")
+            return self._check(wanted, found)
+
+    def _asks(self, wanted: Reference, here: bool) -> bool:
+        """Whether the registry is asked."""
+        match self._policy.pull:
+            case PullPolicy.ALWAYS:
+                return not here or wanted.digest is None
+            case PullPolicy.IF_NOT_PRESENT:
+                return not here
+            case PullPolicy.NEVER:
+                return False
+
+    def _parse(self, reference: str) -> Reference:
+        try:
+            wanted = parse_reference(reference)
+        except ValueError as error:
+            raise JobFault(
+                JobReason.IMAGE_MISSING, f"{clean(reference, 200)!r} is not an image reference: {error}"
+            ) from None
+        if self._policy.allowed and not allowed(wanted, self._policy.allowed):
+            raise JobFault(
+                JobReason.IMAGE_NOT_ALLOWED, f"image {wanted} is not among the ALLOWED_IMAGES of this worker"
+            )
+        return wanted
+
+    @contextlib.contextmanager
+    def _alone(self, key: str, halt: Halt) -> Iterator[None]:
+        with self._lock:
+            lock = self._busy.setdefault(key, threading.Lock())
+        while not lock.acquire(timeout=0.5):  # another job pulls it; look up twice a second whether this one must end
+            halt.check()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _find(self, wanted: Reference) -> Mapping[str, Any] | None:
+        with self._api.calling("inspect an image"):
+            try:
+                found: Mapping[str, Any] = self._api.ask("GET", f"/images/{wanted}/json").json()
+            except NotFound:
+                return None
+            return found
+
+    def _found(self, wanted: Reference) -> Mapping[str, Any]:
+        found = self._find(wanted)
+        if found is None:
+            raise WorkerFault(WorkerReason.ENGINE, f"image {wanted} was pulled, but is not on this machine any more")
+        return found
+
+    def _check(self, wanted: Reference, found: Mapping[str, Any]) -> Image:
+        with self._api.calling("say its architecture") as client:
+            ours = str(client.version()["Arch"])
+        # An image that does not say what it is for is an old import, made on this machine.
+        theirs = str(found.get("Architecture") or ours)
+        if found.get("Os", "linux") != "linux":
+            theirs = f"{found['Os']}/{theirs}"
+        if theirs != ours and theirs not in _ALSO_RUNS.get(ours, ()):
+            raise JobFault(JobReason.IMAGE_ARCHITECTURE, f"image is {clean(theirs, 50)}, this worker is {ours}")
+        return Image(
+            id=str(found["Id"]),
+            reference=str(wanted),
+            digest=_digest(wanted, found),
+            architecture=theirs,
+            size_bytes=int(found.get("Size") or 0),
+        )
+
+    def _refresh(
+        self, wanted: Reference, cached: Mapping[str, Any] | None, halt: Halt, progress: PullProgress
+    ) -> Mapping[str, Any]:
+        """Pull, again while the registry is out of reach and the budget lasts; then what is cached, if anything."""
+        try:
+            self._pull(wanted, halt, progress)
+        except JobFault as fault:
+            if cached is None:
+                raise
+            raise JobFault(fault.reason, f"{fault} (PULL_POLICY=if-not-present would use the local image)") from fault
+        except WorkerFault as fault:
+            if fault.reason is not WorkerReason.REGISTRY or cached is None:
+                raise
+            self._emit("image.cached", image=str(wanted), why=str(fault))
+            return cached
+        return self._found(wanted)
+
+    def _pull(self, wanted: Reference, halt: Halt, progress: PullProgress) -> None:
+        give_up = self._clock() + self._policy.registry_budget_s
+        pause = 1.0
+        while True:
+            halt.check()
+            try:
+                return self._pull_once(wanted, halt, progress)
+            except WorkerFault as fault:
+                if fault.reason is not WorkerReason.REGISTRY or self._clock() + pause > give_up:
+                    raise
+                if pause == 1.0:
+                    self._emit("image.retry", image=str(wanted), why=str(fault))
+            halt.wait(pause)
+            pause = min(pause * 2, _PAUSE_MAX_S)
+
+    def _pull_once(self, wanted: Reference, halt: Halt, progress: PullProgress) -> None:
+        # The API takes a digest where it takes a tag.
+        query = urlencode({"fromImage": wanted.repository, "tag": wanted.digest or wanted.tag})
+        headers = {"X-Registry-Auth": self._credentials(wanted)}
+        with (
+            self._api.calling("pull an image") as client,
+            contextlib.closing(self._api.line(self._policy.inactivity_s)) as line,
+            halt.waking(partial(_hang_up, line.sock)),
+        ):
+            try:
+                line.request("POST", f"/v{client.api_version}/images/create?{query}", headers=headers)
+                with line.getresponse() as answer:
+                    if answer.status != http.client.OK:
+                        raise _fault(wanted, _message(answer.read(_LINE_MAX)))
+                    _follow(wanted, answer, progress)
+            except TimeoutError:
+                raise WorkerFault(
+                    WorkerReason.REGISTRY,
+                    f"pulling image {wanted} was cut: nothing moved for {self._policy.inactivity_s:g} s",
+                ) from None
+            except (OSError, ValueError, http.client.HTTPException):
+                halt.check()  # then it was we who hung up
+                raise
+            halt.check()
+
+    def _credentials(self, wanted: Reference) -> str:
+        """What `docker login` keeps for this registry, read afresh, as the engine wants it; none: empty credentials."""
+        try:
+            config = auth.load_config(self._policy.docker_config)
+            found = auth.resolve_authconfig(config, wanted.domain)
+        except (DockerException, ValueError, OSError) as error:
+            raise WorkerFault(
+                WorkerReason.REGISTRY, f"the docker config's credentials cannot be read: {clean(str(error), 200)}"
+            ) from error
+        return auth.encode_header(found or {}).decode()
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is closed already
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _follow(wanted: Reference, answer: http.client.HTTPResponse, progress: PullProgress) -> None:
+    """Read a pull's progress, one JSON object a line, to its end; raise what it reports as an error."""
+    layers: dict[str, tuple[int, int]] = {}
+    while line := answer.readline(_LINE_MAX):
+        if not line.strip():
+            continue
+        report = json.loads(line)
+        if "error" in report:
+            raise _fault(wanted, str(report["error"]))
+        if _note(layers, report):
+            progress(sum(done for done, _ in layers.values()), sum(total for _, total in layers.values()))
+
+
+def _note(layers: dict[str, tuple[int, int]], report: Mapping[str, Any]) -> bool:
+    """Enter one line into the bytes known of each layer; True if it changed them. Unpacking is not counted again."""
+    layer, detail = str(report.get("id", "")), report.get("progressDetail") or {}
+    match report.get("status"):
+        case "Downloading" if isinstance(detail.get("total"), int):
+            layers[layer] = (int(detail.get("current", 0)), detail["total"])
+        case "Download complete" if layer in layers:
+            layers[layer] = (layers[layer][1], layers[layer][1])
+        case _:
+            return False
+    return True
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")
+
+
+def _fault(wanted: Reference, said: str) -> JobFault | WorkerFault:
+    """What a failed pull means. What nobody here has seen before is the registry's trouble: it is tried again."""
+    for pattern, reason, sentence in _SAYINGS:
+        if pattern.search(said):
+            message = f"{sentence.format(image=wanted)}: {clean(said, 300)}"
+            return JobFault(reason, message) if isinstance(reason, JobReason) else WorkerFault(reason, message)
+    return WorkerFault(WorkerReason.REGISTRY, f"image {wanted} cannot be pulled now: {clean(said, 300)}")
+
+
+def _digest(wanted: Reference, found: Mapping[str, Any]) -> str | None:
+    """`repository@sha256:...` as the registry knows it. The engine lists one per repository, in its short spelling."""
+    for text in found.get("RepoDigests") or ():
+        with contextlib.suppress(ValueError):
+            known = parse_reference(str(text))
+            if known.repository == wanted.repository and (wanted.digest or known.digest) == known.digest:
+                return str(known)
+    return None

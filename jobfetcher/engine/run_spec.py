@@ -1,0 +1,132 @@
+"""What a job gets, decided: job + share + image + the machine owner's policy -> RunSpec. Pure.
+
+Used by `build.py` (which binds the policy) for the runner. Promises: limits, capabilities, network, runtime and user
+come from the policy and the share alone, never from the job (DESIGN.md "The job's box", FAULTS.md T11, T13).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jobfetcher.core.errors import ConfigError, JobFault, JobReason
+from jobfetcher.core.job import Job, JobId
+from jobfetcher.core.machine import Share
+from jobfetcher.core.run import Image, RunSpec
+from jobfetcher.core.text import clean
+
+LABEL_INSTANCE = "jobfetcher.instance"
+LABEL_JOB = "jobfetcher.job"
+LABEL_ATTEMPT = "jobfetcher.attempt"
+
+#: The bridge network that the engine makes for jobs, with traffic between containers off.
+OWN_NETWORK = "jobfetcher"
+
+#: What a job's root may still do, inside its box only: own, read and signal its files and processes, change user.
+#: Of Docker's default these are missing: AUDIT_WRITE, MKNOD, NET_BIND_SERVICE, NET_RAW, SETFCAP, SETPCAP, SYS_CHROOT.
+BASE_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID")
+
+#: Docker refuses less ("Minimum memory limit allowed is 6MB").
+_MIN_MEMORY_MIB = 6
+
+#: Names that say which devices a container sees, or that steer the engine's client. A job has no say in either.
+_REFUSED_ENV = ("NVIDIA_", "DOCKER_")
+
+
+@dataclass(frozen=True, slots=True)
+class BoxPolicy:
+    """What the machine's owner lets every job have. Raises ConfigError for what would open the box.
+
+    `cpu_shares`: below the engine's 1024, so that the worker wins when the processor is short. `shm_mib` None: half of
+    the job's memory, like Linux's own /dev/shm (it counts within the memory limit). `network` None: none at all.
+    `gpu_runtime`: the runtime for jobs that hold a GPU, where it differs from `runtime`.
+    """
+
+    cap_add: tuple[str, ...] = ()
+    cpu_shares: int = 512
+    shm_mib: int | None = None
+    pids_limit: int = 4096
+    network: str | None = OWN_NETWORK
+    runtime: str | None = None
+    gpu_runtime: str | None = None
+    user: str | None = None
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.network in {"", "host"} or (self.network or "").startswith("container:"):
+            raise ConfigError(
+                f"JOB_NETWORK={self.network} would put jobs into another network namespace than their own"
+            )
+        if self.pids_limit <= 0:  # the engine reads 0 and below as unlimited
+            raise ConfigError(f"a job's process limit must be above 0, not {self.pids_limit}")
+
+
+def build_run_spec(
+    job: Job,
+    share: Share,
+    *,
+    image: Image,
+    files_host_path: str,
+    attempt: int,
+    instance: str,
+    policy: BoxPolicy,
+) -> RunSpec:
+    """Everything the engine needs to run `job`. `files_host_path` is the job directory on the engine's host.
+
+    Raises JobFault(CANNOT_START) for an entry point that cannot be read.
+    """
+    memory_mib = max(share.memory_mib, _MIN_MEMORY_MIB)
+    return RunSpec(
+        job_id=job.id,
+        name=container_name(instance, job.id, attempt),
+        labels={LABEL_INSTANCE: instance, LABEL_JOB: job.id, LABEL_ATTEMPT: str(attempt)},
+        image_id=image.id,
+        command=_command(job),
+        entrypoint=_entrypoint(job),
+        env=_env(job, share),
+        files_host_path=files_host_path,
+        cpu_cores=share.cpu_cores,
+        cpu_shares=policy.cpu_shares,
+        memory_mib=memory_mib,
+        shm_mib=policy.shm_mib if policy.shm_mib is not None else memory_mib // 2,
+        pids_limit=policy.pids_limit,
+        gpu_uuids=tuple(gpu.uuid for gpu in share.gpus),
+        runtime=(policy.gpu_runtime if share.gpus else None) or policy.runtime,
+        network=policy.network,
+        user=policy.user,
+        read_only=policy.read_only,
+        cap_add=tuple(sorted({*BASE_CAPABILITIES, *policy.cap_add})),
+    )
+
+
+def container_name(instance: str, job_id: JobId, attempt: int) -> str:
+    """The name of a job's container. Deterministic, so that a lost reply can be found again (FAULTS.md J2)."""
+    return f"jobfetcher-{instance}-{job_id}-{attempt}"
+
+
+def dropped_env(env: Mapping[str, str]) -> tuple[str, ...]:
+    """Names in a job's environment that it does not get, for a warning."""
+    return tuple(sorted(name for name in env if name.startswith(_REFUSED_ENV)))
+
+
+def _command(job: Job) -> tuple[str, ...] | None:
+    return ("/bin/sh", "-c", " ".join(job.command)) if job.command else None
+
+
+def _entrypoint(job: Job) -> tuple[str, ...] | None:
+    if job.entrypoint is None:
+        return None
+    try:
+        return tuple(shlex.split(job.entrypoint))
+    except ValueError as error:  # a quote that is never closed, a backslash at the end
+        raise JobFault(
+            JobReason.CANNOT_START, f"the entry point {clean(job.entrypoint, 200)!r} cannot be read: {error}"
+        ) from None
+
+
+def _env(job: Job, share: Share) -> dict[str, str]:
+    env = {name: value for name, value in job.env.items() if not name.startswith(_REFUSED_ENV)}
+    # `void`: no device at all, even where the image asks for all of them (FAULTS.md T13).
+    env["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpu.uuid for gpu in share.gpus) or "void"
+    return env

@@ -1,0 +1,195 @@
+"""An engine in memory, for tests of what stands on `core.ports.Engine`: nothing is run, everything is scripted.
+
+It passes the same contract tests as the real one (tests/contract/test_engine.py). Its "host paths" are plain paths of
+this machine. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobfetcher.core.errors import JobFault, JobfetcherError, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.job import JobId
+from jobfetcher.core.ports import PullProgress
+from jobfetcher.core.run import Exit, Image, RunSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What one container does: calls `acts` with the job directory, prints `prints`, and ends as `exit`.
+
+    `held`: it runs until `FakeContainer.release`, `stop` or a removal. `ignores_term`: a `stop` takes its whole grace
+    and ends it with 137, where others end at once with 143. `start_error`: it does not start.
+    """
+
+    exit: Exit = field(default_factory=lambda: Exit(0))
+    prints: str = ""
+    acts: Callable[[Path], None] | None = None
+    held: bool = False
+    ignores_term: bool = False
+    start_error: JobfetcherError | None = None
+
+
+class FakeContainer:
+    """A container that runs a `Script`. Beyond `core.ports.Container`: `release` and `remove_outside`."""
+
+    def __init__(self, engine: FakeEngine, spec: RunSpec, script: Script) -> None:
+        self.spec = spec
+        self.stopped_with: list[float] = []
+        self._engine = engine
+        self._script = script
+        self._changed = threading.Condition()
+        self._exit: Exit | None = None
+        self._removed = False
+
+    @property
+    def id(self) -> str:
+        return f"fake-{self.spec.name}"
+
+    def wait(self, timeout_s: float) -> Exit | None:
+        self._engine.check()
+        with self._changed:
+            self._changed.wait_for(lambda: self._exit is not None or self._removed, timeout_s)
+            if self._removed:
+                raise JobFault(JobReason.REMOVED_OUTSIDE, "container removed from outside")
+            return self._exit
+
+    def stop(self, grace_s: float) -> None:
+        self._engine.check()
+        with self._changed:
+            if self._exit is not None or self._removed:
+                return
+            self.stopped_with.append(grace_s)
+            if self._script.ignores_term:
+                self._changed.wait_for(lambda: self._exit is not None or self._removed, grace_s)
+        self._end(Exit(137 if self._script.ignores_term else 143))
+
+    def save_logs(self, path: Path) -> None:
+        self._engine.check()
+        path.write_text("" if self._removed else self._script.prints)
+
+    def last_lines(self, count: int) -> str:
+        self._engine.check()
+        return "" if self._removed else "\n".join(self._script.prints.splitlines()[-count:])
+
+    def remove(self) -> None:
+        self._engine.check()
+        self._engine.forget(self)
+        with self._changed:
+            self._removed = True
+            self._changed.notify_all()
+
+    def release(self, end: Exit | None = None) -> None:
+        """Let a held container end: as its script says, or as `end`."""
+        self._end(end or self._script.exit)
+
+    def remove_outside(self) -> None:
+        """What `docker rm -f` by a person does."""
+        self.remove()
+
+    def run(self) -> None:
+        """What the engine calls once, at the start."""
+        if self._script.acts is not None:
+            self._script.acts(Path(self.spec.files_host_path))
+        if not self._script.held:
+            self._end(self._script.exit)
+
+    def _end(self, end: Exit) -> None:
+        with self._changed:
+            if self._exit is None:
+                self._exit = end
+                self._changed.notify_all()
+
+
+class FakeEngine:
+    """An engine whose containers do what `script(spec)` says.
+
+    `images`: what `prepare` answers, by reference; None: every reference is an image. `specs`, `prepared` and `owned`
+    record what was asked. While `fault` is set, every call raises it (an engine that is away).
+    """
+
+    def __init__(
+        self,
+        script: Callable[[RunSpec], Script] | None = None,
+        images: Mapping[str, Image | JobfetcherError] | None = None,
+    ) -> None:
+        self.specs: list[RunSpec] = []
+        self.prepared: list[str] = []
+        self.owned: list[tuple[str, str]] = []
+        self.fault: JobfetcherError | None = None
+        self._script = script
+        self._images = images
+        self._lock = threading.Lock()
+        self._containers: dict[str, FakeContainer] = {}
+
+    @property
+    def containers(self) -> list[FakeContainer]:
+        """All that were started and not removed, oldest first."""
+        with self._lock:
+            return list(self._containers.values())
+
+    def check(self) -> None:
+        """Raise `fault`, if one is set; every other call does so first."""
+        if self.fault is not None:
+            raise self.fault
+
+    def forget(self, container: FakeContainer) -> None:
+        """For FakeContainer.remove: it is not listed any more."""
+        with self._lock:
+            if self._containers.get(container.spec.name) is container:
+                del self._containers[container.spec.name]
+
+    def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
+        self.check()
+        halt.check()
+        with self._lock:
+            self.prepared.append(reference)
+        found = self._known(reference)
+        if isinstance(found, JobfetcherError):
+            raise found
+        progress(found.size_bytes, found.size_bytes)
+        return found
+
+    def _known(self, reference: str) -> Image | JobfetcherError:
+        if self._images is None:
+            digest = hashlib.sha256(reference.encode()).hexdigest()
+            return Image(f"sha256:{digest}", reference, f"{reference}@sha256:{digest}", "amd64", size_bytes=1)
+        missing = JobFault(JobReason.IMAGE_MISSING, f"the registry does not have image {reference}")
+        return self._images.get(reference, missing)
+
+    def start(self, spec: RunSpec) -> FakeContainer:
+        self.check()
+        script = self._script(spec) if self._script else Script()
+        with self._lock:
+            if adopted := self._containers.get(spec.name):
+                if dict(adopted.spec.labels) != dict(spec.labels):
+                    raise WorkerFault(WorkerReason.ENGINE, f"a container named {spec.name} exists and is not ours")
+                return adopted
+            self.specs.append(spec)
+            if script.start_error is not None:
+                raise script.start_error
+            container = self._containers[spec.name] = FakeContainer(self, spec, script)
+        container.run()
+        return container
+
+    def find(self, job_id: JobId) -> FakeContainer | None:
+        self.check()
+        ours = [container for container in self.containers if container.spec.job_id == job_id]
+        return ours[-1] if ours else None
+
+    def reap(self, known: frozenset[JobId]) -> list[str]:
+        self.check()
+        strays = [container for container in self.containers if container.spec.job_id not in known]
+        for container in strays:
+            container.remove()
+        return [container.spec.name for container in strays]
+
+    def own(self, image_id: str, host_path: str) -> None:
+        self.check()
+        with self._lock:
+            self.owned.append((image_id, host_path))

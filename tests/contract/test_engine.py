@@ -1,0 +1,197 @@
+"""What every engine promises (core.ports.Engine), asked of the fake and of the real one with the same words."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobfetcher.core.errors import JobFault, JobReason, Stopped, StopReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.job import JobId
+from jobfetcher.core.run import Exit, Image, RunSpec
+from jobfetcher.testing.fake_engine import FakeEngine, Script
+from tests.support.boxes import LONG_S, Bench, docker_bench, no_progress
+
+SLEEPS = "sleep 60"
+IGNORES_TERM = "trap '' TERM; echo ready; while :; do sleep 1; done"
+# Two pipes: the engine sees lines of the same moment in any order, so there is a moment between them.
+PRINTS = "echo one; sleep 0.2; echo two >&2; sleep 0.2; echo three"
+WRITES = "echo out > /files/out"
+
+
+def _write(directory: Path) -> None:
+    (directory / "out").write_text("out\n")
+
+
+SCRIPTS = {
+    "exit 3": Script(exit=Exit(3)),
+    SLEEPS: Script(held=True),
+    IGNORES_TERM: Script(held=True, ignores_term=True, prints="ready\n"),
+    PRINTS: Script(prints="one\ntwo\nthree\n"),
+    WRITES: Script(acts=_write),
+    "true": Script(),
+}
+
+
+def _script(spec: RunSpec) -> Script:
+    assert spec.command is not None
+    return SCRIPTS[spec.command[-1]]
+
+
+@pytest.fixture(params=["fake", pytest.param("docker", marks=pytest.mark.docker)])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    files = tmp_path / "files"
+    if request.param == "docker":
+        with docker_bench(request.getfixturevalue("busybox"), files) as real:
+            yield real
+    else:
+        files.mkdir()
+        image = Image("sha256:1", "here", None, "amd64")
+        yield Bench(FakeEngine(_script, {"here": image}), image, files, "fake")
+
+
+def test_the_exit_code_comes_back(bench: Bench) -> None:
+    end, _ = bench.run(bench.spec("exit 3"))
+    assert (end.code, end.genuine, end.oom_killed) == (3, True, False)
+
+
+def test_a_job_writes_into_its_directory(bench: Bench) -> None:
+    end, _ = bench.run(bench.spec(WRITES))
+    assert end.code == 0
+    assert (bench.files / "out").read_text() == "out\n"
+
+
+def test_wait_says_none_while_it_runs_and_how_it_ended_ever_after(bench: Bench) -> None:
+    container = bench.engine.start(bench.spec(SLEEPS))
+    assert container.wait(0.2) is None
+    container.stop(10)
+    first = container.wait(LONG_S)
+    assert first is not None
+    assert first.code == 143  # 128 + TERM
+    assert container.wait(0.2) == first
+    container.remove()
+
+
+def test_a_stop_ends_a_wait_in_another_thread(bench: Bench) -> None:
+    container = bench.engine.start(bench.spec(SLEEPS))
+    ends: list[tuple[Exit | None, float]] = []
+    waiter = threading.Thread(target=lambda: ends.append((container.wait(LONG_S), time.monotonic())))
+    waiter.start()
+    container.stop(10)
+    stopped = time.monotonic()
+    waiter.join(LONG_S)
+    [(end, noticed)] = ends
+    assert end is not None
+    assert noticed - stopped < 5
+    container.remove()
+
+
+@pytest.mark.fault("E5")
+def test_what_ignores_term_is_killed_after_the_grace(bench: Bench) -> None:
+    container = bench.engine.start(bench.spec(IGNORES_TERM))
+    deadline = time.monotonic() + LONG_S
+    while container.last_lines(1) != "ready":
+        assert time.monotonic() < deadline
+        assert container.wait(0.05) is None
+    started = time.monotonic()
+    container.stop(1)
+    assert 1 <= time.monotonic() - started < 20
+    end = container.wait(LONG_S)
+    assert end is not None
+    assert end.code == 137  # 128 + KILL
+    container.remove()
+
+
+def test_stop_and_remove_are_safe_at_any_time(bench: Bench) -> None:
+    container = bench.engine.start(bench.spec("true"))
+    assert container.wait(LONG_S) is not None
+    container.stop(0)
+    container.remove()
+    container.stop(0)
+    container.remove()
+    assert bench.engine.find(JobId("1")) is None
+    assert container.last_lines(5) == ""
+
+
+@pytest.mark.fault("E11")
+def test_a_container_removed_by_somebody_else_is_the_jobs_fault(bench: Bench) -> None:
+    container = bench.engine.start(bench.spec(SLEEPS))
+    failed: list[JobFault] = []
+
+    def wait() -> None:
+        try:
+            container.wait(LONG_S)
+        except JobFault as fault:
+            failed.append(fault)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    same = bench.engine.find(JobId("1"))
+    assert same is not None
+    same.remove()
+    waiter.join(LONG_S)
+    assert [fault.reason for fault in failed] == [JobReason.REMOVED_OUTSIDE]
+    with pytest.raises(JobFault, match="removed from outside"):
+        container.wait(1)
+
+
+@pytest.mark.fault("A3")
+@pytest.mark.fault("E10")
+def test_starting_the_same_job_again_adopts_its_container(bench: Bench) -> None:
+    spec = bench.spec(SLEEPS)
+    first, second = bench.engine.start(spec), bench.engine.start(spec)
+    assert second.id == first.id
+    first.stop(10)
+    end = second.wait(LONG_S)
+    assert end is not None
+    third = bench.engine.start(spec)  # it has run to its end: it must not run again
+    assert third.id == first.id
+    assert third.wait(LONG_S) == end
+    third.remove()
+
+
+def test_a_strangers_container_of_that_name_is_left_alone(bench: Bench) -> None:
+    theirs = bench.spec(SLEEPS)
+    ours = replace(theirs, labels={"jobfetcher.job": "2"})
+    stranger = bench.engine.start(theirs)
+    with pytest.raises(WorkerFault, match="not ours") as refused:
+        bench.engine.start(ours)
+    assert refused.value.reason is WorkerReason.ENGINE
+    assert stranger.wait(0.1) is None
+    stranger.stop(0)
+    stranger.remove()
+
+
+@pytest.mark.fault("E10")
+def test_reap_removes_what_no_journal_knows(bench: Bench) -> None:
+    kept, stray = bench.engine.start(bench.spec(SLEEPS)), bench.engine.start(bench.spec(SLEEPS, job_id="2"))
+    assert bench.engine.reap(frozenset({JobId("1")})) == [f"jobfetcher-{bench.instance}-2-1"]
+    assert bench.engine.find(JobId("2")) is None
+    with pytest.raises(JobFault):
+        stray.wait(1)
+    found = bench.engine.find(JobId("1"))
+    assert found is not None
+    assert found.id == kept.id
+    kept.remove()
+
+
+def test_what_it_printed_can_be_read_and_saved(bench: Bench, tmp_path: Path) -> None:
+    container = bench.engine.start(bench.spec(PRINTS))
+    assert container.wait(LONG_S) is not None
+    container.save_logs(tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "one\ntwo\nthree\n"
+    assert container.last_lines(2) == "two\nthree"
+    container.remove()
+
+
+def test_prepare_refuses_a_missing_image_and_a_halted_job(bench: Bench) -> None:
+    halt = Halt()
+    with pytest.raises(JobFault) as missing:
+        bench.engine.prepare("nowhere.example/no/such:image", halt, no_progress)
+    assert missing.value.reason is JobReason.IMAGE_MISSING
+    halt.set(StopReason.CANCELLED)
+    with pytest.raises(Stopped):
+        bench.engine.prepare(bench.image.reference, halt, no_progress)

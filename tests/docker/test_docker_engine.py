@@ -1,0 +1,437 @@
+"""DockerEngine on the real engine: ends, start errors, lost answers, absence, logs, ownership."""
+
+import io
+import os
+import socket
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import docker
+import pytest
+
+from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.job import JobId
+from jobfetcher.core.machine import Gpu
+from jobfetcher.core.run import Exit, Image
+from jobfetcher.engine.api import EngineApi, Unreachable
+from jobfetcher.engine.box import box
+from jobfetcher.engine.docker import DockerEngine
+from jobfetcher.engine.run_spec import BoxPolicy
+from tests.support.boxes import LOCAL, LONG_S, DockerBench, docker_bench, no_progress
+from tests.support.engine_proxy import EngineProxy, engine_proxy
+
+pytestmark = pytest.mark.docker
+
+#: An ELF header of a 64-bit program for arm64 (e_machine 183), and nothing behind it.
+ARM_PROGRAM = bytes.fromhex("7f454c460201010000000000000000000200b700") + bytes(44)
+
+
+@pytest.fixture
+def bench(busybox: str, tmp_path: Path) -> Iterator[DockerBench]:
+    with docker_bench(busybox, tmp_path / "files") as ready:
+        yield ready
+
+
+@pytest.fixture
+def proxy() -> Iterator[EngineProxy]:
+    with engine_proxy() as running:
+        yield running
+
+
+@pytest.fixture
+def make_image(engine: docker.APIClient, bench: DockerBench) -> Iterator[Callable[..., Image]]:
+    """Import an image with these files and nothing else, removed at the end."""
+    made: list[str] = []
+
+    def make(*changes: str, **files: bytes) -> Image:
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for name, content in files.items():
+                entry = tarfile.TarInfo(name.replace("__", "/"))
+                entry.mode, entry.size = 0o755, len(content)
+                tar.addfile(entry, io.BytesIO(content))
+        repository = f"jobfetcher-test/made-{uuid4().hex[:8]}"
+        engine.import_image_from_data(archive.getvalue(), repository, "1", changes=list(changes))
+        made.append(f"{repository}:1")
+        return bench.engine.prepare(made[-1], Halt(), no_progress)
+
+    yield make
+    for reference in made:
+        engine.remove_image(reference, force=True)
+
+
+def left(engine: docker.APIClient, bench: DockerBench) -> list[str]:
+    return [c["Id"] for c in engine.containers(all=True, filters={"label": f"jobfetcher.instance={bench.instance}"})]
+
+
+# -- how a job ends ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E4")
+def test_out_of_memory_is_named(bench: DockerBench) -> None:
+    end, _ = bench.run(bench.spec("tail /dev/zero", memory_mib=64))
+    assert (end.code, end.oom_killed) == (137, True)
+
+
+def test_the_end_is_noticed_at_once(bench: DockerBench) -> None:
+    container = bench.engine.start(bench.spec("sleep 1"))
+    end = container.wait(LONG_S)
+    noticed = datetime.now(UTC)
+    container.remove()
+    assert end is not None
+    assert (noticed - datetime.fromisoformat(end.finished_at)).total_seconds() < 1
+    assert end.started_at < end.finished_at
+
+
+@pytest.mark.fault("E11")
+def test_a_kill_from_outside_is_exit_137(bench: DockerBench, engine: docker.APIClient) -> None:
+    container = bench.engine.start(bench.spec("sleep 60"))
+    engine.kill(container.id)
+    end = container.wait(LONG_S)
+    assert end is not None
+    assert (end.code, end.oom_killed, end.genuine) == (137, False, True)
+    container.remove()
+
+
+@pytest.mark.fault("E9")
+def test_orphans_in_the_container_are_reaped(bench: DockerBench) -> None:
+    orphans = "for i in 1 2 3 4 5; do (sleep 0.1 &); done; sleep 1; ps -o stat | grep -c Z"
+    _, printed = bench.run(bench.spec(orphans))
+    assert printed == "0"
+
+
+def test_an_entry_point_is_kept_cleared_or_replaced(make_image: Callable[..., Image], bench: DockerBench) -> None:
+    busybox = Path("/bin/busybox").read_bytes()
+    image = make_image(
+        'ENTRYPOINT ["/bin/busybox","echo","kept"]', 'CMD ["/bin/busybox","echo","own"]', bin__busybox=busybox
+    )
+    assert bench.run(bench.spec("x", image=image))[1] == "kept /bin/sh -c x"
+    assert bench.run(bench.spec(image=image))[1] == "kept /bin/busybox echo own"
+    assert bench.run(bench.spec(image=image, entrypoint=""))[1] == "own"
+    assert bench.run(bench.spec("x", image=image, entrypoint="/bin/busybox echo 'a  b'"))[1] == "a  b /bin/sh -c x"
+
+
+# -- what cannot start -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E8")
+def test_a_program_that_cannot_be_run_is_named(make_image: Callable[..., Image], bench: DockerBench) -> None:
+    def ends(code: int, **spec: object) -> str:
+        end, _ = bench.run(bench.spec("true", **spec))  # type: ignore[arg-type]  # one of spec's own keywords each time
+        assert end.code == code
+        return end.error
+
+    assert ends(127, image=make_image(readme=b"nothing to run\n")) == "the image has no /bin/sh"
+    assert ends(127, entrypoint="no-such-program") == "the image has no no-such-program"
+    assert ends(126, entrypoint="/etc/passwd") == "/etc/passwd in the image is not a program that may be run"
+    assert ends(0) == ""
+
+
+@pytest.mark.fault("E8")
+def test_a_program_for_another_machine_does_not_run(make_image: Callable[..., Image], bench: DockerBench) -> None:
+    end, printed = bench.run(bench.spec("true", image=make_image(bin__sh=ARM_PROGRAM)))
+    assert end.code in {1, 126, 127}
+    assert "exec format error" in end.error.lower(), printed
+
+
+@pytest.mark.fault("E8")
+def test_start_errors_are_the_jobs_fault_and_leave_nothing(
+    make_image: Callable[..., Image], bench: DockerBench, engine: docker.APIClient
+) -> None:
+    with pytest.raises(JobFault, match="neither the job nor the image says what to run") as nothing:
+        bench.engine.start(bench.spec(image=make_image(readme=b"x")))
+    with pytest.raises(JobFault, match="its user is unknown") as user:
+        bench.engine.start(bench.spec("id", image=make_image("USER ghost", readme=b"x")))
+    assert {nothing.value.reason, user.value.reason} == {JobReason.CANNOT_START}
+    assert left(engine, bench) == []
+
+
+@pytest.mark.fault("E12")
+def test_this_machines_faults_are_not_the_jobs(bench: DockerBench, engine: docker.APIClient) -> None:
+    with pytest.raises(WorkerFault, match="does not see the job's directory") as path:
+        bench.engine.start(replace(bench.spec("true"), files_host_path="/no/such/nvidia/directory"))
+    with pytest.raises(WorkerFault, match="CPU") as cpus:
+        bench.engine.start(bench.spec("true", cpu_cores=10_000))
+    with pytest.raises(WorkerFault, match="runtime") as runtime:
+        bench.engine.start(bench.spec("true", policy=BoxPolicy(network=None, runtime="no-such-runtime")))
+    gone = Image("sha256:" + "0" * 64, "gone", None, "amd64")
+    with pytest.raises(WorkerFault, match="No such image") as image:
+        bench.engine.start(bench.spec("true", image=gone))
+    assert path.value.reason is WorkerReason.DISK
+    assert {fault.value.reason for fault in (cpus, runtime, image)} == {WorkerReason.ENGINE}
+    assert left(engine, bench) == []
+
+
+def test_a_gpu_that_the_engine_cannot_give_is_the_workers_fault(bench: DockerBench, engine: docker.APIClient) -> None:
+    spec = bench.spec("true", gpus=(Gpu("GPU-no-such", "none", 1, "1.0"),))
+    try:
+        bench.engine.start(spec).remove()
+    except WorkerFault as fault:
+        assert fault.reason is WorkerReason.GPU  # noqa: PT017 - an engine with a GPU stub starts it: no fault then
+    else:
+        pytest.skip("this engine gives GPUs, or a stub of one")
+    assert left(engine, bench) == []
+
+
+# -- answers that get lost ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("A3")
+@pytest.mark.fault("E10")
+@pytest.mark.parametrize("call", ["/containers/create", "/containers/"])
+def test_a_lost_answer_does_not_make_a_second_container(
+    bench: DockerBench, engine: docker.APIClient, proxy: EngineProxy, call: str
+) -> None:
+    through = DockerEngine(bench.instance, url=proxy.url, images=LOCAL, sleep=lambda _: None)
+    through.describe()  # so that the client is there, and the next POST is the one that gets lost
+    proxy.lose(f"POST /v{engine.api_version}{call}")
+    container = through.start(bench.spec("echo once >> /files/out"))
+    assert container.wait(LONG_S) is not None
+    assert len(proxy.lost) == 1
+    assert left(engine, bench) == [container.id]
+    assert (bench.files / "out").read_text() == "once\n"
+    container.remove()
+    through.close()
+
+
+@pytest.mark.fault("A3")
+def test_a_lost_answer_to_start_does_not_start_it_twice(
+    bench: DockerBench, engine: docker.APIClient, proxy: EngineProxy
+) -> None:
+    spec = bench.spec("echo once >> /files/out")
+    created = bench.engine.api.create(box(spec, "none"), spec.name)  # and then we died
+    through = DockerEngine(bench.instance, url=proxy.url, images=LOCAL, sleep=lambda _: None)
+    through.describe()
+    proxy.lose(f"POST /v{engine.api_version}/containers/{created}/start")
+    container = through.start(spec)
+    assert container.id == created
+    end = container.wait(LONG_S)
+    assert end is not None
+    assert (end.code, len(proxy.lost)) == (0, 1)
+    assert (bench.files / "out").read_text() == "once\n"
+    container.remove()
+    through.close()
+
+
+def test_a_container_that_was_never_started_has_not_succeeded(bench: DockerBench) -> None:
+    spec = bench.spec("true")
+    bench.engine.api.create(box(spec, "none"), spec.name)
+    found = bench.engine.find(JobId("1"))
+    assert found is not None
+    end = found.wait(LONG_S)
+    assert end is not None
+    assert not end.genuine
+
+
+# -- an engine that goes away ------------------------------------------------------------------------------------------
+
+
+class Absence:
+    """A job whose engine goes away while its end is waited for. Its program ends with code 3 when it is told to."""
+
+    def __init__(self, bench: DockerBench, proxy: EngineProxy) -> None:
+        self._go = bench.files / "go"
+        self._proxy = proxy
+        self._slept = threading.Event()
+        self._engine = DockerEngine(bench.instance, url=proxy.url, images=LOCAL, sleep=self._sleep)
+        container = self._engine.start(bench.spec("until [ -e /files/go ]; do sleep 0.1; done; exit 3"))
+        self._ends: list[Exit | None] = []
+        self._waiter = threading.Thread(target=lambda: self._ends.append(container.wait(LONG_S)))
+        self._waiter.start()
+        self._until_waiting(0)
+        proxy.away()
+        assert self._slept.wait(LONG_S)
+
+    def back(self) -> None:
+        """The engine is there again, and asked for the end of the job again."""
+        before = len(self._proxy.requests)
+        self._proxy.back()
+        self._until_waiting(before)
+
+    def end(self) -> None:
+        """Tell the job to end."""
+        self._go.touch()
+
+    def result(self) -> Exit:
+        self._waiter.join(LONG_S)
+        self._engine.close()
+        [end] = self._ends
+        assert end is not None
+        return end
+
+    def _sleep(self, _: float) -> None:
+        self._slept.set()
+        time.sleep(0.02)
+
+    def _until_waiting(self, after: int) -> None:
+        deadline = time.monotonic() + LONG_S
+        while not any(b"/wait" in line for line in self._proxy.requests[after:]):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_job_that_outlives_the_engines_absence_goes_on(bench: DockerBench, proxy: EngineProxy) -> None:
+    absence = Absence(bench, proxy)
+    absence.back()
+    absence.end()
+    end = absence.result()
+    assert (end.code, end.genuine) == (3, True)
+
+
+def test_an_exit_during_the_engines_absence_is_not_vouched_for(
+    bench: DockerBench, engine: docker.APIClient, proxy: EngineProxy
+) -> None:
+    absence = Absence(bench, proxy)
+    absence.end()
+    engine.wait(f"jobfetcher-{bench.instance}-1-1")
+    absence.back()
+    end = absence.result()
+    assert (end.code, end.genuine) == (3, False)
+
+
+def test_an_engine_that_stays_away_is_the_workers_fault(bench: DockerBench, proxy: EngineProxy) -> None:
+    through = DockerEngine(
+        bench.instance, url=proxy.url, images=LOCAL, reconnect_s=0.5, sleep=lambda _: time.sleep(0.05)
+    )
+    container = through.start(bench.spec("sleep 60"))
+    proxy.away()
+    assert container.wait(0.1) is None  # not yet for long
+    with pytest.raises(WorkerFault, match="no container engine answers"):
+        container.wait(LONG_S)
+    through.close()
+
+
+# -- is there an engine ------------------------------------------------------------------------------------------------
+
+
+def test_describe_says_what_the_engine_is(bench: DockerBench, engine: docker.APIClient) -> None:
+    bench.engine.check()
+    info, version = bench.engine.describe(), engine.version()
+    assert (info.version, info.architecture) == (version["Version"], version["Arch"])
+    assert "runc" in info.runtimes
+    assert info.cpu_cores >= 1
+    assert info.memory_mib > 64
+
+
+def test_no_engine_refused_and_no_permission_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such socket"):
+        DockerEngine("x", url=f"unix://{tmp_path}/none.sock").check()
+    with pytest.raises(ConfigError, match="is not an engine on this machine"):
+        DockerEngine("x", url="ssh://lab@other")
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.bind(str(tmp_path / "deaf.sock"))
+        with pytest.raises(WorkerFault, match="connection refused"):
+            DockerEngine("x", url=f"unix://{tmp_path}/deaf.sock").check()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_socket_without_permission_says_which_group_to_join() -> None:
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:  # a process of its own, for it gives its rights away
+        os.close(reads)
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        try:
+            DockerEngine("x").check()
+            said = "no error"
+        except ConfigError as error:
+            said = str(error)
+        os.write(writes, said.encode())
+        os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    assert "add the user to the group docker" in said
+
+
+def test_a_frozen_engine_is_given_up_in_time(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as frozen:
+        frozen.bind(str(tmp_path / "frozen.sock"))
+        frozen.listen()
+        api = EngineApi(f"unix://{tmp_path}/frozen.sock", timeout_s=1)
+        started = time.monotonic()
+        with pytest.raises(Unreachable, match="in time"):
+            api.check()
+        assert time.monotonic() - started < 10
+        api.close()
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flood_of_output_is_bounded_on_disk_and_in_memory(bench: DockerBench, tmp_path: Path) -> None:
+    container = bench.engine.start(bench.spec("yes 0123456789 | head -c 33000000; echo; echo last"))
+    assert container.wait(LONG_S) is not None
+    container.save_logs(tmp_path / "log")
+    size = (tmp_path / "log").stat().st_size
+    assert 5_000_000 < size < 31_000_000
+    with (tmp_path / "log").open("rb") as log:
+        log.seek(-5, os.SEEK_END)
+        assert log.read() == b"last\n"
+    assert container.last_lines(1) == "last"
+    assert len(container.last_lines(10_000_000)) <= 64 * 1024
+    container.remove()
+
+
+def test_a_line_without_an_end_does_not_fill_the_memory(bench: DockerBench) -> None:
+    container = bench.engine.start(bench.spec("head -c 1000000 /dev/zero | tr '\\0' x"))
+    assert container.wait(LONG_S) is not None
+    assert set(container.last_lines(1000)) == {"x"}
+    assert len(container.last_lines(1000)) <= 64 * 1024
+    container.remove()
+
+
+# -- whose files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E13")
+def test_own_makes_everything_ours_but_not_what_links_point_to(
+    bench: DockerBench, engine: docker.APIClient, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.touch()
+    if os.geteuid() == 0:
+        os.chown(outside, 4321, 4321)
+    before = outside.stat().st_uid
+    script = (
+        "mkdir -p /files/a/b && echo x > /files/a/b/c && mkfifo /files/a/pipe && "
+        f"ln -s {outside} /files/a/link && ln -s / /files/a/root && chown -R 1234:1234 /files/a && chmod 000 /files/a/b"
+    )
+    assert bench.run(bench.spec(script))[0].code == 0
+    bench.engine.own(bench.image.id, str(bench.files))
+    (bench.files / "a/b").chmod(0o700)
+    names = [bench.files / name for name in ("a", "a/b", "a/b/c", "a/pipe", "a/link", "a/root")]
+    assert {name.lstat().st_uid for name in names} == {os.getuid()}
+    assert outside.stat().st_uid == before
+    assert left(engine, bench) == []
+
+
+@pytest.mark.fault("E13")
+def test_own_says_what_is_left_when_the_image_has_no_chown(
+    make_image: Callable[..., Image], bench: DockerBench, engine: docker.APIClient
+) -> None:
+    with pytest.raises(WorkerFault, match="left behind: the image has no chown") as fault:
+        bench.engine.own(make_image(readme=b"x").id, str(bench.files))
+    assert fault.value.reason is WorkerReason.DISK
+    assert str(bench.files) in str(fault.value)
+    assert left(engine, bench) == []
+
+
+@pytest.mark.fault("E10")
+def test_two_workers_on_one_engine_leave_each_other_alone(bench: DockerBench, busybox: str, tmp_path: Path) -> None:
+    with docker_bench(busybox, tmp_path / "other") as other:
+        theirs = other.engine.start(other.spec("sleep 60"))
+        assert bench.engine.reap(frozenset()) == []
+        assert bench.engine.find(JobId("1")) is None
+        assert theirs.wait(0.1) is None
+        theirs.remove()

@@ -1,0 +1,464 @@
+"""Images on the real engine and real registries: pulled, cached, refused, cut, and checked before they are run."""
+
+import base64
+import contextlib
+import io
+import itertools
+import json
+import os
+import socket
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from uuid import uuid4
+
+import docker
+import pytest
+
+from jobfetcher.core.errors import JobFault, JobReason, Stopped, StopReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.run import Image
+from jobfetcher.engine.api import EngineApi
+from jobfetcher.engine.images import ImagePolicy, Images, PullPolicy
+from tests.support import services
+from tests.support.boxes import docker_bench, no_progress
+from tests.support.engine_proxy import ENGINE_SOCKET, engine_proxy
+
+pytestmark = [pytest.mark.docker, pytest.mark.registry]
+
+LAYER_BYTES = 3_000_000
+AWAY = ImagePolicy(registry_budget_s=0)  # one try
+
+
+def no_event(_name: str, **_fields: object) -> None:
+    """For who does not listen."""
+
+
+@pytest.fixture(scope="module")
+def protected() -> Iterator[services.Registry]:
+    """A registry that asks for a password."""
+    with services.running_registry(("lab", "not-a-secret")) as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Puts images of its own on registries and on the engine; takes them off the engine at the end."""
+
+    engine: docker.APIClient
+    ids: set[str]
+    names: set[str]
+
+    def local(self, name: str, content: bytes = b"") -> str:
+        """An image of one file (random if not given) with that name on the engine only."""
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            entry = tarfile.TarInfo("content")
+            entry.size = len(content) or LAYER_BYTES
+            tar.addfile(entry, io.BytesIO(content or os.urandom(LAYER_BYTES)))
+        repository, _, tag = name.rpartition(":")
+        said = self.engine.import_image_from_data(archive.getvalue(), repository, tag)
+        self.ids.add(json.loads(said.splitlines()[-1])["status"])
+        self.names.add(name)
+        return name
+
+    def pushed(self, registry: services.Registry, tag: str = "1", keep: bool = False) -> str:
+        """A new image on that registry; on the engine too if it is to `keep` it."""
+        name = self.local(f"{registry.address}/tests/{uuid4().hex[:8]}:{tag}")
+        self.push(registry, name)
+        if not keep:
+            self.engine.remove_image(name)
+        return name
+
+    def digests(self) -> set[str]:
+        """By-digest names of these repositories that the engine keeps when a tag moves on."""
+        repositories = tuple(f"{name.rpartition(':')[0]}@" for name in self.names)
+        listed = [digest for image in self.engine.images() for digest in image["RepoDigests"] or ()]
+        return {digest for digest in listed if digest.startswith(repositories)}
+
+    def push(self, registry: services.Registry, name: str) -> None:
+        repository, _, tag = name.rpartition(":")
+        username, password = registry.credentials or ("", "")
+        auth = {"username": username, "password": password}
+        said = self.engine.push(repository, tag, auth_config=auth if registry.credentials else None)
+        assert "errorDetail" not in said, said
+
+
+@pytest.fixture
+def shelf(engine: docker.APIClient) -> Iterator[Shelf]:
+    made = Shelf(engine, set(), set())
+    yield made
+    for name in made.names | made.ids | made.digests():
+        with contextlib.suppress(docker.errors.ImageNotFound):
+            engine.remove_image(name, force=True)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Images under one policy, called short."""
+
+    images: Images
+    events: list[str]
+
+    def __call__(self, reference: str, halt: Halt | None = None) -> Image:
+        return self.images.prepare(reference, halt or Halt(), no_progress)
+
+
+@pytest.fixture
+def prepare() -> Iterator[Callable[[ImagePolicy], Prepare]]:
+    api = EngineApi()
+
+    def make(policy: ImagePolicy) -> Prepare:
+        events: list[str] = []
+        return Prepare(Images(api, policy, lambda name, **_: events.append(name)), events)
+
+    yield make
+    api.close()
+
+
+@contextlib.contextmanager
+def black_hole(registry: services.Registry) -> Iterator[threading.Event]:
+    """In the place of the registry, something that accepts and never answers; the event: somebody came."""
+    registry.stop()
+    host, _, port = registry.address.partition(":")
+    came = threading.Event()
+    taken: list[socket.socket] = []
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(listener.accept()[0])
+                came.set()
+
+    listener = socket.create_server((host, int(port)))
+    thread = threading.Thread(target=accept)
+    thread.start()
+    try:
+        yield came
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+        for sock in taken:
+            sock.close()
+        registry.start()
+
+
+# -- pulled and cached -------------------------------------------------------------------------------------------------
+
+
+def test_a_pull_brings_the_image_and_counts_its_bytes(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    name = shelf.pushed(registry)
+    seen: list[tuple[int, int]] = []
+    image = prepare(AWAY).images.prepare(name, Halt(), lambda done, total: seen.append((done, total)))
+    found = shelf.engine.get(f"{shelf.engine.base_url}/v{shelf.engine.api_version}/images/{name}/json").json()
+    assert (image.id, image.reference, image.digest) == (found["Id"], name, found["RepoDigests"][0])
+    assert image.size_bytes >= LAYER_BYTES
+    done, total = seen[-1]
+    assert done == total > LAYER_BYTES // 2
+    assert all(before <= after <= total for (before, _), (after, total) in itertools.pairwise(seen))
+
+
+def test_if_not_present_asks_nobody_when_it_is_here(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    careful = prepare(replace(AWAY, pull=PullPolicy.IF_NOT_PRESENT))
+    name = shelf.pushed(registry)
+    first = careful(name)
+    registry.stop()
+    try:
+        assert careful(name) == first
+        assert careful(str(first.digest)).id == first.id
+        assert prepare(AWAY)(str(first.digest)).id == first.id  # a digest cannot change: `always` asks nobody either
+    finally:
+        registry.start()
+
+
+def test_a_local_image_works_where_nobody_is_asked(shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]) -> None:
+    name = shelf.local(f"jobfetcher-test/local-{uuid4().hex[:8]}:1")
+    for pull in (PullPolicy.IF_NOT_PRESENT, PullPolicy.NEVER):
+        image = prepare(ImagePolicy(pull=pull))(name)
+        assert image.reference == f"docker.io/{name}"
+        assert image.digest is None
+
+
+@pytest.mark.fault("T14")
+def test_always_brings_what_the_tag_means_now_and_the_id_stays_what_was_checked(
+    registry: services.Registry, shelf: Shelf, busybox: str, prepare: Callable[[ImagePolicy], Prepare], tmp_path: Path
+) -> None:
+    name = f"{registry.address}/tests/moving:1"
+    repository, _, tag = name.rpartition(":")
+    shelf.names.add(name)
+    shelf.engine.tag(busybox, repository, tag)
+    shelf.push(registry, name)
+    checked = prepare(AWAY)(name)
+    shelf.local(name)  # the tag moves: on this machine between the check and the run, and in the registry
+    shelf.push(registry, name)
+    with docker_bench(busybox, tmp_path / "files") as bench:
+        assert bench.run(bench.spec("echo the same", image=checked))[1] == "the same"
+    assert prepare(replace(AWAY, pull=PullPolicy.IF_NOT_PRESENT))(str(checked.digest)).id == checked.id
+    shelf.engine.tag(busybox, repository, tag)
+    assert prepare(AWAY)(name).id != checked.id
+
+
+def test_two_jobs_that_want_the_same_image_pull_it_one_after_the_other(
+    registry: services.Registry, shelf: Shelf
+) -> None:
+    name = shelf.pushed(registry)
+    with engine_proxy() as proxy, contextlib.closing(EngineApi(proxy.url)) as api:
+        images = Images(api, replace(AWAY, pull=PullPolicy.IF_NOT_PRESENT), no_event)
+        found: list[Image] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(images.prepare(name, Halt(), no_progress))) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len({image.id for image in found}) == 1
+    assert len(found) == 4
+    assert sum(b"/images/create" in request for request in proxy.requests) == 1
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E6")
+def test_what_the_registry_does_not_have_fails_at_once(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    patient = prepare(ImagePolicy())  # half an hour for a registry that is away; not for this
+    started = time.monotonic()
+    here = shelf.local(f"{registry.address}/tests/only-here:1")
+    pushed = shelf.pushed(registry)
+    for name in (
+        f"{registry.address}/tests/none:1",
+        f"{pushed.removesuffix(':1')}:none",
+        f"{pushed.removesuffix(':1')}@sha256:{'0' * 64}",
+        here,
+    ):
+        with pytest.raises(JobFault, match="does not have image") as missing:
+            patient(name)
+        assert missing.value.reason is JobReason.IMAGE_MISSING
+    assert "PULL_POLICY=if-not-present would use the local image" in str(missing.value)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.fault("E6")
+@pytest.mark.parametrize("name", ["", "Upper/case", "https://example.org/x", "x:\x1b[31m", "x@sha256:12"])
+def test_what_is_no_reference_is_the_jobs_fault(name: str, prepare: Callable[[ImagePolicy], Prepare]) -> None:
+    with pytest.raises(JobFault, match="is not an image reference") as refused:
+        prepare(ImagePolicy())(name)
+    assert refused.value.reason is JobReason.IMAGE_MISSING
+    assert "\x1b" not in str(refused.value)
+
+
+@pytest.mark.fault("T14")
+def test_what_is_not_allowed_is_not_even_looked_for(busybox: str, prepare: Callable[[ImagePolicy], Prepare]) -> None:
+    lab = ImagePolicy(allowed=("public.ecr.aws/*", "jobfetcher-test/*"), pull=PullPolicy.NEVER)
+    for name in ("public.ecr.aws.evil.io/x", "evil.io/decode", "decode", "evil.io/jobfetcher-test/busybox"):
+        with pytest.raises(JobFault) as refused:
+            prepare(lab)(name)
+        assert refused.value.reason is JobReason.IMAGE_NOT_ALLOWED
+    assert prepare(lab)(busybox).id
+
+
+def test_never_pulls_nothing(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    with pytest.raises(JobFault, match="PULL_POLICY=never") as refused:
+        prepare(ImagePolicy(pull=PullPolicy.NEVER))(shelf.pushed(registry))
+    assert refused.value.reason is JobReason.IMAGE_MISSING
+
+
+def with_platform(engine: docker.APIClient, name: str, architecture: str) -> None:
+    """Load a copy of that image whose configuration says it is made for `architecture`."""
+    copy = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(b"".join(engine.get_image(name)))) as saved,
+        tarfile.open(fileobj=copy, mode="w") as changed,
+    ):
+        for entry in saved.getmembers():
+            content = saved.extractfile(entry)
+            data = content.read() if content else b""
+            if entry.name.endswith(".json") and b'"architecture"' in data:  # the configuration; not the manifest
+                data = json.dumps(json.loads(data) | {"architecture": architecture}).encode()
+                entry.size = len(data)
+            changed.addfile(entry, io.BytesIO(data))
+    loaded = engine.post(f"{engine.base_url}/v{engine.api_version}/images/load", data=copy.getvalue())
+    assert "error" not in loaded.text, loaded.text
+
+
+@pytest.mark.fault("E8")
+def test_an_image_for_another_machine_is_refused(shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]) -> None:
+    ours = shelf.engine.version()["Arch"]
+    other = "arm64" if ours != "arm64" else "amd64"
+    name = shelf.local(f"jobfetcher-test/other-{uuid4().hex[:8]}:1")
+    with_platform(shelf.engine, name, other)
+    with pytest.raises(JobFault, match=f"image is {other}, this worker is {ours}") as refused:
+        prepare(ImagePolicy(pull=PullPolicy.NEVER))(name)
+    assert refused.value.reason is JobReason.IMAGE_ARCHITECTURE
+
+
+# -- credentials -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E6")
+def test_a_private_registry_gives_to_those_who_logged_in(
+    protected: services.Registry,
+    shelf: Shelf,
+    prepare: Callable[[ImagePolicy], Prepare],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = shelf.pushed(protected)
+
+    def with_config(config: object) -> Prepare:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        return prepare(replace(AWAY, docker_config=str(path)))
+
+    def login(password: str) -> object:
+        return {"auths": {protected.address: {"auth": base64.b64encode(f"lab:{password}".encode()).decode()}}}
+
+    for config in ({}, login("wrong")):
+        with pytest.raises(JobFault) as denied:
+            with_config(config)(name)
+        assert denied.value.reason is JobReason.IMAGE_DENIED
+        assert "wrong" not in str(denied.value)
+
+    assert with_config(login("not-a-secret"))(name).reference == name
+    shelf.engine.remove_image(name)
+
+    helper = tmp_path / "bin/docker-credential-tests"
+    helper.parent.mkdir()
+    helper.write_text('#!/bin/sh\necho \'{"Username": "lab", "Secret": "not-a-secret"}\'\n')
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{helper.parent}:{os.environ['PATH']}")
+    assert with_config({"credHelpers": {protected.address: "tests"}})(name).reference == name
+    shelf.engine.remove_image(name)
+
+    with (
+        pytest.warns(UserWarning, match="not installed"),  # the SDK's own word on it
+        pytest.raises(WorkerFault, match="credentials cannot be read"),
+    ):
+        with_config({"credsStore": "no-such-helper"})(name)
+
+
+# -- a registry that is away -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E7")
+def test_a_registry_that_is_down_is_tried_again(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    name = shelf.pushed(registry)
+    registry.stop()
+    retried = threading.Event()
+    api = EngineApi()
+    images = Images(api, ImagePolicy(registry_budget_s=60), lambda *_, **__: retried.set())
+    found: list[Image] = []
+    thread = threading.Thread(target=lambda: found.append(images.prepare(name, Halt(), no_progress)))
+    thread.start()
+    try:
+        assert retried.wait(60)
+    finally:
+        registry.start()
+    thread.join()
+    assert [image.reference for image in found] == [name]
+    api.close()
+
+
+@pytest.mark.fault("E7")
+def test_a_registry_that_stays_down_means_the_cached_image_or_the_workers_fault(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    kept, missing = shelf.pushed(registry, keep=True), shelf.pushed(registry)
+    once = prepare(AWAY)
+    registry.stop()
+    try:
+        assert once(kept).reference == kept
+        assert once.events == ["image.cached"]
+        with pytest.raises(WorkerFault, match="connection refused") as away:
+            once(missing)
+    finally:
+        registry.start()
+    assert away.value.reason is WorkerReason.REGISTRY
+
+
+@pytest.mark.fault("E7")
+def test_a_pull_in_which_nothing_moves_is_cut(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    name = shelf.pushed(registry)
+    impatient = prepare(ImagePolicy(registry_budget_s=0, inactivity_s=1))
+    with black_hole(registry) as came:
+        started = time.monotonic()
+        with pytest.raises(WorkerFault, match="nothing moved for 1 s") as cut:
+            impatient(name)
+        assert time.monotonic() - started < 10
+        assert came.is_set()
+    assert cut.value.reason is WorkerReason.REGISTRY
+
+
+@pytest.mark.fault("B17")
+def test_a_job_that_must_end_aborts_its_pull_at_once(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    name = shelf.pushed(registry)
+    halt = Halt()
+    set_at: list[float] = []
+
+    def cancel() -> None:
+        assert came.wait(60)
+        set_at.append(time.monotonic())
+        halt.set(StopReason.CANCELLED)
+
+    with black_hole(registry) as came:
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
+        with pytest.raises(Stopped) as stopped:
+            prepare(ImagePolicy())(name, halt)
+        assert time.monotonic() - set_at[0] < 2
+        canceller.join()
+    assert stopped.value.reason is StopReason.CANCELLED
+
+
+def test_an_engine_that_dies_during_a_pull_is_the_workers_fault(tmp_path: Path) -> None:
+    """The engine's answers up to the pull are passed on; then the line is cut in the middle of the progress."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with client, socket.socket(socket.AF_UNIX) as engine:
+                    request = client.recv(65536)
+                    if b"/images/create" in request:
+                        client.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n{")
+                    elif request:
+                        engine.connect(ENGINE_SOCKET)
+                        engine.sendall(request.replace(b"keep-alive", b"close"))
+                        while answer := engine.recv(65536):
+                            client.sendall(answer)
+
+    path = tmp_path / "e.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    api = EngineApi(f"unix://{path}")
+    try:
+        with pytest.raises(WorkerFault) as fault:
+            Images(api, AWAY, no_event).prepare("nowhere.example/x:1", Halt(), no_progress)
+    finally:
+        api.close()
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+    assert fault.value.reason is WorkerReason.ENGINE

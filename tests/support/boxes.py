@@ -1,0 +1,89 @@
+"""What the engine's tests share: an engine (real or fake), an image on it, a job directory, specs made from them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.job import Job, JobId
+from jobfetcher.core.machine import Gpu, Share
+from jobfetcher.core.ports import Engine
+from jobfetcher.core.run import Exit, Image, RunSpec
+from jobfetcher.engine.docker import DockerEngine
+from jobfetcher.engine.images import ImagePolicy, PullPolicy
+from jobfetcher.engine.run_spec import BoxPolicy, build_run_spec
+
+LOCAL = ImagePolicy(pull=PullPolicy.NEVER)
+NO_NETWORK = BoxPolicy(network=None)
+LONG_S = 60.0  # what a container of a test needs at most on a busy machine; a wait ends when the container does
+
+
+def no_progress(_done: int, _total: int) -> None:
+    """For who does not look at a pull's progress."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One worker's view of an engine, and one job directory that its containers get."""
+
+    engine: Engine
+    image: Image
+    files: Path
+    instance: str
+
+    def spec(
+        self,
+        *command: str,
+        job_id: str = "1",
+        attempt: int = 1,
+        memory_mib: int = 64,
+        cpu_cores: float = 1,
+        gpus: tuple[Gpu, ...] = (),
+        entrypoint: str | None = None,
+        env: Mapping[str, str] | None = None,
+        image: Image | None = None,
+        policy: BoxPolicy = NO_NETWORK,
+    ) -> RunSpec:
+        """The spec of a job with that command, made by the product's own `build_run_spec`."""
+        return build_run_spec(
+            Job(id=JobId(job_id), image="any", command=command, entrypoint=entrypoint, env=dict(env or {})),
+            Share(cpu_cores, memory_mib, gpus),
+            image=image or self.image,
+            files_host_path=str(self.files),
+            attempt=attempt,
+            instance=self.instance,
+            policy=policy,
+        )
+
+    def run(self, spec: RunSpec) -> tuple[Exit, str]:
+        """Run it to its end and remove it: how it ended, and the last 100 lines it printed."""
+        container = self.engine.start(spec)
+        try:
+            end = container.wait(LONG_S)
+            assert end is not None, f"{spec.command} still runs after {LONG_S:g} s"
+            return end, container.last_lines(100)
+        finally:
+            container.remove()
+
+
+@dataclass(frozen=True)
+class DockerBench(Bench):
+    """A Bench on the real engine."""
+
+    engine: DockerEngine
+
+
+@contextmanager
+def docker_bench(busybox: str, files: Path) -> Iterator[DockerBench]:
+    """A worker of its own on the engine that answers here. Its containers are gone at the end."""
+    instance = f"test{uuid4().hex[:8]}"
+    engine = DockerEngine(instance, images=LOCAL)
+    files.mkdir(mode=0o777, exist_ok=True)
+    files.chmod(0o777)
+    try:
+        yield DockerBench(engine, engine.prepare(busybox, Halt(), no_progress), files, instance)
+    finally:
+        engine.reap(frozenset())
+        engine.close()
