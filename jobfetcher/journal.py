@@ -8,11 +8,11 @@ in groups, at most a second apart, because moving a file twice does no harm (nam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -80,35 +80,47 @@ class Journal:
     Raises WorkerFault(DISK) when the disk does not take a write; then nothing has changed.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
         self._ballast = path.with_name("journal.ballast")
-        self._unsaved_since: float | None = None
+        self._group: threading.Timer | None = None  # runs while marks wait for their commit
         self._boot_id = _boot_id()
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+        unusable = f"the journal {path} cannot be used"
         try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("PRAGMA foreign_keys=ON")
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"{unusable}: {error}") from None
+        try:
             self._open(path)
         except sqlite3.DatabaseError as error:
             self._db.close()
-            raise ConfigError(f"the journal {path} cannot be used: {error}; move it away to start without it") from None
+            raise ConfigError(f"{unusable}: {error}; move it away to start without it") from None
         except ConfigError:
             self._db.close()
             raise
-        if not self._ballast.exists():
-            self._ballast.write_bytes(b"\0" * _BALLAST_BYTES)
+        self._keep_ballast()
 
     def _open(self, path: Path) -> None:
+        # The version comes first: changing the journal mode writes to the file, and a newer one is not ours to touch.
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version={VERSION}; COMMIT;")
-        elif version != VERSION:
+        if version not in {0, VERSION}:
             raise ConfigError(
                 f"the journal {path} was written by a newer jobfetcher (format {version}); upgrade this one"
             )
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA foreign_keys=ON")
+        if version == 0:
+            self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version={VERSION}; COMMIT;")
+
+    def _keep_ballast(self) -> None:
+        """Without room for it there is none: the worker must start to bring its open jobs to their end."""
+        if self._ballast.exists():
+            return
+        try:
+            self._ballast.write_bytes(b"\0" * _BALLAST_BYTES)
+        except OSError:
+            self._ballast.unlink(missing_ok=True)
 
     def claim(self, job_id: JobId, token: str, job: Job | None) -> None:
         """Record a job the moment it was handed out, before anything else is done with it."""
@@ -148,15 +160,19 @@ class Journal:
     def mark(self, job_id: JobId, direction: Direction, stored: Stored) -> None:
         """Record that one file reached its place. Committed within a second, or with the next change of phase."""
         with self._lock:
-            if self._unsaved_since is None:
+            if self._group is None:
                 self._run("BEGIN", ())
-                self._unsaved_since = self._clock()
+                self._group = threading.Timer(_GROUP_S, self._end_group)
+                self._group.daemon = True
+                self._group.start()
             self._run(
                 "INSERT OR REPLACE INTO file (job, direction, name, size, digest, etag) VALUES (?, ?, ?, ?, ?, ?)",
                 (job_id, direction, stored.name, stored.size, stored.digest, stored.etag),
             )
-            if self._clock() - self._unsaved_since >= _GROUP_S:
-                self._commit()
+
+    def _end_group(self) -> None:
+        with self._lock, contextlib.suppress(WorkerFault):  # a lost mark is made again; the next change of phase tells
+            self._commit()
 
     def marked(self, job_id: JobId, direction: Direction) -> dict[str, Stored]:
         """The files of a job that reached their place, by name."""
@@ -187,8 +203,10 @@ class Journal:
 
     def _move(self, job_id: JobId, phase: Phase, more: str, *values: str) -> None:
         with self._lock:
-            (old,) = self._db.execute("SELECT phase FROM job WHERE id = ?", (job_id,)).fetchone()
-            check_move(Phase(old), phase)
+            row = self._db.execute("SELECT phase FROM job WHERE id = ?", (job_id,)).fetchone()
+            if row is None:
+                raise WorkerFault(WorkerReason.DISK, f"the journal has no record of job {job_id}")
+            check_move(Phase(row[0]), phase)
             self._write(f"UPDATE job SET phase = ?{more} WHERE id = ?", (phase, *values, job_id))  # noqa: S608 - `more` is a constant of this file
 
     def _write(self, statement: str, values: tuple[object, ...]) -> None:
@@ -205,12 +223,20 @@ class Journal:
                 self._ballast.unlink()
                 self._db.execute(statement, values)
             except (OSError, sqlite3.OperationalError):
+                if self._db.in_transaction:
+                    self._db.rollback()  # marks of single files at most: they are made again
+                self._forget_group()
                 raise WorkerFault(WorkerReason.DISK, f"the journal cannot be written: {error}") from error
 
     def _commit(self) -> None:
         if self._db.in_transaction:
             self._run("COMMIT", ())
-        self._unsaved_since = None
+        self._forget_group()
+
+    def _forget_group(self) -> None:
+        if self._group is not None:
+            self._group.cancel()
+            self._group = None
 
 
 def _boot_id() -> str:

@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import PurePosixPath
 from typing import Protocol, TypeVar
 
@@ -165,7 +164,7 @@ class Runner:
             try:
                 self._journal.started(job.id, container.id)
                 pulse.enter(Phase.RUNNING)
-                exit, timed_out = self._wait(job.id, container, halt)
+                exit, timed_out = self._wait(container, halt)
                 self._journal.exited(job.id, exit)
                 hold.release()
                 halt.check()
@@ -260,13 +259,12 @@ class Runner:
         self._quietly(job_id, workspace.remove)
         self._quietly(job_id, lambda: self._journal.forget(job_id))
 
-    def _wait(self, job_id: JobId, container: Container, halt: Halt) -> tuple[Exit, bool]:
+    def _wait(self, container: Container, halt: Halt) -> tuple[Exit, bool]:
         """How the container ended, and whether it was for its time limit. A halt stops it, which ends the wait."""
         limit = self._rules.max_runtime_s
         ends_at = None if limit is None else self._clock() + limit
         timed_out = False
-        stop = partial(self._quietly, job_id, partial(container.stop, self._rules.stop_grace_s))
-        with _stopping_on(halt, stop):
+        with self._stopping_on(halt, container):
             while True:
                 left = _WAIT_S if ends_at is None or timed_out else max(0.0, min(_WAIT_S, ends_at - self._clock()))
                 exit = container.wait(left)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.urls import Origin, parse_origin
@@ -73,6 +73,12 @@ def _api_url(value: Any) -> Any:
     return value.rstrip("/")
 
 
+def _token(value: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
+        raise ValueError("has characters that no token has; copy it again, without quotes or spaces")
+    return value
+
+
 def _auto(value: Any) -> Any:
     return None if value == "auto" else value
 
@@ -92,7 +98,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     api_url: Annotated[str, BeforeValidator(_api_url)] = _field("", "Address of the worker-facing API. Must be set.")
-    access_token: SecretStr | None = _field(
+    access_token: Annotated[SecretStr, AfterValidator(_token)] | None = _field(
         None, "A fixed token. Wins over USERNAME and PASSWORD; usually short-lived."
     )
     username: str | None = _field(None, "Account to sign in with, together with PASSWORD.")
@@ -197,10 +203,9 @@ def load(
         if found is not None:
             given[name], origin[name] = found.value, found.layer
     _pair_credentials(given, origin, layers)
-    if "aws_endpoint_url" not in given:
-        found = _find("aws_endpoint_url_cognito_identity_provider", layers)
-        if found is not None:
-            given["aws_endpoint_url"], origin["aws_endpoint_url"] = found.value, found.layer
+    found = _find("aws_endpoint_url_cognito_identity_provider", layers)
+    if found is not None:  # as AWS's own tools have it, the address of one service goes before that of all
+        given["aws_endpoint_url"], origin["aws_endpoint_url"] = found.value, found.layer
     for name in SECRETS:
         for key in (name.upper(), PREFIX + name.upper()):
             environ.pop(key, None)
@@ -228,7 +233,7 @@ def _dotenv(env_file: Path | None) -> dict[str, dict[str, str]]:
             raise ConfigError(f"there is no file {env_file} (--env-file)")
         return {}
     try:
-        values = dotenv_values(path, interpolate=False)
+        values = dotenv_values(path, interpolate=False, encoding="utf-8-sig")  # some editors begin a file with a BOM
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     return {str(path): {key: value for key, value in values.items() if value is not None}}

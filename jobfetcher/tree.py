@@ -96,6 +96,7 @@ def walk(root: Path, start: Sequence[str]) -> Iterator[Found | Skipped]:
     try:
         with opened(root, start[:-1]) as parent:
             device = os.fstat(parent).st_dev
+            os.stat(start[-1], dir_fd=parent, follow_symlinks=False)  # only a missing start may end the walk
             yield from _entry(parent, start[-1], tuple(start[:-1]), device)
     except FileNotFoundError:
         return
@@ -117,7 +118,11 @@ def _walk(folder: int, parts: tuple[str, ...], device: int) -> Iterator[Found | 
 
 def _entry(folder: int, name: str, parts: tuple[str, ...], device: int) -> Iterator[Found | Skipped]:
     here = (*parts, name)
-    seen = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    try:
+        seen = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        yield Skipped(here, "disappeared while its folder was read")
+        return
     mode = seen.st_mode
     if seen.st_dev != device:
         yield Skipped(here, "is on another filesystem")
@@ -141,19 +146,16 @@ def _entry(folder: int, name: str, parts: tuple[str, ...], device: int) -> Itera
 
 
 def remove(parent: Path, name: str) -> None:
-    """Delete `parent/name` and everything below it, never following a link or entering another filesystem.
+    """Delete `parent/name` and everything below it, never following a link or entering a mount point.
 
     Missing is fine. Raises OSError for what could not be deleted, after deleting all that could.
     """
     with opened(parent) as folder:
-        try:
-            device = os.stat(name, dir_fd=folder, follow_symlinks=False).st_dev
-        except FileNotFoundError:
-            return
+        mount = _mount_id(folder)
         problem: OSError | None = None
         waiting = [name]
         while waiting:
-            problem = _remove(folder, waiting.pop(), 0, _Removal(folder, name, device, waiting)) or problem
+            problem = _remove(folder, waiting.pop(), 0, _Removal(folder, name, mount, waiting)) or problem
     if problem is not None:
         raise problem
 
@@ -164,7 +166,7 @@ class _Removal:
 
     top: int
     name: str
-    device: int
+    mount: int
     waiting: list[str]
 
 
@@ -172,8 +174,6 @@ def _remove(folder: int, name: str, depth: int, removal: _Removal) -> OSError | 
     """The first problem met, or None. One descriptor per level, MAX_DEPTH levels at once."""
     try:
         seen = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        if seen.st_dev != removal.device:
-            return OSError(f"{name} is a mount point; it is left alone")
         if not stat.S_ISDIR(seen.st_mode):
             os.unlink(name, dir_fd=folder)
             return None
@@ -189,6 +189,8 @@ def _remove(folder: int, name: str, depth: int, removal: _Removal) -> OSError | 
         return error
     problem: OSError | None = None
     try:
+        if _mount_id(inner) != removal.mount:
+            return OSError(f"{name} is a mount point; it is left alone")
         with os.scandir(inner) as entries:
             for entry in entries:
                 problem = _remove(inner, entry.name, depth + 1, removal) or problem
@@ -201,6 +203,12 @@ def _remove(folder: int, name: str, depth: int, removal: _Removal) -> OSError | 
     except OSError as error:
         return problem or error
     return problem
+
+
+def _mount_id(descriptor: int) -> int:
+    """The mount that an open file lies on (proc(5)). Unlike st_dev it tells a bind mount of the same disk, too."""
+    with open(f"/proc/self/fdinfo/{descriptor}") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
 
 
 def _make(folder: int, name: str) -> bool:

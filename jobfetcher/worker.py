@@ -18,7 +18,7 @@ from typing import Protocol
 
 from jobfetcher.core.errors import (
     ConfigError,
-    SourceError,
+    JobfetcherError,
     SourceRefused,
     SourceUnavailable,
     StopReason,
@@ -204,7 +204,9 @@ class Worker:
         except UnreadableJob as error:
             self._settle_unreadable(error)
             return 0.0
-        except (SourceUnavailable, SourceRefused, WorkerFault) as error:
+        except (SourceUnavailable, SourceRefused, WorkerFault, ConfigError) as error:
+            if isinstance(error, ConfigError) and not self._welcomed:
+                raise  # later an engine that is away is being restarted (FAULTS.md E1, E3), and jobs wait for it
             if isinstance(error, SourceRefused) and not self._welcomed and not self._unheard:
                 # At the very first question this is a wrong password or account, and a person is at hand to see it.
                 raise ConfigError(str(error)) from error
@@ -227,10 +229,10 @@ class Worker:
             # The server gave us again what we hold (its lease ran out meanwhile). Who holds it goes on; it is ours.
             self._emit("job_again", level="warning", job=job.id, message="handed out again while it is in hand here")
             return
-        self._journal.claim(job.id, lease.token, job)
         self._taken += 1
-        self._emit("job_claimed", job=job.id, message=f"claimed, image {job.image}", image=job.image)
         try:
+            self._journal.claim(job.id, lease.token, job)
+            self._emit("job_claimed", job=job.id, message=f"claimed, image {job.image}", image=job.image)
             hold = self._budget.reserve(job.needs)
         except WorkerFault as error:
             self._end_early(lease, Outcome(Ending.WORKER_FAILED, error.reason, str(error)))
@@ -253,8 +255,11 @@ class Worker:
         lease = error.lease
         if lease.job_id in self._slots or lease.job_id in self._unheard:
             return
-        self._journal.claim(lease.job_id, lease.token, None)
         self._taken += 1
+        try:
+            self._journal.claim(lease.job_id, lease.token, None)
+        except WorkerFault as fault:
+            self._emit("journal_failed", level="error", job=lease.job_id, message=str(fault))
         self._end_early(lease, self._runner.outcome_of(lease.job_id, error))
 
     def _end_early(self, lease: Lease, outcome: Outcome) -> None:
@@ -281,17 +286,17 @@ class Worker:
         self._outbox_failures = 0 if len(heard) == len(waiting) else self._outbox_failures + 1
         self._outbox_due = now + min(_OUTBOX_CAP_S, 2.0**self._outbox_failures) * self._jitter()
 
-    def _back_off(self, error: SourceError | WorkerFault) -> float:
+    def _back_off(self, error: JobfetcherError) -> float:
         """Say once what is wrong, and how long to wait: full jitter up to a cap that doubles (FAULTS.md J8, J10)."""
         self._failures += 1
         message = str(error)
         if message != self._trouble:
             self._trouble = message
             self._emit("not_polling", level="error", message=f"no job can be taken: {message}")
-        if isinstance(error, SourceUnavailable) and error.retry_after_s is not None:
-            return error.retry_after_s
+        # At least as long as the server asks for, and never at once: `Retry-After: 0` must not make a busy loop.
+        asked = error.retry_after_s if isinstance(error, SourceUnavailable) and error.retry_after_s else 0.0
         cap = min(_IDLE_CAP_S, self._polling.interval_s * 2.0 ** min(self._failures, 10))
-        return random.uniform(min(1.0, cap), cap)  # noqa: S311 - spreads load only
+        return max(asked, random.uniform(min(1.0, cap), cap))  # noqa: S311 - spreads load only
 
     def _all_well(self) -> None:
         if self._trouble is not None:

@@ -16,6 +16,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -43,9 +44,10 @@ class Base:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             _make_private(path)
             _check_owners(path)
-            self._lock = _lock(path / "lock")
             (path / "jobs").mkdir(mode=0o700, exist_ok=True)
-            (path / "jobs").chmod(0o700)
+            with tree.opened(path, ["jobs"]) as jobs:  # a link in its place is refused
+                os.fchmod(jobs, 0o700)
+            self._lock = _lock(path / "lock")
         except OSError as error:
             raise ConfigError(f"PATH_BASE: {path} cannot be used: {error.strerror or error}") from None
 
@@ -160,8 +162,8 @@ def _check_owners(path: Path) -> None:
     """
     for folder in (path.resolve(), *path.resolve().parents):
         seen = folder.stat()
-        if seen.st_mode & stat.S_ISVTX:
-            continue
+        if seen.st_mode & stat.S_ISVTX and folder != path.resolve():
+            continue  # but in PATH_BASE itself, others could put their own `jobs` before ours
         by_group = seen.st_mode & stat.S_IWGRP and seen.st_gid != seen.st_uid
         if by_group or seen.st_mode & stat.S_IWOTH:
             others = "everybody" if seen.st_mode & stat.S_IWOTH else "its group"
@@ -183,5 +185,6 @@ def _lock(path: Path) -> int:
             f"PATH_BASE: {path.parent} is in use by another worker ({holder}); stop it or choose another directory"
         ) from None
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
     return descriptor

@@ -85,7 +85,8 @@ def check_distinct(paths: Iterable[JobPath]) -> None:
     """
     folded: dict[str, str] = {}
     for path in paths:
-        key = unicodedata.normalize("NFC", path).casefold()
+        # Twice: folding may take a composed character apart, so that two spellings of one name would differ again.
+        key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
         if key in folded:
             raise ValueError(f"paths {folded[key][:120]!r} and {path[:120]!r} are the same file")
         folded[key] = path
@@ -98,18 +99,21 @@ def check_distinct(paths: Iterable[JobPath]) -> None:
 
 
 def _check_env_name(name: str) -> str:
-    if not name or "=" in name or "\0" in name:
+    if not name or "=" in name:
         raise ValueError(f"not an environment variable name: {name[:80]!r}")
-    return name
+    return _check_text(name)
 
 
-def _check_no_nul(value: str) -> str:
+def _check_text(value: str) -> str:
     if "\0" in value:
         raise ValueError("contains a NUL character")
+    # JSON can spell half of a surrogate pair (RFC 8259, 8.2); no file, argument or variable can hold it.
+    if any(unicodedata.category(char) == "Cs" for char in value):
+        raise ValueError("contains a lone surrogate, which is no character")
     return value
 
 
-_Text = Annotated[str, AfterValidator(_check_no_nul)]
+_Text = Annotated[str, AfterValidator(_check_text)]
 
 
 class OutputKind(StrEnum):
@@ -147,8 +151,8 @@ class Needs(_Value):
     cpu_cores: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     memory_mib: Annotated[int, Field(gt=0)] | None = None
     gpu_mem_mib: Annotated[int, Field(ge=0)] | None = None
-    gpu_model: str | None = None
-    gpu_archi: str | None = None
+    gpu_model: _Text | None = None
+    gpu_archi: _Text | None = None
 
     @property
     def gpu(self) -> bool | None:

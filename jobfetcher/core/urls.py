@@ -108,11 +108,11 @@ class UrlPolicy:
             return
         ip = _plain(address)
         special = ip.is_link_local or ip.is_multicast or ip.is_unspecified
-        if ip.is_global and not special:
+        if _is_public(ip) and not special:
             return
         api = [_plain(text) for text in api_addresses]
         api_here = any(known.is_loopback for known in api)
-        api_private = any(not known.is_global for known in api)
+        api_private = any(not _is_public(known) for known in api)
         if not special and (api_here if ip.is_loopback else api_private):
             return
         raise WorkerFault(
@@ -166,14 +166,29 @@ class UrlPolicy:
         return lower in _HEADERS or lower.startswith(_HEADER_PREFIXES)
 
 
+#: IPv6 addresses whose last 32 bits are the IPv4 address that the packet ends up at: IPv4-compatible (RFC 4291),
+#: -mapped, -translated (RFC 2765), NAT64 (RFC 6052) and its local form (RFC 8215).
+_WRAPPED = tuple(
+    ipaddress.IPv6Network(text)
+    for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
+)
+
+#: Not public, whatever this Python's `ipaddress` knows of them: site-local (RFC 3879), documentation (RFC 9637), 6to4
+#: relays (RFC 7526).
+_NOT_PUBLIC = tuple(ipaddress.ip_network(text) for text in ("fec0::/10", "3fff::/20", "192.88.99.0/24"))
+
+
 def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """The address, an IPv4 one where it only wears IPv6 clothes (::ffff:127.0.0.1, 64:ff9b::7f00:1)."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return ip.ipv4_mapped
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # RFC 6052, NAT64
-            return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if ip.sixtofour is not None:
             return ip.sixtofour
+        # ::1 and :: lie in the first of them and are themselves.
+        if int(ip) > 1 and any(ip in network for network in _WRAPPED):
+            return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip
+
+
+def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return ip.is_global and not any(ip.version == network.version and ip in network for network in _NOT_PUBLIC)

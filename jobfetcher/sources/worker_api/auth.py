@@ -79,9 +79,9 @@ class CognitoPool(BaseModel):
 
 
 class _Result(BaseModel):
-    IdToken: str = Field(min_length=1)
+    IdToken: str = Field(pattern=r"^[\x21-\x7e]+$")  # it goes into a header
     RefreshToken: str | None = None
-    ExpiresIn: float = 3600.0
+    ExpiresIn: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
 
 
 class _Reply(BaseModel):

@@ -161,7 +161,7 @@ def retry_after(value: str | None, now: float | None = None) -> float | None:
     if value is None:
         return None
     try:
-        seconds = float(int(value))
+        seconds = float(max(0, min(int(value), int(_RETRY_AFTER_MAX_S))))  # as integers: 400 digits fit no float
     except ValueError:
         try:
             moment = email.utils.parsedate_to_datetime(value).timestamp()

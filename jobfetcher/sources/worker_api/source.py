@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -82,6 +83,7 @@ class WorkerApi:
         comes back to the queue after 300 s, and asking again would lose a second one. So nothing is repeated here.
         """
         for gpu in _one_per_model(offer.gpus) or [None]:
+            asked_at = self._clock()
             reply = self._client.request("GET", "/jobs", self._question(offer, gpu))
             if reply.status == 404:
                 raise SourceUnavailable(
@@ -89,11 +91,14 @@ class WorkerApi:
                 )
             if reply.status != 200:
                 raise failure(reply, "the request for a job")
-            handed_out = reply.json()
+            try:
+                handed_out = reply.json()
+            except SourceUnavailable as error:
+                raise self._unreadable(reply, asked_at) or error from None
             if not isinstance(handed_out, dict):
                 raise SourceUnavailable("the server's answer to the request for a job is not an object")
             if handed_out:
-                return self._take_first(handed_out)
+                return self._take_first(handed_out, asked_at)
         return None
 
     def resume(self, token: str, job_id: JobId) -> ApiLease:
@@ -116,12 +121,15 @@ class WorkerApi:
             question.append(("older_than", str(self._wanted.older_than_s)))
         return [*question, *(("groups", group) for group in self._wanted.groups)]
 
-    def _take_first(self, handed_out: Mapping[str, Any]) -> Claim:
-        """The first job; the others, which nobody asked for, go back at once (FAULTS.md B16)."""
+    def _take_first(self, handed_out: Mapping[str, Any], asked_at: float) -> Claim:
+        """The first job; the others, which nobody asked for, go back at once (FAULTS.md B16).
+
+        `asked_at`: when the question was sent, from which the lease counts (S4).
+        """
         leases: list[tuple[ApiLease, Any]] = []
         for key, specs in handed_out.items():
             try:
-                leases.append((self._lease(parse_job_id(key), accepted_at=self._clock()), specs))
+                leases.append((self._lease(parse_job_id(key), accepted_at=asked_at), specs))
             except ValueError as error:
                 # Not even its name can be spoken: nothing can be sent about it; it returns to the queue by itself.
                 self._emit(
@@ -139,6 +147,15 @@ class WorkerApi:
             return Claim(lease, parse_specs(lease.job_id, specs))
         except ValueError as error:
             raise UnreadableJob(lease, str(error)) from None
+
+    def _unreadable(self, reply: Reply, asked_at: float) -> UnreadableJob | None:
+        """A job whose JSON is refused (a key twice, NaN), if its id can be read all the same (FAULTS.md B15)."""
+        try:
+            [key] = json.loads(reply.body)
+            job_id = parse_job_id(key)
+        except (ValueError, TypeError, RecursionError):
+            return None
+        return UnreadableJob(self._lease(job_id, accepted_at=asked_at), "its JSON is not unambiguous")
 
     def _lease(self, job_id: JobId, accepted_at: float | None) -> ApiLease:
         return ApiLease(self._client, self._policy, job_id, accepted_at=accepted_at, emit=self._emit, clock=self._clock)
@@ -272,13 +289,14 @@ class ApiLease:
                 if state in {FINISHED, ERROR} or state == word:
                     self._settled = True
                     return Standing.KEEP
+            sent_at = self._clock()  # not `now`: asking may have taken as long as a call may
             try:
                 standing = self._update(word, why)
             except SourceUnavailable as error:
                 if error.sent:
                     # A reply with a status means the request was dealt with; only silence leaves it on its way.
                     answered = error.__cause__ is None
-                    self._doubt_until = now if answered else now + CALL_S
+                    self._doubt_until = sent_at if answered else sent_at + CALL_S
                 raise
             self._settled = standing is Standing.KEEP
             return standing

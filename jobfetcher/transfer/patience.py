@@ -1,0 +1,75 @@
+"""When to try again, and when to give up: fast tries, then full-jitter back-off within a budget (FAULTS.md C2, J8).
+
+Used by `download` and `upload`, one `Patience` per file.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from jobfetcher.core.errors import SourceRefused, SourceUnavailable, WorkerFault, WorkerReason
+from jobfetcher.core.text import clean
+
+T = TypeVar("T")
+
+#: The first tries after a failure come at once: most cuts are one cut.
+_FAST_TRIES = 3
+_CAP_S = 60.0
+
+
+class TryAgain(Exception):
+    """It did not work now, for a reason that may pass. `retry_after_s`: what the store asked for, in seconds."""
+
+    def __init__(self, why: str, retry_after_s: float | None = None) -> None:
+        super().__init__(why)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The clock, the sleep (a wait on the batch's end, in seconds) and the dice; replaced in tests."""
+
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[threading.Event, float], object] = threading.Event.wait
+    dice: Callable[[], float] = random.random
+
+
+class Patience:
+    """What is left of it for one file. `what` names the file for people."""
+
+    def __init__(self, rules: Rules, budget_s: float, what: str, ended: threading.Event) -> None:
+        self._rules, self._budget_s, self._what, self._ended = rules, budget_s, what, ended
+        self._failures = 0
+        self._since = rules.clock()
+
+    def progressed(self) -> None:
+        """Something was reached: the budget and the fast tries begin anew."""
+        self._failures, self._since = 0, self._rules.clock()
+
+    def again(self, why: str, retry_after_s: float | None = None, reason: WorkerReason = WorkerReason.STORAGE) -> None:
+        """Wait until the next try is due, or raise WorkerFault when the budget is spent. Ends early with the batch."""
+        spent = self._rules.clock() - self._since
+        if spent > self._budget_s:
+            raise WorkerFault(
+                reason, f"{self._what} could not be moved for {spent / 3600:.1f} hours, given up: {clean(why, 300)}"
+            )
+        self._failures += 1
+        backoff = min(_CAP_S, 2.0 ** min(self._failures - _FAST_TRIES, 10)) if self._failures > _FAST_TRIES else 0.0
+        delay = max(self._rules.dice() * backoff, retry_after_s or 0.0)
+        if delay:
+            self._rules.sleep(self._ended, delay)
+
+    def signed(self, sign: Callable[[], T]) -> T:
+        """What `sign` gives, asked again while the source is out of reach; its other errors are final."""
+        while True:
+            try:
+                return sign()
+            except (SourceUnavailable, SourceRefused) as error:
+                if self._ended.is_set():
+                    raise
+                self.again(str(error), getattr(error, "retry_after_s", None), WorkerReason.SOURCE)

@@ -1,0 +1,69 @@
+"""Files by requests that a server signed for us: S3 and its kin, GCS, Azure, and plain HTTP servers.
+
+The adapter of `core.ports.Transfer` that `build` makes, one for the whole worker. All jobs share its one loop thread
+and its connections; each call has its own window of workers, so a job that waits for its storage holds up no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from jobfetcher.core.ports import Download, Upload, Watch
+from jobfetcher.core.urls import UrlPolicy
+from jobfetcher.transfer import batch, download, upload
+from jobfetcher.transfer.exchange import NetSettings
+from jobfetcher.transfer.guard import AddressGuard, Resolver, resolve
+from jobfetcher.transfer.multi import TransferLoop
+from jobfetcher.transfer.patience import Rules
+from jobfetcher.transfer.wire import Wire
+
+#: FAULTS.md C2: an input out of reach for this long is the machine's trouble, and another worker may do better.
+DOWNLOAD_BUDGET_S = 6 * 3600.0
+
+#: FAULTS.md C8: a finished job's outputs are worth waiting for.
+UPLOAD_BUDGET_S = 7 * 86_400.0
+
+#: PROTOCOL.md S13: one object sent by one PUT or POST has at most 5 GiB.
+MAX_UPLOAD_BYTES = 5 * 1024**3
+
+
+class PresignedTransfer:
+    """Moves files as `policy` allows.
+
+    `concurrency`: files at a time in one call. Budgets: seconds without success before a file is given up.
+    """
+
+    def __init__(
+        self,
+        policy: UrlPolicy,
+        *,
+        concurrency: int = 8,
+        max_host_connections: int = 16,
+        max_connections: int = 64,
+        net: NetSettings | None = None,
+        resolver: Resolver = resolve,
+        rules: Rules | None = None,
+        download_budget_s: float = DOWNLOAD_BUDGET_S,
+        upload_budget_s: float = UPLOAD_BUDGET_S,
+        max_upload_bytes: int = MAX_UPLOAD_BYTES,
+    ) -> None:
+        net = net or NetSettings()
+        rules = rules or Rules()
+        self._concurrency = concurrency
+        self._loop = TransferLoop(net, max_host_connections=max_host_connections, max_connections=max_connections)
+        wire = Wire(policy, AddressGuard(policy, resolver, rules.clock), proxied=net.proxy is not None)
+        self._fetch = partial(download.fetch, wire=wire, rules=rules, budget_s=download_budget_s)
+        self._send = partial(upload.send, wire=wire, rules=rules, budget_s=upload_budget_s, max_bytes=max_upload_bytes)
+
+    def download(self, items: Iterable[Download], watch: Watch) -> None:
+        """Fetch all; ends at the first failure. See `core.ports.Transfer`."""
+        batch.run(items, self._fetch, watch, self._loop, width=self._concurrency, go_on=False)
+
+    def upload(self, items: Iterable[Upload], watch: Watch) -> None:
+        """Send all that can be sent, then raise the first failure. See `core.ports.Transfer`."""
+        batch.run(items, self._send, watch, self._loop, width=self._concurrency, go_on=True)
+
+    def close(self) -> None:
+        """End the loop thread and all connections."""
+        self._loop.close()

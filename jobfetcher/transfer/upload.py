@@ -1,0 +1,125 @@
+"""The story of one output, top to bottom: measure, sign, send, compare (FAULTS.md C8 to C11, C14).
+
+Used by `presigned`, in a batch's worker thread. Every try sends the whole file again: same key, so nothing is doubled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from functools import partial
+from typing import BinaryIO
+
+from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.ports import Upload
+from jobfetcher.core.run import Stored
+from jobfetcher.core.urls import Method, SignedRequest
+from jobfetcher.transfer import replies
+from jobfetcher.transfer.batch import Batch
+from jobfetcher.transfer.body import FileBody, changed, form
+from jobfetcher.transfer.digests import etag_md5
+from jobfetcher.transfer.exchange import Reply
+from jobfetcher.transfer.patience import Patience, Rules, TryAgain
+from jobfetcher.transfer.wire import Wire
+
+_STORED = frozenset({200, 201, 204})
+
+#: Newly signed requests that are refused in a row before we believe it: one may have expired on its way.
+_MAX_RENEWALS = 2
+_MAX_DAMAGED = 3
+
+
+def send(item: Upload, batch: Batch, wire: Wire, rules: Rules, budget_s: float, max_bytes: int) -> Stored:
+    """Store one file. Raises JobFault, WorkerFault, or what `item.sign` and `item.open` raise."""
+    batch.check()
+    if item.size > max_bytes:
+        raise _too_large(item, f"the store takes at most {max_bytes / 2**30:g} GB per file")
+    patience = Patience(rules, budget_s, f"output {item.name}", batch.ended)
+    refused = damaged = 0
+    renew = False
+    while True:
+        batch.check()
+        request = patience.signed(partial(item.sign, renew))
+        renew = False
+        try:
+            reply, md5 = _once(item, request, batch, wire)
+            if reply.status not in _STORED and (reply.status < 400 or replies.is_later(reply)):
+                raise TryAgain(f"the storage answers {replies.words(reply)}", replies.retry_after_s(reply))
+        except TryAgain as failure:
+            patience.again(str(failure), failure.retry_after_s)
+            continue
+
+        if reply.status in _STORED:
+            theirs = etag_md5(reply.headers)
+            if theirs in {None, md5}:
+                return Stored(item.name, item.size, f"md5:{md5}", replies.strong_etag(reply))
+            damaged += 1
+            if damaged >= _MAX_DAMAGED:
+                raise WorkerFault(
+                    WorkerReason.STORAGE,
+                    f"output {item.name} arrived damaged {damaged} times: its md5 is {md5}, the storage got {theirs}",
+                )
+        elif reply.status == 413 or replies.code(reply) == "EntityTooLarge":
+            raise _too_large(item, f"the storage refuses it with {replies.words(reply)}")
+        else:
+            refused += 1
+            renew = True
+            if refused > (_MAX_RENEWALS if replies.is_refused(reply) else 1):
+                raise WorkerFault(
+                    WorkerReason.STORAGE,
+                    f"output {item.name} is refused by the storage with {replies.words(reply)}{_clock(reply)}",
+                )
+
+
+def _once(item: Upload, request: SignedRequest, batch: Batch, wire: Wire) -> tuple[Reply, str]:
+    """One try: the reply, and the MD5 of what was sent. What was sent in vain is taken back from the progress."""
+    if request.method is Method.GET:
+        raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out a request that fetches, for a file to be sent")
+    head, tail, content_type = b"", b"", None
+    if request.method is Method.POST:
+        head, tail, content_type = form(request.fields, item.filename)
+    with _opened(item) as file:
+        _check_unchanged(item, file)
+        body = FileBody(file, item.size, item.name, batch.moved, head, tail)
+        stored = False
+        try:
+            reply = wire.send(request, body, content_type, batch)
+            _check_unchanged(item, file)
+            if reply.status in _STORED and not body.complete:
+                raise TryAgain("the storage said that it has the file before all of it was sent")
+            stored = reply.status in _STORED
+            return reply, body.md5
+        finally:
+            if not stored:
+                body.rewind()
+
+
+def _opened(item: Upload) -> BinaryIO:
+    try:
+        return item.open()
+    except FileNotFoundError as error:
+        raise changed(item.name) from error
+    except OSError as error:
+        raise WorkerFault(WorkerReason.DISK, f"output {item.name} cannot be read: {error.strerror}") from error
+
+
+def _check_unchanged(item: Upload, file: BinaryIO) -> None:
+    now = os.fstat(file.fileno())
+    if not stat.S_ISREG(now.st_mode) or (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
+        raise changed(item.name)
+
+
+def _too_large(item: Upload, why: str) -> JobFault:
+    # Rounded up, so that one byte too many does not read "5 GB of at most 5 GB".
+    size = math.ceil(item.size / 2**30 * 100) / 100
+    return JobFault(JobReason.OUTPUT_TOO_LARGE, f"output {item.name} is {size:g} GB, {why}")
+
+
+def _clock(reply: Reply) -> str:
+    """A wrong clock is the usual reason where a fresh signature is refused for its time (C10)."""
+    skew = replies.skew_s(reply)
+    if replies.code(reply) != "RequestTimeTooSkewed" or skew is None:
+        return ""
+    where = "ahead of" if skew > 0 else "behind"
+    return f"; check the clock of this machine: it is {abs(skew):.0f} s {where} the storage's"
