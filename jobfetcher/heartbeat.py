@@ -81,6 +81,7 @@ class Pulse:
         bugs: list[float] = []
         due = self._clock()
         while (phase := self._next(due, failures)) is not None:
+            last_try = self._stopping
             try:
                 standing = self._lease.beat(phase)
             except SourceError as error:
@@ -92,6 +93,8 @@ class Pulse:
                         job=self._lease.job_id,
                         message=f"keep-alive not delivered, trying again: {error}",
                     )
+                if last_try:
+                    return
                 due = self._clock() + RETRY_S[min(failures, len(RETRY_S)) - 1] * self._jitter()
                 continue
             except Exception as error:
@@ -123,10 +126,8 @@ class Pulse:
         """
         with self._changed:
             while True:
-                if self._stopping and (failures or not self._unsaid):
-                    return None
-                if self._unsaid and not failures:
-                    return self._unsaid[0]
+                if self._stopping or (self._unsaid and not failures):
+                    return self._unsaid[0] if self._unsaid else None
                 left = due - self._clock()
                 if left <= 0:
                     return self._unsaid[0] if self._unsaid else self._phase

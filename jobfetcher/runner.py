@@ -174,9 +174,9 @@ class Runner:
             finally:
                 # Nothing may still write when its files are read: gone before the outputs are walked (FAULTS.md T4).
                 self._quietly(job.id, container.remove)
+                if os.geteuid() != 0:  # also when the job is cancelled: what its root wrote must be deleted
+                    self._quietly(job.id, lambda: self._engine.own(image.id, files_host_path))
 
-        if os.geteuid() != 0:
-            self._quietly(job.id, lambda: self._engine.own(image.id, files_host_path))
         record = provenance(job, image=image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
         (workspace.logs / "provenance.json").write_text(record, encoding="utf-8")
         with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {exit.code}"):

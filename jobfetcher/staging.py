@@ -70,6 +70,9 @@ class _Watch:
         self._progress = progress
         self._done = done
 
+    def expect(self, size: int) -> None:
+        self._progress.bytes_total = (self._progress.bytes_total or 0) + size
+
     def moved(self, size: int) -> None:
         self._progress.moved += size
         self._progress.changed(self._progress)

@@ -130,6 +130,10 @@ class Watch(Protocol):
     @property
     def halt(self) -> Halt: ...
 
+    def expect(self, size: int) -> None:
+        """`size` more bytes will go over the wire than were known of."""
+        ...
+
     def moved(self, size: int) -> None:
         """`size` more bytes went over the wire (negative when a piece must be moved again)."""
         ...

@@ -56,11 +56,14 @@ def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
 
 
 def chown_box(image_id: str, host_path: str, owner: str, labels: Mapping[str, str]) -> dict[str, Any]:
-    """A container that gives all below `host_path` to `owner` (`uid:gid`); of links themselves, not of targets."""
+    """A container that gives all below `host_path` to `owner` (`uid:gid`); of links themselves, not of targets.
+
+    And opens it to the owner, who could neither read nor delete below a directory of mode 000; `chmod -R` passes links by.
+    """
     return {
         "Image": image_id,
-        "Entrypoint": ["chown"],
-        "Cmd": ["-Rh", owner, MOUNT_POINT],
+        "Entrypoint": ["/bin/sh", "-c", f'chown -Rh "$0" {MOUNT_POINT} && chmod -R u+rwX {MOUNT_POINT}'],
+        "Cmd": [owner],
         "User": "0",
         "WorkingDir": "/",
         "Labels": dict(labels),

@@ -199,7 +199,7 @@ class DockerEngine:
                 end = helper.wait(_OWN_TIMEOUT_S)
                 if end is None or end.code != 0:
                     raise left("chown did not end in time" if end is None else clean(helper.last_lines(3), 300))
-            except JobFault as fault:  # the image has no chown; or somebody removed the helper
+            except JobFault as fault:  # the image has no shell; or somebody removed the helper
                 raise left(str(fault)) from fault
             finally:
                 helper.remove()

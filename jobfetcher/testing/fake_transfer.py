@@ -45,6 +45,7 @@ class FakeTransfer:
             if content is None:
                 raise JobFault(JobReason.INPUT_MISSING, f"input {item.name} not found in storage")
             item.part.write_bytes(content)
+            watch.expect(len(content))
             watch.moved(len(content))
             watch.done(item, Stored(item.name, len(content), f"sha256:{hashlib.sha256(content).hexdigest()}"))
 
@@ -57,6 +58,7 @@ class FakeTransfer:
             except (JobFault, WorkerFault) as error:
                 first = first or error
             else:
+                watch.expect(stored.size)
                 watch.moved(stored.size)
                 watch.done(item, stored)
         if first is not None:

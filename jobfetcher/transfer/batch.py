@@ -42,7 +42,8 @@ class Batch:
         self._loop = loop
         self._lock = threading.Lock()
         self._active: set[Exchange] = set()
-        self._moved, self._told_at = 0, time.monotonic()
+        self._expected = self._moved = 0
+        self._told_at = time.monotonic()
 
     def check(self) -> None:
         """Raise Ended in a worker whose work nobody wants any more."""
@@ -71,11 +72,17 @@ class Batch:
             self._told_at = now
         self.events.put(None)
 
-    def take_moved(self) -> int:
-        """Bytes not told yet."""
+    def expect(self, size: int) -> None:
+        """Count bytes that are still to come, from any thread."""
         with self._lock:
-            moved, self._moved = self._moved, 0
-        return moved
+            self._expected += size
+
+    def take_news(self) -> tuple[int, int]:
+        """Bytes expected and bytes moved that were not told yet."""
+        with self._lock:
+            news = self._expected, self._moved
+            self._expected = self._moved = 0
+        return news
 
     def end(self) -> None:
         """Nothing more is wanted: abort what is going on."""
@@ -142,5 +149,8 @@ def run(
 
 
 def _tell(batch: Batch, watch: Watch) -> None:
-    if moved := batch.take_moved():
+    expected, moved = batch.take_news()
+    if expected:
+        watch.expect(expected)
+    if moved:
         watch.moved(moved)

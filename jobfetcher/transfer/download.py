@@ -30,7 +30,7 @@ def fetch(item: Download, batch: Batch, wire: Wire, rules: Rules, budget_s: floa
     """Bring `item.part` to its whole, verified content. Raises JobFault, WorkerFault, or what `item.sign` raises."""
     batch.check()
     patience = Patience(rules, budget_s, f"input {item.name}", batch.ended)
-    with Part(item.part, item.name, batch.moved) as part:
+    with Part(item.part, item.name, batch.moved, batch.expect) as part:
         part.resume(batch.check)
         request: SignedRequest | None = None
         renewals = damaged = 0

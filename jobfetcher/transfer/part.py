@@ -45,9 +45,10 @@ class Part:
     Raises WorkerFault(DISK) when the file cannot be written, and then takes it away.
     """
 
-    def __init__(self, path: Path, name: str, moved: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, name: str, moved: Callable[[int], None], expect: Callable[[int], None]) -> None:
         self.offset = self.best = 0
-        self._path, self._name, self._moved = path, name, moved
+        self._path, self._name, self._moved, self._expect = path, name, moved, expect
+        self._announced = False
         self._note = path.with_name(path.name + ".etag")
         self._expected: Expected | None = None
         self._digests = Digests(frozenset())
@@ -151,6 +152,7 @@ class Part:
         self._expected, self._digests = expected, Digests.for_expected(expected)
         if expected.size is not None:
             self._check_room(expected.size)
+            self._announce(expected.size)
         if expected.etag and (expected.size is None or expected.size > _WORTH_RESUMING):
             # Only good for resuming: if it cannot be written, nothing is lost but that.
             with contextlib.suppress(OSError):
@@ -169,6 +171,13 @@ class Part:
         if size is not None and (piece.last >= size or piece.whole not in {None, size}):
             raise Discard("the file has another length in the storage than before")
         self._check_room(piece.last - piece.first + 1)
+        self._announce(piece.last - piece.first + 1)
+
+    def _announce(self, size: int) -> None:
+        """Say once how much is to come; what is moved again later was taken back before."""
+        if not self._announced:
+            self._announced = True
+            self._expect(size)
 
     def _write(self, data: bytes) -> None:
         expected = self._expected

@@ -35,6 +35,7 @@ def send(item: Upload, batch: Batch, wire: Wire, rules: Rules, budget_s: float, 
     batch.check()
     if item.size > max_bytes:
         raise _too_large(item, f"the store takes at most {max_bytes / 2**30:g} GB per file")
+    batch.expect(item.size)
     patience = Patience(rules, budget_s, f"output {item.name}", batch.ended)
     refused = damaged = 0
     renew = False

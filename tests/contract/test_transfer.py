@@ -107,7 +107,7 @@ def test_inputs_arrive_whole_and_are_told_by_the_callers_thread(world: World, tm
     for stored in watch.stored:
         algorithm, _, digest = stored.digest.partition(":")
         assert hashlib.new(algorithm, contents[stored.name]).hexdigest() == digest
-    assert sum(watch.sizes) == sum(map(len, contents.values()))
+    assert sum(watch.sizes) == watch.expected == sum(map(len, contents.values()))
     assert watch.threads == {threading.current_thread()}
 
 
@@ -128,7 +128,7 @@ def test_outputs_arrive_whole(world: World, tmp_path: Path, method: Method) -> N
     assert watch.names == set(contents)
     for stored in watch.stored:
         assert stored.digest == f"md5:{hashlib.md5(contents[stored.name], usedforsecurity=False).hexdigest()}"
-    assert sum(watch.sizes) == sum(map(len, contents.values()))
+    assert sum(watch.sizes) == watch.expected == sum(map(len, contents.values()))
     assert watch.threads == {threading.current_thread()}
 
 

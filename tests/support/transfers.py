@@ -34,9 +34,14 @@ class Recorder:
     def __init__(self, on_done: Callable[[Stored], None] = lambda _: None) -> None:
         self.halt = Halt()
         self.sizes: list[int] = []
+        self.expected = 0
         self.stored: list[Stored] = []
         self.threads: set[threading.Thread] = set()
         self._on_done = on_done
+
+    def expect(self, size: int) -> None:
+        self.threads.add(threading.current_thread())
+        self.expected += size
 
     def moved(self, size: int) -> None:
         self.threads.add(threading.current_thread())
