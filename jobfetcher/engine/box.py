@@ -58,7 +58,7 @@ def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
 def chown_box(image_id: str, host_path: str, owner: str, labels: Mapping[str, str]) -> dict[str, Any]:
     """A container that gives all below `host_path` to `owner` (`uid:gid`); of links themselves, not of targets.
 
-    And opens it to the owner, who could neither read nor delete below a directory of mode 000; `chmod -R` passes links by.
+    And opens it to the owner, who could neither read nor delete below a directory of mode 000. `chmod -R` leaves links.
     """
     return {
         "Image": image_id,

@@ -1,0 +1,135 @@
+"""A worker that is not root, on the machine itself: all it has is the group of the engine's socket.
+
+What a job's root user leaves, closed to everybody else, must still be sent and deleted (FAULTS.md E13).
+"""
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import docker
+import pytest
+
+from tests.support.mock_server import running_mock_api
+from tests.support.services import REPOSITORY, require, require_program, wait_until
+from tests.support.worker import UNTIL_LET_GO, Lab, assert_clean, command
+
+pytestmark = pytest.mark.docker
+
+USER = 64123  # nobody's number, on Debian: above those of users, below nobody's (Debian policy, 9.2.2)
+SOCKET = Path("/var/run/docker.sock")
+
+CLOSED = (
+    "cd /files/out && mkdir -p deep/er && echo secret > closed && echo deep > deep/er/closed && echo open > open &&"
+    "chmod 000 closed deep/er/closed deep/er deep && chmod 700 . && chown 1234:1234 open && mkdir /files/elsewhere &&"
+    "touch /files/elsewhere/x && chmod 000 /files/elsewhere"
+)
+
+
+@pytest.fixture
+def own_lab(engine: docker.APIClient, busybox: str) -> Iterator[Lab]:
+    """A mock API, and a directory that belongs to USER; pytest's own ones are closed to all but root."""
+    require("root" if os.geteuid() == 0 else None, "root rights, without which nobody else can be played")
+    require("socket" if SOCKET.is_socket() else None, f"an engine at {SOCKET}")
+    home = Path(tempfile.mkdtemp(prefix="jobfetcher-user-"))
+    os.chown(home, USER, USER)
+    try:
+        with running_mock_api(home / "server") as server:
+            lab = Lab(server, home / "base", busybox, engine)
+            before = lab.held()
+            yield lab
+            assert_clean(lab, before)
+    finally:
+        shutil.rmtree(home)
+
+
+def as_user(directory: Path) -> Path:
+    """A program that is Python for USER with the socket's group.
+
+    Checkout, environment and Python itself may lie below a directory that only root may enter (/root, for one). So in
+    a mount namespace of its own each such directory is covered by an empty open one, and what is needed put back.
+    """
+    needed = {REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), Path(os.path.realpath(sys.executable)).parent}
+    closed = {path: shut for path in needed if (shut := closed_ancestor(path))}
+    lines = ["mount -t tmpfs tmpfs /mnt"]
+    for number, path in enumerate(closed):
+        lines += [f"mkdir /mnt/{number}", f"mount --bind {shlex.quote(str(path))} /mnt/{number}"]
+    lines += [f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(shut))}" for shut in sorted(set(closed.values()))]
+    for number, path in enumerate(closed):
+        quoted = shlex.quote(str(path))
+        lines += [f"mkdir -p {quoted}", f"mount --bind /mnt/{number} {quoted}"]
+    become = f"setpriv --reuid={USER} --regid={USER} --groups={SOCKET.stat().st_gid} --"
+    inside = "\n".join(["set -e", *(lines if closed else []), f'exec {become} {shlex.quote(sys.executable)} "$@"'])
+    program = directory / "python-as-user"
+    program.write_text(
+        f'#!/bin/sh\nexec unshare --mount --propagation private sh -c {shlex.quote(inside)} python "$@"\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def closed_ancestor(path: Path) -> Path | None:
+    """The topmost directory above `path` that others may not enter."""
+    return next((folder for folder in reversed(path.parents) if not folder.stat().st_mode & 0o001), None)
+
+
+@pytest.mark.fault("E13")
+def test_what_a_jobs_root_user_leaves_is_sent_and_deleted(own_lab: Lab, tmp_path: Path) -> None:
+    lab = own_lab
+    for program in ("setpriv", "unshare"):
+        require_program(program, "util-linux")
+    job = lab.submit(CLOSED, files_up={"output": "out"})
+    home = lab.base.parent
+    env = {**lab.env(), "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    with command(["run", "--once"], env, home, executable=as_user(tmp_path)) as worker:
+        assert worker.wait() == 0, worker.errors
+    assert lab.base.stat().st_uid == USER, "the worker was not the user that it should have been"
+    assert lab.ended(job) == ("finished", "")
+    results = lab.server.results(job)
+    assert {name: content for name, content in results.items() if name.startswith("output/")} == {
+        "output/out/closed": b"secret\n",
+        "output/out/deep/er/closed": b"deep\n",
+        "output/out/open": b"open\n",
+    }
+
+
+@pytest.mark.fault("E13")
+def test_what_a_failed_job_leaves_is_deleted(own_lab: Lab, tmp_path: Path) -> None:
+    lab = own_lab
+    job = lab.submit(f"{CLOSED}; exit 3", files_up={"output": "out"})
+    home = lab.base.parent
+    env = {**lab.env(), "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    with command(["run", "--once"], env, home, executable=as_user(tmp_path)) as worker:
+        assert worker.wait() == 0, worker.errors
+    state, details = lab.ended(job)
+    assert (state, details.startswith("exit code 3")) == ("error", True), details
+    assert "output/out/closed" in lab.server.results(job)
+
+
+def test_an_engine_without_permission_is_refused(own_lab: Lab, tmp_path: Path) -> None:
+    job = own_lab.submit("true")
+    program = as_user(tmp_path)
+    program.write_text(program.read_text().replace(f"--groups={SOCKET.stat().st_gid}", f"--groups={USER}"))
+    home = own_lab.base.parent
+    with command(["run"], {**own_lab.env(), "PYTHONPATH": str(REPOSITORY)}, home, executable=program) as worker:
+        assert worker.wait() == 2
+    last = worker.errors.splitlines()[-1]
+    assert last.startswith("jobfetcher: no permission to use the container engine")
+    assert "usermod -aG docker" in last
+    assert own_lab.server.state(job) == "queued"
+
+
+@pytest.mark.fault("E13")
+def test_what_a_cancelled_job_leaves_is_deleted(own_lab: Lab, tmp_path: Path) -> None:
+    lab = own_lab
+    job = lab.submit(f"{CLOSED}; {UNTIL_LET_GO}", files_up={"output": "out"})
+    home = lab.base.parent
+    env = {**lab.env(), "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    with command(["run", "--once"], env, home, executable=as_user(tmp_path)) as worker:
+        wait_until(lambda: (lab.files(job) / "elsewhere/x").exists(), "the job has written its files")
+        lab.server.delete(job)
+        assert worker.wait() == 0, worker.errors

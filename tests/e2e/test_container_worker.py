@@ -1,0 +1,199 @@
+"""The worker itself in a container, built from the Dockerfile, with the engine's socket mounted, as labs run it.
+
+It reads a `.env` of the form that deployed workers have. The mock API listens on the engine's bridge, where the worker
+knows it as host.docker.internal.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import docker
+import httpx
+import pytest
+
+from tests.support.mock_server import MockServer
+from tests.support.services import answers, free_port, running, wait_until
+from tests.support.worker import UNTIL_LET_GO, Lab
+
+pytestmark = pytest.mark.docker
+
+INPUT = bytes(range(256)) * 100
+COPY = ["cp /files/data/in.bin /files/out/copy.bin"]
+
+# As deployed ones look: remarks behind the values, an empty token, TIMOUT_STATUS spelt as it is.
+ENV_FILE = """\
+# worker settings
+API_URL={api}  # address of the worker-facing API
+USERNAME=worker  # account of this worker
+PASSWORD=worker-password  # and its password
+ACCESS_TOKEN=  # alternatively, a fixed token
+
+PATH_BASE=/data  # where job files are kept, as the worker sees it
+{path_host_base}
+TIMEOUT_JOB=1  # seconds between two questions for a job
+TIMOUT_STATUS=1  # seconds between two signs of life
+AWS_ENDPOINT_URL={api}
+RESERVE_DISK=0
+"""
+
+
+@dataclass(frozen=True)
+class Bay:
+    """A mock API on the engine's bridge, and a host directory for a worker in a container."""
+
+    lab: Lab
+    worker_image: str
+    env_file: Path
+
+    @property
+    def api(self) -> str:
+        """The API as the worker in the container knows it."""
+        return f"http://host.docker.internal:{httpx.URL(self.lab.server.url).port}"
+
+    @contextlib.contextmanager
+    def worker(self, *arguments: str, path_host_base: str = "", mounted: bool = True) -> Iterator["Contained"]:
+        """The worker's container with these arguments, removed at the end of the block."""
+        self.env_file.write_text(ENV_FILE.format(api=self.api, path_host_base=path_host_base))
+        engine = self.lab.engine
+        binds = ["/var/run/docker.sock:/var/run/docker.sock", f"{self.env_file}:/app/.env:ro"]
+        config = engine.create_host_config(
+            binds=[*binds, f"{self.lab.base}:/data"] if mounted else binds,
+            extra_hosts={"host.docker.internal": "host-gateway"},
+        )
+        container = engine.create_container(self.worker_image, list(arguments), host_config=config)["Id"]
+        try:
+            engine.start(container)
+            yield Contained(engine, container)
+        except BaseException as error:
+            error.add_note(f"the worker printed:\n{engine.logs(container, tail=40).decode(errors='replace')}")
+            raise
+        finally:
+            engine.remove_container(container, force=True)
+
+
+@dataclass(frozen=True)
+class Contained:
+    """A worker's container."""
+
+    engine: docker.APIClient
+    id: str
+
+    @property
+    def printed(self) -> str:
+        """All it printed so far."""
+        return self.engine.logs(self.id).decode(errors="replace")
+
+    def ended(self) -> int:
+        """Its exit code, when it ends by itself."""
+        return int(self.engine.wait(self.id, timeout=60)["StatusCode"])
+
+    def stop(self, timeout_s: int) -> int:
+        """What `docker stop` does: TERM, and KILL after `timeout_s`. Its exit code; 137 when it was killed."""
+        self.engine.stop(self.id, timeout=timeout_s)
+        return int(self.engine.inspect_container(self.id)["State"]["ExitCode"])
+
+
+def host_gateway(engine: docker.APIClient, image: str) -> str:
+    """The host's address as containers on the bridge know it; the engine itself says it only to them."""
+    config = engine.create_host_config(extra_hosts={"the-host": "host-gateway"})
+    container = engine.create_container(image, ["grep", "the-host", "/etc/hosts"], host_config=config)["Id"]
+    try:
+        engine.start(container)
+        engine.wait(container)
+        return engine.logs(container).decode().split()[0]
+    finally:
+        engine.remove_container(container, force=True)
+
+
+@pytest.fixture
+def bay(tmp_path: Path, engine: docker.APIClient, busybox: str, worker_image: str) -> Iterator[Bay]:
+    """The storage's URLs name the bridge's own, private address; a worker uses it because the API is there, too."""
+    bridge = host_gateway(engine, busybox)
+    port = free_port()
+    url = f"http://{bridge}:{port}"
+    command = [sys.executable, "-m", "mock_api", "--host", bridge, "--port", str(port), "--storage-url", url]
+    command += ["--data-dir", str(tmp_path / "server")]
+    base = tmp_path / "base"
+    base.mkdir(mode=0o700)
+    with (
+        running(command, tmp_path / "server.log", lambda: answers(f"{url}/access_info")),
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+    ):
+        server = MockServer(url, tmp_path / "server", client)
+        lab = Lab(server, base, busybox, engine)
+        yield Bay(lab, worker_image, tmp_path / "env")
+        assert lab.containers() == []
+        assert not (base / "jobs").exists() or list((base / "jobs").iterdir()) == []
+        assert server.violations() == []
+
+
+def submit_copy(lab: Lab) -> int:
+    file_id = lab.server.put_input("in.bin", INPUT)
+    return lab.submit(*COPY, files_down={"data/in.bin": file_id}, files_up={"output": "out"})
+
+
+def test_a_worker_in_a_container_finds_its_host_path_and_runs_a_job(bay: Bay) -> None:
+    job = submit_copy(bay.lab)
+    with bay.worker("run", "--once") as worker:
+        assert worker.ended() == 0
+        assert "worker-password" not in worker.printed
+    assert bay.lab.ended(job) == ("finished", "")
+    results = bay.lab.server.results(job)
+    assert results["output/out/copy.bin"] == INPUT
+    assert set(results) == {"output/out/copy.bin", "log/jobfetcher/container.log", "log/jobfetcher/provenance.json"}
+    assert [event["note"] for event in bay.lab.server.events("sign_in")] == ["USER_PASSWORD_AUTH"]
+
+
+def test_the_right_path_host_base_is_taken(bay: Bay) -> None:
+    job = submit_copy(bay.lab)
+    with bay.worker("run", "--once", path_host_base=f"PATH_HOST_BASE={bay.lab.base}  # as the host sees it") as worker:
+        assert worker.ended() == 0
+    assert bay.lab.ended(job) == ("finished", "")
+    assert bay.lab.server.results(job)["output/out/copy.bin"] == INPUT
+
+
+@pytest.mark.fault("E12")
+def test_a_wrong_path_host_base_is_refused(bay: Bay) -> None:
+    job = submit_copy(bay.lab)
+    with bay.worker("run", "--once", path_host_base="PATH_HOST_BASE=/srv/elsewhere  # wrong") as worker:
+        assert worker.ended() == 2
+        assert worker.printed.splitlines()[-1] == (
+            f"jobfetcher: PATH_HOST_BASE is /srv/elsewhere, but PATH_BASE is mounted from {bay.lab.base}; correct it, "
+            "or leave it out (the worker finds it by itself)"
+        )
+    assert bay.lab.server.state(job) == "queued"
+
+
+def test_without_a_mount_for_its_directory_the_worker_refuses_to_start(bay: Bay) -> None:
+    job = submit_copy(bay.lab)
+    with bay.worker("run", "--once", mounted=False) as worker:
+        assert worker.ended() == 2
+        last = worker.printed.splitlines()[-1]
+    assert last.startswith("jobfetcher: PATH_BASE /data is not on the engine's host")
+    assert "docker run -v HOST_DIRECTORY:/data" in last
+    assert bay.lab.server.state(job) == "queued"
+
+
+def test_docker_stop_ends_an_idle_worker_at_once(bay: Bay) -> None:
+    with bay.worker("run") as worker:
+        wait_until(lambda: len(bay.lab.server.events("poll")) > 1, "the worker asks for jobs")
+        began = time.monotonic()
+        assert worker.stop(timeout_s=30) == 0
+        # F1 allows 2 s, and a poll in flight some more; the engine takes its own time on a busy machine
+        assert time.monotonic() - began < 10
+
+
+def test_docker_stop_lets_a_running_job_end(bay: Bay) -> None:
+    job = bay.lab.submit(UNTIL_LET_GO)
+    with bay.worker("run") as worker:
+        bay.lab.server.wait_for_state(job, "running")
+        bay.lab.engine.kill(worker.id, "SIGTERM")
+        wait_until(lambda: "finishing job" in worker.printed, "the worker says that it finishes its job")
+        assert bay.lab.server.state(job) == "running"
+        bay.lab.let_go(job)
+        assert worker.ended() == 0
+    assert bay.lab.ended(job) == ("finished", "")
