@@ -1,0 +1,188 @@
+"""The command as a process of its own: its options, its signals, its exit codes."""
+
+import contextlib
+import json
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.services import wait_until
+from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Lab, command
+
+pytestmark = pytest.mark.docker
+
+#: A job that does not heed TERM: only KILL, after the grace, ends it.
+STUBBORN = "trap '' TERM; touch /files/out/began; while true; do sleep 0.2; done"
+
+
+def wait_for_poll(lab: Lab) -> None:
+    """Until a worker has asked for a job and there was none."""
+    wait_until(lambda: len(lab.server.events("poll")) > 0, "the worker asks for a job", DEADLINE_S)
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_once_runs_one_job_and_leaves_the_others(lab: Lab, tmp_path: Path) -> None:
+    jobs = [lab.submit("true"), lab.submit("true")]
+    with command(["run", "--once"], lab.env(), tmp_path) as run:
+        assert run.wait() == 0
+    assert [lab.server.state(job) for job in jobs] == ["finished", "queued"]
+
+
+def test_once_waits_for_its_job(lab: Lab, tmp_path: Path) -> None:
+    with command(["run", "--once"], lab.env(), tmp_path) as run:
+        wait_for_poll(lab)
+        job = lab.submit("exit 1")
+        assert run.wait() == 0  # the job's own fault is not the command's
+    assert lab.server.state(job) == "error"
+
+
+def test_once_fails_when_this_machine_could_not_run_the_job(lab: Lab, tmp_path: Path) -> None:
+    job = lab.server.submit({"handler": {"image_url": lab.image}, "hardware": {"memory": 10**9}}, raw=True)
+    with command(["run", "--once"], lab.env(), tmp_path) as run:
+        assert run.wait() == 1
+        assert "given back, this machine's fault: the job asks for 1000000000 MiB of memory" in run.errors
+    assert lab.server.state(job) == "queued"
+
+
+def test_exit_when_idle(lab: Lab, tmp_path: Path) -> None:
+    jobs = [lab.submit("true") for _ in range(3)]
+    with command(["run", "--exit-when-idle", "0.5"], lab.env(), tmp_path) as run:
+        assert run.wait() == 0
+        assert run.output == ""  # what it says is a log, and goes to standard error
+    assert [lab.server.state(job) for job in jobs] == ["finished"] * 3
+
+
+def test_max_jobs_is_how_many_run_side_by_side(lab: Lab, tmp_path: Path) -> None:
+    jobs = [lab.submit(UNTIL_LET_GO, hardware={"memory": 64}) for _ in range(2)]
+    with command(["run", "--max-jobs", "2", "--exit-when-idle", "0.5"], lab.env(), tmp_path) as run:
+        for job in jobs:
+            lab.server.wait_for_state(job, "running")
+        for job in jobs:
+            lab.let_go(job)
+        assert run.wait() == 0
+    assert [lab.server.state(job) for job in jobs] == ["finished"] * 2
+
+
+def test_json_log_lines_are_json(lab: Lab, tmp_path: Path) -> None:
+    job = lab.submit("true")
+    with command(["run", "--once", "--log-format", "json", "--log-level", "debug"], lab.env(), tmp_path) as run:
+        assert run.wait() == 0
+        lines = [json.loads(line) for line in run.errors.splitlines()]
+    assert all({"time", "level", "event"} <= line.keys() for line in lines)
+    (ended,) = [line for line in lines if line["event"] == "job_ended"]
+    assert (ended["job"], ended["ending"], ended["message"]) == (str(job), "finished", "finished")
+
+
+def test_jobs_have_a_network_unless_told_otherwise(lab: Lab, tmp_path: Path) -> None:
+    job = lab.submit("ls /sys/class/net > /files/out/interfaces", files_up={"output": "out"})
+    with command(["run", "--once"], lab.env(job_network=""), tmp_path) as run:
+        assert run.wait() == 0
+    assert b"eth0" in lab.server.results(job)["output/out/interfaces"].split()
+
+
+def test_resources_says_what_would_be_offered(lab: Lab, tmp_path: Path) -> None:
+    with command(["resources", "--json"], lab.env(), tmp_path) as run:
+        assert run.wait() == 0
+        said = json.loads(run.output)
+    assert 0 < said["offer"]["memory_mib"] < said["machine"]["memory_mib"]
+    assert said["offer"]["gpus"] == []
+    assert said["slots"] == 1
+
+
+def test_config_says_every_setting_and_no_secret(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("USERNAME=lab\nPASSWORD=planted-password\nTIMOUT_STATUS=7\n")
+    with command(["config", "--json"], lab.env(timeout_status="", access_token="planted-token"), tmp_path) as run:
+        assert run.wait() == 0
+        said = json.loads(run.output)
+        assert "planted" not in run.output + run.errors
+    assert said["TIMEOUT_STATUS"] == {"value": "7", "from": ".env (TIMOUT_STATUS)"}
+    assert said["API_URL"]["from"] == "environment (API_URL)"
+    assert said["PASSWORD"] == {"value": "********", "from": ".env (PASSWORD)"}
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("F1")
+@pytest.mark.fault("N12")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_worker_leaves_at_once(lab: Lab, tmp_path: Path, number: signal.Signals) -> None:
+    with command(["run"], lab.env(timeout_job="60"), tmp_path) as run:
+        wait_for_poll(lab)
+        run.send(number)
+        assert run.wait(2.0) == 0
+        assert "stopped; nothing is left running" in run.errors
+
+
+@pytest.mark.fault("F1")
+def test_a_job_that_a_signal_meets_on_its_way_here_is_not_lost(lab: Lab, tmp_path: Path) -> None:
+    job = lab.submit("true")
+    lab.server.set_faults({"method": "GET", "path": "^/jobs$", "delay_s": 1.0})
+    with command(["run"], lab.env(), tmp_path) as run:
+        wait_until(lambda: len(lab.server.events("fault")) > 0, "the question is under way", DEADLINE_S)
+        run.send(signal.SIGTERM)
+        assert run.wait() == 0
+    assert lab.server.state(job) == "finished"
+
+
+@pytest.mark.fault("F2")
+def test_the_first_signal_lets_the_job_end(lab: Lab, tmp_path: Path) -> None:
+    jobs = [lab.submit(UNTIL_LET_GO, "; touch /files/out/x", files_up={"output": "out"}), lab.submit("true")]
+    with command(["run"], lab.env(), tmp_path) as run:
+        lab.server.wait_for_state(jobs[0], "running")
+        run.send(signal.SIGINT)
+        run.wait_for(f"finishing job {jobs[0]}")
+        beaten = len(lab.server.events("update", jobs[0]))
+        wait_until(lambda: len(lab.server.events("update", jobs[0])) > beaten + 2, "beats go on", DEADLINE_S)
+        lab.let_go(jobs[0])
+        assert run.wait() == 0
+    assert [lab.server.state(job) for job in jobs] == ["finished", "queued"]
+    assert "output/out/x" in lab.server.results(jobs[0])
+
+
+@pytest.mark.fault("F3")
+@pytest.mark.fault("N12")
+def test_the_second_signal_gives_the_job_back(lab: Lab, tmp_path: Path) -> None:
+    job = lab.submit(STUBBORN, files_up={"output": "out"})
+    with command(["run"], lab.env(), tmp_path) as run:
+        lab.server.wait_for_state(job, "running")
+        run.send(signal.SIGINT)
+        run.wait_for("finishing job")
+        run.send(signal.SIGTERM)
+        assert run.wait(25.0) == 0
+    assert lab.server.updates(job) == ["preprocessing", "running", "queued"]
+    assert lab.server.events("stored", job) == []
+    assert lab.take_as_another_account() == [job]
+
+
+@pytest.mark.fault("F4")
+@pytest.mark.fault("N12")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_third_signal_ends_it_and_the_next_start_tidies_up(
+    lab: Lab, tmp_path: Path, number: signal.Signals
+) -> None:
+    job = lab.submit(STUBBORN, files_up={"output": "out"})
+    with command(["run"], lab.env(stop_grace="60"), tmp_path) as run:
+        lab.server.wait_for_state(job, "running")
+        wait_until((lab.files(job) / "out" / "began").exists, "the job began", DEADLINE_S)
+        run.send(number)
+        run.wait_for("finishing job")
+        sent_at = time.monotonic()
+        while run.is_running:  # the second, the third, and more: those that come within an instant may count as one
+            run.send(number)
+            time.sleep(0.05)
+        assert time.monotonic() - sent_at < 1.0 + 0.05
+        assert run.wait() == 128 + number
+    with contextlib.closing(sqlite3.connect(lab.base / "journal.db")) as journal:
+        assert journal.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert journal.execute("SELECT id, phase FROM job").fetchall() == [(str(job), "running")]
+    assert [container["State"] for container in lab.containers()] == ["running"]
+    with command(["run", "--exit-when-idle", "0.5"], lab.env(), tmp_path) as run:
+        assert run.wait() == 0
+    assert lab.server.updates(job)[-1] == "queued"
+    assert lab.take_as_another_account() == [job]
