@@ -177,18 +177,24 @@ class Command:
 
 @contextlib.contextmanager
 def command(
-    arguments: Sequence[str], env: Mapping[str, str], cwd: Path, *, prefix: Sequence[str] = ()
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    *,
+    prefix: Sequence[str] = (),
+    executable: Path = Path(sys.executable),
 ) -> Iterator[Command]:
     """Run `python -m jobfetcher ARGUMENTS` with nothing but `env` (and a PATH) for the length of the block.
 
     In `cwd`, so that no .env of the checkout is read; in a session of its own, so that no Ctrl-C of ours reaches it.
-    If it still runs at the end of the block, its jobs are stopped, then it is killed. `prefix`: a program that runs it.
+    If it still runs at the end of the block, its jobs are stopped, then it is killed. `prefix`: a program that runs it;
+    `executable`: another Python.
     """
     number = len(list(cwd.glob("command*.err")))
     out, err = cwd / f"command{number}.out", cwd / f"command{number}.err"
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "jobfetcher", *arguments],
+            [*prefix, str(executable), "-m", "jobfetcher", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
