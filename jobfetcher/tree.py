@@ -148,8 +148,11 @@ def _entry(folder: int, name: str, parts: tuple[str, ...], device: int) -> Itera
 def remove(parent: Path, name: str) -> None:
     """Delete `parent/name` and everything below it, never following a link or entering a mount point.
 
-    Missing is fine. Raises OSError for what could not be deleted, after deleting all that could.
+    Missing is fine. Raises OSError for what could not be deleted, after deleting all that could, and ValueError for a
+    `name` that is more than one name: the kernel would take `/etc` or `..` for a place outside `parent`.
     """
+    if name in {"", ".", ".."} or "/" in name:
+        raise ValueError(f"not the name of something in {parent}: {name[:80]!r}")
     with opened(parent) as folder:
         mount = _mount_id(folder)
         problem: OSError | None = None

@@ -69,10 +69,10 @@ def parse_output_path(text: str) -> JobPath:
 
 def parse_file_ref(text: str) -> FileRef:
     """`text` as a FileRef, or ValueError: no `.` or `..` segment and no control character (FAULTS.md T9)."""
-    if not text or len(text.encode()) > _PATH_MAX:
-        raise ValueError(f"file id {text[:80]!r} is empty or longer than {_PATH_MAX} bytes")
     if any(unicodedata.category(char) in {"Cc", "Cs", "Zl", "Zp"} for char in text):
         raise ValueError(f"file id {text[:80]!r} contains a control character")
+    if not text or len(text.encode()) > _PATH_MAX:
+        raise ValueError(f"file id {text[:80]!r} is empty or longer than {_PATH_MAX} bytes")
     if any(segment in {".", ".."} for segment in text.split("/")):
         raise ValueError(f"file id {text[:80]!r} has a '.' or '..' segment")
     return FileRef(text)

@@ -11,6 +11,7 @@ import email.utils
 import json
 import time
 from collections.abc import Mapping, Sequence
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
 
 import httpx
@@ -81,6 +82,8 @@ class Client:
             follow_redirects=False,
             headers={"User-Agent": "jobfetcher", "Accept": "application/json", "Accept-Encoding": "identity"},
         )
+        # A cookie jar is shared state between threads and a place for a server to leave things: it takes none.
+        self._http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self.auth: Auth | None = None
 
     def request(self, method: str, path: str, params: Params = (), *, within_s: float = CALL_S) -> Reply:
@@ -112,8 +115,6 @@ class Client:
             request = self._http.build_request(
                 method, url, params=list(params) or None, headers=dict(headers or {}), content=content
             )
-            # A cookie jar is shared state between threads and a place for a server to leave things: not here.
-            self._http.cookies.clear()
             with deadline(within_s):
                 response = self._http.send(request, stream=True)
                 try:

@@ -1,0 +1,677 @@
+"""worker_api: one call in bounded time and memory, and a lease that meets every oddity of the server (S1 to S18)."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jobfetcher.core.errors import (
+    ConfigError,
+    JobFault,
+    JobReason,
+    SourceRefused,
+    SourceUnavailable,
+    Stopped,
+    UnreadableJob,
+)
+from jobfetcher.core.job import OutputKind, parse_file_ref, parse_job_id
+from jobfetcher.core.machine import Gpu, Offer
+from jobfetcher.core.phases import Phase
+from jobfetcher.core.ports import Standing
+from jobfetcher.core.run import Ending, Outcome
+from jobfetcher.core.urls import Method, UrlPolicy, parse_origin
+from jobfetcher.sources.worker_api.auth import StaticToken
+from jobfetcher.sources.worker_api.client import BODY_BYTES, Client, retry_after
+from jobfetcher.sources.worker_api.source import ApiLease, Filter, WorkerApi
+from tests.support.jobs import Emitted
+from tests.support.scripted_api import ScriptedApi, drip, hang_up, head, reply, scripted_api
+
+TOKEN = "canary-token"
+SEVEN = parse_job_id("7")
+FINISHED = Outcome(Ending.FINISHED, None, "")
+FAILED = Outcome(Ending.JOB_FAILED, JobReason.EXIT_CODE, "exit code 3")
+OFFER = Offer(4.0, 4096)
+GOOD = {"handler": {"image_url": "busybox"}}
+
+
+@pytest.fixture
+def api() -> Iterator[ScriptedApi]:
+    with scripted_api() as running:
+        yield running
+
+
+@pytest.fixture
+def client(api: ScriptedApi) -> Iterator[Client]:
+    made = Client(api.url)
+    made.auth = StaticToken(TOKEN)
+    yield made
+    made.close()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 10_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def emit() -> Emitted:
+    return Emitted()
+
+
+@pytest.fixture
+def source(client: Client, clock: Clock, emit: Emitted) -> WorkerApi:
+    policy = UrlPolicy(parse_origin(client.base_url))
+    return WorkerApi(client, policy, wanted=Filter(("g1", "g 2"), 60), emit=emit, clock=clock)
+
+
+@pytest.fixture
+def lease(api: ScriptedApi, source: WorkerApi) -> ApiLease:
+    """A lease that was handed out just now."""
+    api.then(reply(200, json.dumps({"7": GOOD}).encode()))
+    claim = source.fetch(OFFER, 0.0)
+    assert claim is not None
+    api.asked.clear()
+    assert isinstance(claim.lease, ApiLease)
+    return claim.lease
+
+
+# -- one call ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("B14")
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_a_call_ends_in_time_however_slowly_the_server_speaks(api: ScriptedApi, client: Client, where: str) -> None:
+    stop = threading.Event()
+    data = head(200, 1000, x_long="y" * 500)
+    api.then(drip(data, stop) if where == "headers" else _then(head(200, 1000), drip(b"x" * 1000, stop)))
+    started = time.monotonic()
+    with pytest.raises(SourceUnavailable, match="no answer") as error:
+        client.request("GET", "/jobs", within_s=0.7)
+    stop.set()
+    assert time.monotonic() - started < 5
+    assert error.value.sent
+
+
+def _then(first: bytes, rest: Any) -> Any:
+    def answer(connection: Any) -> None:
+        connection.sendall(first)
+        rest(connection)
+
+    return answer
+
+
+@pytest.mark.fault("B15")
+@pytest.mark.parametrize("length", [BODY_BYTES + 1, None])
+def test_a_body_is_cut_off_at_four_mib(api: ScriptedApi, client: Client, length: int | None) -> None:
+    sent = [0]
+
+    def huge(connection: Any) -> None:
+        connection.sendall(head(200, length))
+        for _ in range(64):
+            connection.sendall(b"x" * (1 << 20))
+            sent[0] += 1
+
+    api.then(huge)
+    with pytest.raises(SourceUnavailable, match="larger than 4 MiB"):
+        client.request("GET", "/jobs")
+    assert sent[0] < 60
+
+
+@pytest.mark.fault("B15")
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html><body>Welcome to the hotel</body></html>",
+        b'{"7": 1, "7": 2}',
+        b'{"a": {"b": 1, "b": 2}}',
+        b'{"a": NaN}',
+        b"[Infinity]",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe",
+        b'{"a": 1',
+        b"\x1b[2J",
+    ],
+)
+def test_what_is_no_sound_json_is_no_answer(api: ScriptedApi, client: Client, body: bytes) -> None:
+    api.then(reply(200, body))
+    answer = client.request("GET", "/x")
+    with pytest.raises(SourceUnavailable, match="not the JSON expected") as error:
+        answer.json()
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.fault("T16")
+def test_an_encoded_body_is_not_unpacked(api: ScriptedApi, client: Client) -> None:
+    import gzip
+
+    api.then(reply(200, gzip.compress(b"{}" + b" " * 1000), content_encoding="gzip"))
+    answer = client.request("GET", "/x")
+    assert api.asked[0].headers["accept-encoding"] == "identity"
+    with pytest.raises(SourceUnavailable):
+        answer.json()
+
+
+@pytest.mark.fault("T8")
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_never_followed_and_the_token_stays(api: ScriptedApi, source: WorkerApi, status: int) -> None:
+    with scripted_api() as other:
+        api.default = reply(status, location=f"{other.url}/jobs")
+        with pytest.raises(SourceUnavailable):
+            source.fetch(OFFER, 0.0)
+        lease = source.resume(api.url, SEVEN)
+        with pytest.raises(SourceUnavailable):
+            lease.beat(Phase.RUNNING)
+        with pytest.raises(SourceUnavailable):
+            lease.sign_input(parse_file_ref("s3://b/k"))
+        assert other.asked == []
+    assert all(asked.headers["authorization"] == f"Bearer {TOKEN}" for asked in api.asked)
+
+
+def test_cookies_are_not_kept_and_proxies_of_the_environment_not_used(
+    api: ScriptedApi, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    api.default = reply(200, set_cookie="session=1; Path=/")
+    for _ in range(3):
+        client.request("GET", "/x")
+    assert not any("cookie" in asked.headers for asked in api.asked)
+
+
+def test_a_connection_that_was_never_made_was_not_sent() -> None:
+    client = Client("http://127.0.0.1:9")
+    client.auth = StaticToken(TOKEN)
+    with pytest.raises(SourceUnavailable, match=r"no answer from 127\.0\.0\.1:9") as error:
+        client.request("GET", "/x")
+    assert not error.value.sent
+    client.close()
+
+
+@pytest.mark.fault("B11")
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("", None),
+        ("soon", None),
+        ("1.5", None),
+        ("0", 0),
+        ("17", 17),
+        ("-5", 0),
+        ("601", 600),
+        ("9" * 400, 600),
+        ("-" + "9" * 400, 0),
+        ("9" * 5000, None),
+        ("Thu, 01 Jan 1970 00:01:40 GMT", 60),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 600),
+        ("Fri, 99 Foo 9999 99:99:99 GMT", None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date_within_ten_minutes(value: str | None, seconds: float | None) -> None:
+    assert retry_after(value, now=40.0) == seconds
+
+
+class Renewing:
+    """Two tokens: the first is refused."""
+
+    def __init__(self) -> None:
+        self.renewed: list[str] = []
+
+    def token(self) -> str:
+        return "old"
+
+    def renew(self, refused: str) -> str:
+        self.renewed.append(refused)
+        return "new"
+
+
+@pytest.mark.fault("B4")
+def test_a_401_is_met_with_one_new_token_and_one_more_try(api: ScriptedApi, client: Client) -> None:
+    client.auth = auth = Renewing()
+    api.then(401, 204)
+    assert client.request("PUT", "/x").status == 204
+    api.then(401, 401)
+    assert client.request("PUT", "/x").status == 401
+    assert [asked.headers["authorization"] for asked in api.asked] == ["Bearer old", "Bearer new"] * 2
+    assert auth.renewed == ["old", "old"]
+
+
+# -- asking for jobs --------------------------------------------------------------------------------------------------
+
+
+def test_the_question_says_what_is_free(api: ScriptedApi, source: WorkerApi) -> None:
+    api.default = reply(200, b"{}")
+    gpus = (Gpu("1", "A", 8000, "8.6"), Gpu("2", "B", 4000, "7.5"), Gpu("3", "A", 9000, "8.6"))
+    assert source.fetch(Offer(1.9, 2048, gpus), 0.0) is None
+    common = (("memory", "2048"), ("cpu_cores", "2"), ("limit", "1"))
+    tail = (("older_than", "60"), ("groups", "g1"), ("groups", "g 2"))
+    questions = {asked.query for asked in api.asked}  # S18: one question per model, with the best GPU of it
+    assert questions == {
+        (*common, ("gpu_mem", "4000"), ("gpu_model", "B"), ("gpu_archi", "7.5"), *tail),
+        (*common, ("gpu_mem", "9000"), ("gpu_model", "A"), ("gpu_archi", "8.6"), *tail),
+    }
+    assert source.fetch(Offer(0.5, 2048), 0.0) is None
+    assert api.asked[-1].query == (("memory", "2048"), ("cpu_cores", "1"), ("limit", "1"), *tail)
+
+
+@pytest.mark.fault("A1")
+def test_a_question_whose_answer_was_lost_is_not_repeated(api: ScriptedApi, source: WorkerApi) -> None:
+    api.then(hang_up)  # S1: it may have handed out a job
+    with pytest.raises(SourceUnavailable):
+        source.fetch(OFFER, 0.0)
+    assert len(api.asked) == 1
+
+
+@pytest.mark.fault("B9")
+@pytest.mark.fault("B12")
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (404, b"", "API_URL"),
+        (200, b"<html>", "API_URL"),
+        (200, b"[]", "not an object"),
+        (200, b'"no"', "not an object"),
+        (500, b"oops\x1b[2J", r"answered 500 .*oops\\x1b"),
+        (429, b"", "answered 429"),
+        (418, b"", "makes no sense"),
+    ],
+)
+def test_no_answer_is_not_no_job(api: ScriptedApi, source: WorkerApi, status: int, body: bytes, words: str) -> None:
+    api.then(reply(status, body))
+    with pytest.raises(SourceUnavailable, match=words):
+        source.fetch(OFFER, 0.0)
+
+
+@pytest.mark.fault("B6")
+@pytest.mark.parametrize(("status", "words"), [(401, "ACCESS_TOKEN"), (403, "group 'workers'")])
+def test_a_refused_account_is_told_so(api: ScriptedApi, source: WorkerApi, status: int, words: str) -> None:
+    api.then(status, status)
+    with pytest.raises(SourceRefused, match=words):
+        source.fetch(OFFER, 0.0)
+
+
+@pytest.mark.fault("B16")
+def test_of_two_jobs_the_first_is_run_and_the_others_given_back(api: ScriptedApi, source: WorkerApi) -> None:
+    api.then(reply(200, json.dumps({"7": GOOD, "../x": GOOD, "8": GOOD, "9": {}}).encode()))
+    claim = source.fetch(OFFER, 0.0)
+    assert claim is not None
+    assert claim.job.id == "7"
+    updates = [(asked.path, dict(asked.query)["status"]) for asked in api.asked[1:]]
+    assert updates == [("/jobs/8/status", "queued"), ("/jobs/9/status", "queued")]
+
+
+@pytest.mark.fault("T3")
+@pytest.mark.parametrize("name", ["../x", "/etc", ".", "x" * 10_000, "\u0661", "a b", "", "-1"])
+def test_a_job_with_a_bad_id_is_not_spoken_of(api: ScriptedApi, source: WorkerApi, emit: Emitted, name: str) -> None:
+    api.then(reply(200, json.dumps({name: GOOD}).encode()))
+    with pytest.raises(SourceUnavailable, match="without a usable id"):
+        source.fetch(OFFER, 0.0)
+    assert len(api.asked) == 1
+    [event] = emit.named("job_unnameable")
+    assert len(str(event["message"])) < 300
+
+
+@pytest.mark.fault("B15")
+@pytest.mark.parametrize(
+    "body", [b'{"7": {"a": 1, "a": 2}}', b'{"7": {"a": NaN}}', b'{"7": {}, "7": {}}', b'{"7": {"hardware": Infinity}}']
+)
+def test_a_job_in_ambiguous_json_is_reported_if_its_id_can_be_read(
+    api: ScriptedApi, source: WorkerApi, body: bytes
+) -> None:
+    api.then(reply(200, body))
+    with pytest.raises(UnreadableJob, match="not unambiguous") as error:
+        source.fetch(OFFER, 0.0)
+    assert error.value.lease.job_id == "7"
+
+
+# -- a lease: beats ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("B7")
+def test_the_first_404_is_final(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(204, 404)
+    assert lease.beat(Phase.CLAIMED) is Standing.KEEP
+    assert lease.beat(Phase.RUNNING) is Standing.CANCEL
+    assert [lease.beat(Phase.RUNNING), lease.settle(FINISHED), lease.release("x")] == [Standing.CANCEL] * 3
+    assert api.said == ["preprocessing", "running"]
+
+
+@pytest.mark.fault("B8")
+def test_the_second_5xx_in_a_row_asks_how_the_job_stands(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(500)
+    with pytest.raises(SourceUnavailable):
+        lease.beat(Phase.RUNNING)
+    api.then(503, 404)
+    assert lease.beat(Phase.RUNNING) is Standing.CANCEL
+    assert api.said == ["running", "running", "GET"]
+    assert lease.beat(Phase.RUNNING) is Standing.CANCEL
+    assert len(api.asked) == 3
+
+
+@pytest.mark.fault("B8")
+def test_5xx_of_a_job_that_stands_are_an_outage(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(500, 500, reply(200, b'"running"'), 204, 500, 204)
+    for _ in range(2):
+        with pytest.raises(SourceUnavailable):
+            lease.beat(Phase.RUNNING)
+    assert lease.beat(Phase.RUNNING) is Standing.KEEP
+    with pytest.raises(SourceUnavailable):
+        lease.beat(Phase.RUNNING)  # the count began anew: nothing is asked
+    assert api.said == ["running", "running", "GET", "running", "running"]
+
+
+@pytest.mark.fault("B10")
+@pytest.mark.parametrize("status", [409, 410, 412, 422])
+def test_an_undecided_answer_asks_how_the_job_stands(api: ScriptedApi, lease: ApiLease, status: int) -> None:
+    api.then(status, 404)
+    assert lease.beat(Phase.RUNNING) is Standing.CANCEL
+    assert api.said == ["running", "GET"]
+
+
+@pytest.mark.fault("B10")
+def test_a_422_to_our_words_is_met_without_them(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(422, 204)
+    assert lease.settle(FAILED) is Standing.KEEP
+    assert [dict(asked.query) for asked in api.asked] == [
+        {"status": "error", "runtime_details": "exit code 3"},
+        {"status": "error"},
+    ]
+
+
+@pytest.mark.fault("B4")
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_never_cancels(api: ScriptedApi, lease: ApiLease, status: int) -> None:
+    for _ in range(5):
+        api.then(status)
+        with pytest.raises(SourceRefused):
+            lease.beat(Phase.RUNNING)
+    assert lease.beat(Phase.RUNNING) is Standing.KEEP
+
+
+def test_two_threads_never_send_two_updates_at_once(api: ScriptedApi, lease: ApiLease) -> None:
+    inside, overlaps, lock = [0], [0], threading.Lock()
+
+    def busy(connection: Any) -> None:
+        with lock:
+            inside[0] += 1
+            overlaps[0] += inside[0] > 1
+        time.sleep(0.01)  # long enough for another to come
+        with lock:
+            inside[0] -= 1
+        connection.sendall(head(204, 0))
+
+    api.default = busy
+    threads = [threading.Thread(target=lease.beat, args=(Phase.RUNNING,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(api.asked) == 8
+    assert overlaps == [0]
+
+
+# -- a lease: the end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcome", "query"),
+    [
+        (FINISHED, {"status": "finished"}),
+        (
+            Outcome(Ending.FINISHED, None, "not uploaded: a"),
+            {"status": "finished", "runtime_details": "not uploaded: a"},
+        ),
+        (FAILED, {"status": "error", "runtime_details": "exit code 3"}),
+        (Outcome(), {"status": "error", "runtime_details": Outcome().message}),
+    ],
+)
+def test_an_end_is_told_once(api: ScriptedApi, lease: ApiLease, outcome: Outcome, query: dict[str, str]) -> None:
+    for _ in range(3):
+        assert lease.settle(outcome) is Standing.KEEP
+    lease.release("no")
+    assert [dict(asked.query) for asked in api.asked] == [query]
+
+
+@pytest.mark.fault("T17")
+def test_details_are_short_and_harmless(api: ScriptedApi, lease: ApiLease) -> None:
+    message = "<script>\x1b[2J\n&" + "ä" * 3000
+    lease.settle(Outcome(Ending.JOB_FAILED, JobReason.EXIT_CODE, message))
+    details = dict(api.asked[0].query)["runtime_details"]
+    assert len(details.encode()) <= 1500  # S12
+    assert details.isprintable()
+    assert not set(details) & set("<>&")  # S11
+
+
+def test_beats_carry_no_details(api: ScriptedApi, lease: ApiLease) -> None:
+    lease.beat(Phase.RUNNING)
+    assert api.asked[0].query == (("status", "running"),)  # S11
+
+
+@pytest.mark.fault("A7")
+def test_after_a_lost_answer_the_server_is_asked_and_the_end_not_told_twice(
+    api: ScriptedApi, lease: ApiLease, clock: Clock
+) -> None:
+    api.then(hang_up)
+    with pytest.raises(SourceUnavailable):
+        lease.settle(FINISHED)
+    with pytest.raises(SourceUnavailable, match="waiting to learn") as wait:  # it may still be on its way
+        lease.settle(FINISHED)
+    assert wait.value.retry_after_s == pytest.approx(30.0)
+    clock.now += 31
+    api.then(reply(200, b'"finished"'))
+    assert lease.settle(FINISHED) is Standing.KEEP
+    assert api.said == ["finished", "GET"]
+
+
+@pytest.mark.fault("A7")
+def test_after_a_lost_request_the_end_is_told_again(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+    api.then(hang_up)
+    with pytest.raises(SourceUnavailable):
+        lease.settle(FINISHED)
+    clock.now += 31
+    api.then(reply(200, b'"postprocessing"'), 204)
+    assert lease.settle(FINISHED) is Standing.KEEP
+    assert api.said == ["finished", "GET", "finished"]
+
+
+@pytest.mark.fault("A7")
+def test_a_5xx_to_the_end_may_have_been_heard(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(502)
+    with pytest.raises(SourceUnavailable):
+        lease.settle(FAILED)
+    api.then(reply(200, b'"error"'))
+    assert lease.settle(FAILED) is Standing.KEEP
+    assert api.said == ["error", "GET"]
+
+
+def test_a_refused_end_was_not_heard_and_is_told_again_at_once(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(403)
+    with pytest.raises(SourceRefused):
+        lease.settle(FAILED)
+    assert lease.settle(FAILED) is Standing.KEEP
+    assert api.said == ["error", "error"]
+
+
+@pytest.mark.parametrize(("age_s", "asked"), [(299.0, []), (301.0, ["GET"])])
+def test_an_old_lease_asks_first(
+    api: ScriptedApi, lease: ApiLease, clock: Clock, age_s: float, asked: list[str]
+) -> None:
+    """J4. The lease counts from the question that brought the job, and from each accepted update (S4)."""
+    clock.now += age_s
+    api.then(*[reply(200, b'"queued"') for _ in asked])
+    lease.settle(FINISHED)
+    assert api.said == [*asked, "finished"]
+
+
+def test_an_accepted_beat_renews_the_lease_and_a_failed_one_does_not(
+    api: ScriptedApi, lease: ApiLease, clock: Clock
+) -> None:
+    clock.now += 200
+    lease.beat(Phase.RUNNING)
+    clock.now += 200
+    api.then(hang_up)
+    with pytest.raises(SourceUnavailable):
+        lease.beat(Phase.RUNNING)
+    clock.now += 150
+    api.then(reply(200, b'"running"'))
+    lease.settle(FINISHED)
+    assert api.said == ["running", "running", "GET", "finished"]
+
+
+@pytest.mark.fault("B18")
+def test_an_old_lease_of_a_job_that_is_gone_ends_in_silence(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+    clock.now += 400
+    api.then(404)
+    assert lease.settle(FINISHED) is Standing.CANCEL
+    assert lease.settle(FINISHED) is Standing.CANCEL
+    assert api.said == ["GET"]
+
+
+@pytest.mark.fault("A7")
+@pytest.mark.parametrize("state", ["finished", "error"])
+def test_a_lease_from_an_earlier_process_asks_first(api: ScriptedApi, source: WorkerApi, state: str) -> None:
+    lease = source.resume(api.url, SEVEN)
+    assert api.asked == []
+    api.then(reply(200, json.dumps(state).encode()))
+    assert lease.settle(FINISHED) is Standing.KEEP
+    assert api.said == ["GET"]
+
+
+def test_a_release_that_was_heard_is_not_repeated(api: ScriptedApi, source: WorkerApi) -> None:
+    lease = source.resume(api.url, SEVEN)
+    api.then(reply(200, b'"queued"'))
+    assert lease.release("restarted") is Standing.KEEP
+    assert api.said == ["GET"]
+
+
+def test_a_lease_of_another_server_is_refused(source: WorkerApi) -> None:
+    with pytest.raises(ConfigError, match=r"old\.example.*API_URL"):
+        source.resume("https://old.example", SEVEN)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def signed(method: str = "get", **more: Any) -> bytes:
+    return json.dumps({"method": method, "url": "https://storage.example/x", "headers": {}, "data": {}} | more).encode()
+
+
+@pytest.mark.fault("T9")
+@pytest.mark.parametrize(
+    ("ref", "path"),
+    [
+        ("s3://bucket/key", "/files/s3%3A//bucket/key/url"),
+        ("/data/user/a.tif", "/files//data/user/a.tif/url"),
+        ("a?b#c", "/files/a%3Fb%23c/url"),
+        ("%2e%2e/x", "/files/%252e%252e/x/url"),
+        ("..%2f", "/files/..%252f/url"),
+        ("a b/ä", "/files/a%20b/%C3%A4/url"),
+        ("a;b/c&d=e", "/files/a%3Bb/c%26d%3De/url"),
+        ("...", "/files/.../url"),
+    ],
+)
+def test_a_file_id_reaches_one_endpoint_only(api: ScriptedApi, lease: ApiLease, ref: str, path: str) -> None:
+    api.then(reply(200, signed()))
+    lease.sign_input(parse_file_ref(ref))
+    assert (api.asked[0].method, api.asked[0].path, api.asked[0].query) == ("GET", path, ())
+
+
+@pytest.mark.fault("C7")
+def test_an_input_that_the_server_does_not_know_is_missing_not_cancelled(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(404)
+    with pytest.raises(JobFault, match="does not exist") as fault:
+        lease.sign_input(parse_file_ref("s3://b/k"))
+    assert fault.value.reason is JobReason.INPUT_MISSING
+    assert lease.beat(Phase.STAGING_IN) is Standing.KEEP
+
+
+@pytest.mark.fault("T6")
+@pytest.mark.parametrize("name", ["verify", "proxies", "auth", "cert", "hooks", "allow_redirects", "timeout", "json"])
+def test_what_is_no_part_of_a_signed_request_is_dropped(
+    api: ScriptedApi, lease: ApiLease, emit: Emitted, name: str
+) -> None:
+    api.then(reply(200, signed(**{name: "evil"})))
+    request = lease.sign_input(parse_file_ref("s3://b/k"))
+    assert name in request.ignored
+    assert request.headers == request.fields == ()
+    assert emit.named("request_fields_ignored")
+
+
+@pytest.mark.fault("T6")
+@pytest.mark.parametrize("method", ["put", "post", "delete", "", "get\r\nx"])
+def test_an_input_is_fetched_and_nothing_else(api: ScriptedApi, lease: ApiLease, method: str) -> None:
+    api.then(reply(200, signed(method)))
+    with pytest.raises(JobFault) as fault:
+        lease.sign_input(parse_file_ref("s3://b/k"))
+    assert fault.value.reason is JobReason.UNSAFE_REQUEST
+
+
+@pytest.mark.fault("T8")
+def test_a_token_in_the_answer_goes_to_the_api_only(api: ScriptedApi, lease: ApiLease) -> None:
+    given = {"Authorization": f"Bearer {TOKEN}", "X-Evil": "1", "x-amz-acl": "private", "nested": {"a": "b"}}
+    api.then(reply(200, signed(headers=given)), reply(200, signed(headers=given, url=f"{api.url}/files/x/download")))
+    elsewhere = lease.sign_input(parse_file_ref("a"))
+    here = lease.sign_input(parse_file_ref("a"))
+    assert dict(elsewhere.headers) == {"x-amz-acl": "private"}
+    assert dict(here.headers) == {"Authorization": f"Bearer {TOKEN}", "x-amz-acl": "private"}
+
+
+def test_a_form_serves_its_folder_and_is_renewed_in_time(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+    api.default = reply(201, signed("post", data={"key": "x"}))
+    for name in "abc":
+        assert lease.sign_output(OutputKind.OUTPUT, "out", name).method is Method.POST
+    assert len(api.asked) == 1
+    assert api.asked[0].path == "/jobs/7/files/url"
+    assert api.asked[0].query == (("type", "output"), ("base_path", "out"), ("filename", "a"))
+    lease.sign_output(OutputKind.OUTPUT, "out/deep", "a")
+    lease.sign_output(OutputKind.LOG, "out", "a")
+    assert len(api.asked) == 3
+    clock.now += 479
+    lease.sign_output(OutputKind.OUTPUT, "out", "d")
+    assert len(api.asked) == 3
+    clock.now += 2
+    lease.sign_output(OutputKind.OUTPUT, "out", "e")
+    assert len(api.asked) == 4
+    lease.sign_output(OutputKind.OUTPUT, "out", "e", renew=True)
+    assert len(api.asked) == 5
+
+
+def test_a_put_is_for_one_object(api: ScriptedApi, lease: ApiLease) -> None:
+    api.default = reply(201, signed("put"))
+    for name in "abc":
+        assert lease.sign_output(OutputKind.OUTPUT, "", name).method is Method.PUT
+    assert [dict(asked.query)["filename"] for asked in api.asked] == ["a", "b", "c"]
+    assert dict(api.asked[0].query)["base_path"] == ""
+
+
+@pytest.mark.parametrize("status", [500, 404])
+def test_an_upload_refused_for_a_lost_lease_ends_the_job(api: ScriptedApi, lease: ApiLease, status: int) -> None:
+    api.then(status, 404)  # S8
+    with pytest.raises(Stopped):
+        lease.sign_output(OutputKind.OUTPUT, "out", "a")
+    assert lease.settle(FINISHED) is Standing.CANCEL
+    assert api.said == ["POST", "GET"]
+
+
+def test_an_upload_refused_by_a_server_in_trouble_may_be_tried_again(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(500, reply(200, b'"postprocessing"'))
+    with pytest.raises(SourceUnavailable):
+        lease.sign_output(OutputKind.OUTPUT, "out", "a")

@@ -1,0 +1,175 @@
+"""tree: placing, walking, reading and removing, on ordinary trees. Hostile ones are in tests/security."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jobfetcher import tree
+from jobfetcher.tree import MAX_DEPTH, Changed, Found, Skipped
+from tests.support.trees import descend, names_in, open_descriptors
+
+
+def found(root: Path, *start: str) -> dict[str, int]:
+    return {"/".join(item.parts): item.size for item in tree.walk(root, start) if isinstance(item, Found)}
+
+
+def test_a_file_is_placed_with_its_folders_for_any_user(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    source = tmp_path / "part"
+    source.write_bytes(b"content")
+    mask = os.umask(0o077)
+    try:
+        tree.place(source, root, ("a", "b", "c.bin"))
+    finally:
+        os.umask(mask)
+    assert (root / "a/b/c.bin").read_bytes() == b"content"
+    assert not source.exists()
+    modes = [oct((root / name).stat().st_mode & 0o777) for name in ("a", "a/b", "a/b/c.bin")]
+    assert modes == ["0o777", "0o777", "0o666"]
+
+
+def test_placing_again_replaces_the_file(tmp_path: Path) -> None:
+    for content in (b"old", b"new"):
+        (tmp_path / "part").write_bytes(content)
+        tree.place(tmp_path / "part", tmp_path, ("x", "file"))
+    assert (tmp_path / "x/file").read_bytes() == b"new"
+
+
+def test_a_file_is_never_placed_through_a_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "target").write_text("safe")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(outside)
+    (root / "file").symlink_to(outside / "target")
+    part = tmp_path / "part"
+    part.write_text("evil")
+    with pytest.raises(NotADirectoryError):
+        tree.place(part, root, ("link", "x"))
+    tree.place(part, root, ("file",))  # the link itself is replaced
+    assert not (root / "file").is_symlink()
+    assert {path.name: path.read_text() for path in outside.iterdir()} == {"target": "safe"}
+
+
+def test_a_folder_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir(mode=0o700)
+    with tree.opened(tmp_path, ("a", "b"), create=True):
+        pass
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_walk_finds_every_file_once(tmp_path: Path) -> None:
+    sizes = {"a": 1, "sub/b": 2, "sub/deep/er/c": 3, "empty": 0}
+    for name, size in sizes.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / "nothing/in/here").mkdir(parents=True)
+    assert found(tmp_path) == sizes
+    assert found(tmp_path, "sub") == {"sub/b": 2, "sub/deep/er/c": 3}
+    assert found(tmp_path, "sub", "b") == {"sub/b": 2}
+    assert list(tree.walk(tmp_path, ("missing",))) == []
+    assert list(tree.walk(tmp_path, ("sub", "missing", "deeper"))) == []
+
+
+def test_a_walk_below_a_file_or_link_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("/etc")
+    for start in (("file", "x"), ("link", "passwd")):
+        [item] = tree.walk(tmp_path, start)
+        assert item == Skipped(start, "one of its folders is a link or a file")
+
+
+def test_a_file_that_disappears_does_not_hide_the_others(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / "out" / str(number)).mkdir(parents=True)
+        (tmp_path / "out" / str(number) / "file").touch()
+    (tmp_path / "out" / "gone").touch()
+    seen: list[str] = []
+    lost: list[Skipped] = []
+    for item in tree.walk(tmp_path, ("out",)):
+        # While the walk holds the list of folders, one of them goes away.
+        if not seen and isinstance(item, Found) and item.parts[-1] == "file":
+            for victim in range(50):
+                if (tmp_path / "out" / str(victim)) != tmp_path / "/".join(item.parts[:-1]) and victim % 2:
+                    (tmp_path / "out" / str(victim) / "file").unlink()
+                    (tmp_path / "out" / str(victim)).rmdir()
+        if isinstance(item, Found) and item.parts[-1] == "file":
+            seen.append(item.parts[1])
+        elif isinstance(item, Skipped):
+            lost.append(item)
+    assert set(seen) >= {str(number) for number in range(0, 50, 2)}
+    assert {item.why for item in lost} == {"disappeared while its folder was read"}
+
+
+def test_a_found_file_is_read_and_another_in_its_place_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "file"
+    path.parent.mkdir()
+    path.write_bytes(b"content")
+    [item] = tree.walk(tmp_path, ())
+    assert isinstance(item, Found)
+    with tree.open_file(tmp_path, item) as file:
+        assert file.read() == b"content"
+    path.unlink()
+    with pytest.raises(Changed, match="sub/file"):
+        tree.open_file(tmp_path, item)
+    path.mkdir()
+    with pytest.raises(Changed, match="not a file any more"):
+        tree.open_file(tmp_path, item)
+
+
+def test_the_modification_time_is_told_exactly(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    os.utime(tmp_path / "a", ns=(5, 1_700_000_000_123_456_789))
+    assert list(tree.walk(tmp_path, ())) == [Found(("a",), 0, 1_700_000_000_123_456_789)]
+
+
+def test_folders_beyond_the_depth_are_reported_and_not_entered(tmp_path: Path) -> None:
+    descend(tmp_path, "d", MAX_DEPTH + 5, b"too deep")
+    [item] = tree.walk(tmp_path, ())
+    assert isinstance(item, Skipped)
+    assert len(item.parts) == MAX_DEPTH + 1
+    assert item.why == f"is more than {MAX_DEPTH} folders deep"
+
+
+def test_a_whole_tree_is_removed_whatever_it_holds(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    (victim / "a/b").mkdir(parents=True)
+    for number in range(3000):
+        (victim / "a" / f"{number}").touch()
+    (victim / "link").symlink_to(tmp_path)
+    (victim / "dangling").symlink_to("nowhere")
+    os.mkfifo(victim / "fifo")
+    (victim / "locked").mkdir()
+    (victim / "locked" / "file").touch()
+    (victim / "locked").chmod(0o500 if os.geteuid() else 0)
+    (tmp_path / "neighbour").touch()
+    if os.geteuid():
+        (victim / "locked").chmod(0o700)
+    tree.remove(tmp_path, "victim")
+    assert names_in(tmp_path) == ["neighbour"]
+
+
+def test_removing_what_is_missing_or_a_single_file_or_link_is_fine(tmp_path: Path) -> None:
+    tree.remove(tmp_path, "missing")
+    (tmp_path / "file").touch()
+    (tmp_path / "kept").touch()
+    (tmp_path / "link").symlink_to("kept")
+    tree.remove(tmp_path, "file")
+    tree.remove(tmp_path, "link")
+    assert names_in(tmp_path) == ["kept"]
+
+
+def test_descriptors_are_closed_after_half_a_walk_too(tmp_path: Path) -> None:
+    descend(tmp_path, "d", 20, b"x")
+    for number in range(20):
+        (tmp_path / f"{number}").touch()
+    before = open_descriptors()
+    walk = tree.walk(tmp_path, ())
+    next(walk)
+    walk.close()  # type: ignore[attr-defined]  # a generator, promised as an iterator only
+    with pytest.raises(NotADirectoryError), tree.opened(tmp_path, ("0", "x")):
+        pass
+    assert open_descriptors() == before

@@ -1,0 +1,553 @@
+"""worker: the outer loop with fakes at all seams: what it takes, when it waits, how it leaves, what it remembers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from jobfetcher.core.errors import (
+    ConfigError,
+    SourceError,
+    SourceRefused,
+    SourceUnavailable,
+    UnreadableJob,
+    WorkerFault,
+    WorkerReason,
+)
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.job import Job, JobId
+from jobfetcher.core.machine import Inventory, Offer
+from jobfetcher.core.phases import Phase
+from jobfetcher.core.ports import Claim, Standing
+from jobfetcher.core.run import Ending, Exit, Outcome, RunSpec
+from jobfetcher.engine.run_spec import BoxPolicy, build_run_spec
+from jobfetcher.journal import Journal
+from jobfetcher.resources.budget import Budget
+from jobfetcher.runner import Rules, Runner
+from jobfetcher.testing.fake_engine import FakeEngine, Script
+from jobfetcher.testing.fake_source import FakeSource
+from jobfetcher.testing.fake_transfer import FakeTransfer
+from jobfetcher.worker import Leaving, Polling, Worker
+from jobfetcher.workspace import Base
+from tests.support.jobs import Emitted, make_job
+from tests.support.trees import names_in
+
+URL = "http://files.invalid"
+BEATS = {"claimed", "running", "staging_out"}
+
+
+class WaitingBudget(Budget):
+    """A budget that notes how long the loop meant to wait, and waits a moment only."""
+
+    waits: list[float]
+
+    def wait_for_change(self, timeout_s: float) -> bool:
+        self.waits.append(timeout_s)
+        return super().wait_for_change(min(timeout_s, 0.002))
+
+
+class ScriptedSource(FakeSource):
+    """Raises or answers what was put into `replies` before it looks at its queue."""
+
+    def __init__(self) -> None:
+        super().__init__(URL)
+        self.replies: list[SourceError | UnreadableJob | ConfigError] = []
+        self.asked = 0
+
+    def fetch(self, offer: Offer, wait_s: float) -> Claim | None:
+        self.asked += 1
+        if self.replies:
+            raise self.replies.pop(0)
+        return super().fetch(offer, wait_s)
+
+
+class Bench:
+    def __init__(self, path: Path, *, slots: int = 1) -> None:
+        self.source, self.transfer, self.emit = ScriptedSource(), FakeTransfer(), Emitted()
+        self.scripts: dict[str, Script] = {}
+        self.engine = FakeEngine(self._script)
+        self.base = Base(path / "base", reserve_mib=0)
+        self.journal = Journal(self.base.path / "journal.db")
+        self.budget = WaitingBudget(
+            Inventory(8.0, 8192), slots=slots, memory_in_use_mib=lambda: 0, read_gpus=lambda: (), reserve_memory_mib=0
+        )
+        self.budget.waits = []
+        self.jobs = 0
+        self.stop_when: Callable[[int, float], bool] = lambda taken, idle_s: taken >= self.jobs
+        self.worker = self.make_worker()
+
+    def _script(self, spec: RunSpec) -> Script:
+        return self.scripts.get(spec.job_id, Script())
+
+    def make_worker(self, journal: Journal | None = None) -> Worker:
+        journal = journal or self.journal
+        runner = Runner(
+            base=self.base,
+            host_base=PurePosixPath(self.base.path),
+            journal=journal,
+            transfer=self.transfer,
+            engine=self.engine,
+            build_spec=partial(build_run_spec, attempt=1, instance="i", policy=BoxPolicy()),
+            rules=Rules(beat_interval_s=3600.0, stop_grace_s=0.1),
+            emit=self.emit,
+            sleep=lambda _: None,
+        )
+        return Worker(
+            source=self.source,
+            engine=self.engine,
+            budget=self.budget,
+            base=self.base,
+            journal=journal,
+            runner=runner,
+            polling=Polling(30.0, lambda taken, idle_s: self.stop_when(taken, idle_s)),
+            emit=self.emit,
+            jitter=lambda: 1.0,
+        )
+
+    def put(self, *jobs: Job) -> None:
+        for job in jobs:
+            self.source.put(job)
+            self.jobs += 1
+
+    def words(self, job_id: str) -> list[str]:
+        return self.source.said[JobId(job_id)].words
+
+    def ends(self, job_id: str) -> list[str]:
+        return [word for word in self.words(job_id) if word not in BEATS]
+
+    def close(self) -> None:
+        self.journal.close()
+        self.base.close()
+
+    def nothing_is_left(self) -> bool:
+        return (
+            self.engine.containers == []
+            and names_in(self.base.path / "jobs") == []
+            and self.journal.records() == []
+            and self.worker.running == []
+        )
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path, slots=2)
+    yield made
+    made.close()
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def beside(action: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=action)
+    thread.start()
+    return thread
+
+
+# -- taking jobs ------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_are_taken_one_after_the_other_and_each_ends_once(bench: Bench) -> None:
+    bench.put(*(make_job(str(number)) for number in range(5)))
+    bench.scripts["3"] = Script(exit=Exit(1))
+    bench.worker.run()
+    assert [bench.ends(str(number)) for number in range(5)] == [
+        ["finished"],
+        ["finished"],
+        ["finished"],
+        ["error"],
+        ["finished"],
+    ]
+    assert bench.nothing_is_left()
+    assert bench.worker.worker_faults == 0
+
+
+def test_two_slots_run_two_jobs_at_once(two: Bench) -> None:
+    two.scripts = {"1": Script(held=True), "2": Script(held=True)}
+    two.put(make_job("1"), make_job("2"))
+    thread = beside(two.worker.run)
+    until(lambda: len(two.engine.containers) == 2)
+    assert sorted(two.worker.running) == ["1", "2"]
+    assert two.budget.offer() is None
+    for container in two.engine.containers:
+        container.release()
+    thread.join(20)
+    assert two.ends("1") == two.ends("2") == ["finished"]
+    assert two.nothing_is_left()
+
+
+def test_the_next_job_starts_while_the_last_one_uploads_but_not_without_end(bench: Bench) -> None:
+    def write_out(files: Path) -> None:
+        (files / "out" / "a").write_bytes(b"a")
+
+    jobs = [make_job(str(number), outputs={"output": "out"}) for number in range(3)]
+    bench.scripts = dict.fromkeys(["0", "1", "2"], Script(acts=write_out))
+    bench.transfer.stall.add("output:out/a")
+    bench.put(*jobs)
+    thread = beside(bench.worker.run)
+    until(lambda: len(bench.worker.running) == 2)
+    until(lambda: {record.phase for record in bench.journal.records()} == {Phase.STAGING_OUT})
+    asked = bench.source.asked
+    waits = len(bench.budget.waits)
+    until(lambda: len(bench.budget.waits) > waits + 5)
+    assert bench.source.asked == asked  # two are uploading where one may compute: no third is taken
+    bench.transfer.stall.clear()
+    thread.join(20)
+    assert bench.ends("2") == ["finished"]
+    assert bench.nothing_is_left()
+
+
+def test_an_idle_worker_asks_at_its_interval(bench: Bench) -> None:
+    bench.stop_when = lambda taken, idle_s: bench.source.asked >= 4
+    bench.worker.run()
+    assert bench.budget.waits == [30.0] * 4
+
+
+def test_a_job_that_does_not_fit_is_given_back_at_once(bench: Bench) -> None:
+    bench.put(make_job("1", needs={"memory_mib": 10**9}), make_job("2"))
+    bench.worker.run()
+    assert bench.words("1") == ["released"]
+    assert "memory" in bench.source.said[JobId("1")].details[0]
+    assert bench.ends("2") == ["finished"]
+    assert bench.worker.worker_faults == 1
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("B16")
+def test_an_unreadable_job_is_reported_and_the_next_one_run(bench: Bench) -> None:
+    lease = bench.source.resume("t", JobId("1"))
+    bench.source.replies.append(UnreadableJob(lease, "handler.image_url: field required"))
+    bench.put(make_job("2"))
+    bench.jobs += 1
+    bench.worker.run()
+    assert bench.words("1") == ["error"]
+    assert bench.source.said[JobId("1")].details == ["worker cannot read the job: handler.image_url: field required"]
+    assert bench.ends("2") == ["finished"]
+    assert bench.nothing_is_left()
+
+
+def test_a_job_handed_out_again_goes_on_as_it_is(bench: Bench) -> None:
+    bench.scripts["1"] = Script(held=True)
+    bench.put(make_job("1"), make_job("1"))
+    bench.jobs = 1
+    bench.stop_when = lambda taken, idle_s: bench.source.asked >= 2 and bench.ends("1") != []
+    bench.budget.slots = 2
+    thread = beside(bench.worker.run)
+    until(lambda: bench.emit.named("job_again") != [] and bench.engine.containers != [])
+    bench.engine.containers[0].release()
+    thread.join(20)
+    assert len(bench.engine.specs) == 1
+    assert bench.ends("1") == ["finished"]
+
+
+# -- trouble ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("B12")
+def test_a_server_that_does_not_answer_is_asked_ever_more_rarely_and_told_once(bench: Bench) -> None:
+    bench.source.replies += [SourceUnavailable("down")] * 30
+    bench.put(make_job("1"))
+    bench.worker.run()
+    waits = bench.budget.waits[:30]
+    assert all(1.0 <= wait <= 300.0 for wait in waits)
+    assert max(waits[:1]) <= 60.0
+    assert len(set(waits)) > 20  # spread, so that a thousand workers do not come back together
+    assert bench.emit.levels("not_polling") == ["error"]
+    assert len(bench.emit.named("polling_again")) == 1
+    assert bench.ends("1") == ["finished"]
+
+
+@pytest.mark.fault("B11")
+@pytest.mark.parametrize(("asked_s", "least"), [(600.0, 600.0), (0.0, 1.0), (None, 1.0)])
+def test_retry_after_is_honoured_and_never_makes_a_busy_loop(bench: Bench, asked_s: float | None, least: float) -> None:
+    bench.source.replies += [SourceUnavailable("busy", retry_after_s=asked_s)] * 5
+    bench.put(make_job("1"))
+    bench.worker.run()
+    assert all(wait >= least for wait in bench.budget.waits[:5])
+
+
+@pytest.mark.fault("B6")
+def test_refused_at_the_first_question_is_for_a_person(bench: Bench) -> None:
+    bench.source.replies.append(SourceRefused("403: not in the group 'workers'"))
+    bench.jobs = 1
+    with pytest.raises(ConfigError, match="workers"):
+        bench.worker.run()
+
+
+@pytest.mark.fault("B6")
+def test_refused_later_is_waited_out(bench: Bench) -> None:
+    bench.put(make_job("1"))
+    real = bench.source.fetch
+    answers = iter([None, SourceRefused("401"), SourceRefused("401")])
+
+    def fetch(offer: Offer, wait_s: float) -> Claim | None:
+        error = next(answers, None)
+        if error is not None:
+            raise error
+        return real(offer, wait_s)
+
+    bench.source.fetch = fetch  # type: ignore[method-assign]  # one good answer, then two refusals
+    bench.put(make_job("2"))
+    bench.worker.run()
+    assert bench.ends("2") == ["finished"]
+
+
+@pytest.mark.fault("E3")
+def test_while_the_engine_is_away_nothing_is_taken(bench: Bench) -> None:
+    bench.put(make_job("1"))
+    bench.engine.fault = WorkerFault(WorkerReason.ENGINE, "the engine is away")
+    thread = beside(bench.worker.run)
+    until(lambda: len(bench.budget.waits) > 5)
+    assert bench.source.asked == 0
+    bench.engine.fault = None
+    thread.join(20)
+    assert bench.ends("1") == ["finished"]
+
+
+@pytest.mark.fault("E1")
+def test_an_engine_that_is_restarted_does_not_end_a_worker_that_was_well(bench: Bench) -> None:
+    bench.put(make_job("1"))
+    bench.jobs = 2
+    thread = beside(bench.worker.run)
+    until(lambda: bench.ends("1") == ["finished"] and bench.worker.running == [])
+    bench.engine.fault = ConfigError("there is no socket")
+    until(lambda: bench.emit.named("not_polling") != [])
+    bench.source.put(make_job("2"))
+    bench.engine.fault = None
+    thread.join(20)
+    assert bench.ends("2") == ["finished"]
+
+
+def test_a_setup_that_only_a_person_can_mend_ends_the_worker_at_once(bench: Bench) -> None:
+    bench.engine.fault = ConfigError("there is no container engine")
+    bench.jobs = 1
+    with pytest.raises(ConfigError, match="no container engine"):
+        bench.worker.run()
+
+
+@pytest.mark.fault("D5")
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_job_that_cannot_be_journaled_is_not_run_and_the_worker_lives(bench: Bench, readable: bool) -> None:
+    class FullDisk(Journal):
+        full = 1
+
+        def claim(self, job_id: JobId, token: str, job: Job | None) -> None:
+            if FullDisk.full:
+                FullDisk.full -= 1
+                raise WorkerFault(WorkerReason.DISK, "the journal cannot be written: disk full")
+            super().claim(job_id, token, job)
+
+    journal = FullDisk(bench.base.path / "full.db")
+    bench.worker = bench.make_worker(journal)
+    if readable:
+        bench.put(make_job("1"))
+    else:
+        bench.source.replies.append(UnreadableJob(bench.source.resume("t", JobId("1")), "x"))
+        bench.jobs += 1
+    bench.put(make_job("2"))
+    bench.worker.run()
+    assert bench.words("1") == ["released" if readable else "error"]
+    assert bench.ends("2") == ["finished"]
+    journal.close()
+
+
+def test_no_room_on_the_disk_stops_polling_and_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.put(make_job("1"))
+    real, refusals = Base.check_room, iter(range(3))
+
+    def check_room(self: Base) -> None:
+        if next(refusals, None) is not None:
+            raise WorkerFault(WorkerReason.DISK, "make room")
+        real(self)
+
+    monkeypatch.setattr(Base, "check_room", check_room)
+    bench.worker.run()
+    assert [event["message"] for event in bench.emit.named("not_polling")] == ["no job can be taken: make room"]
+    assert bench.ends("1") == ["finished"]
+
+
+# -- the outbox -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("B2")
+def test_an_end_that_nobody_heard_is_told_later_exactly_once(bench: Bench) -> None:
+    bench.put(make_job("1"), make_job("2"))
+    said = bench.source.said[JobId("1")]
+    said.answers += [Standing.KEEP] * 3 + [SourceUnavailable("down")] * 5
+    bench.stop_when = lambda taken, idle_s: taken >= 2 and bench.ends("1") != []
+    bench.worker.run()
+    assert bench.ends("1") == ["finished"]
+    assert bench.ends("2") == ["finished"]
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("B3")
+def test_an_end_that_stays_unheard_is_kept_for_the_next_start(bench: Bench) -> None:
+    bench.put(make_job("1"))
+    said = bench.source.said[JobId("1")]
+    said.answers += [Standing.KEEP] * 3 + [SourceUnavailable("down")] * 1000
+    bench.worker.run()
+    assert bench.emit.levels("unheard") == ["warning"]
+    [record] = bench.journal.records()
+    assert record.outcome == Outcome(Ending.FINISHED, None, "")
+    said.answers.clear()
+    again = bench.make_worker()
+    bench.jobs = 0
+    again.run()
+    assert bench.ends("1") == ["finished"]
+    assert bench.nothing_is_left()
+
+
+# -- starting again ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [Phase.CLAIMED, Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_OUT])
+def test_a_job_of_an_earlier_process_is_given_back_before_the_first_question(bench: Bench, phase: Phase) -> None:
+    job = make_job("1")
+    bench.journal.claim(job.id, "t", job)
+    for step in (Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_OUT):
+        if list(Phase).index(step) <= list(Phase).index(phase):
+            bench.journal.advance(job.id, step)
+    bench.base.job(job.id).create()
+    bench.source.put(make_job("2"))
+    bench.jobs = 1
+    asked_before: list[int] = []
+    real = bench.source.resume
+
+    def resume(token: str, job_id: JobId) -> object:
+        asked_before.append(bench.source.asked)
+        return real(token, job_id)
+
+    bench.source.resume = resume  # type: ignore[method-assign,assignment]  # notes when it was called
+    bench.worker.run()
+    assert asked_before[0] == 0
+    assert bench.words("1") == ["released"]
+    assert "stopped" in bench.source.said[job.id].details[0]
+    assert bench.ends("2") == ["finished"]
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("A7")
+def test_an_end_on_record_is_told_and_not_decided_anew(bench: Bench) -> None:
+    job = make_job("1")
+    bench.journal.claim(job.id, "t", job)
+    bench.journal.settling(job.id, Outcome(Ending.FINISHED, None, ""))
+    bench.worker.run()
+    assert bench.words("1") == ["finished"]
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("D7")
+@pytest.mark.fault("E10")
+def test_what_no_record_knows_is_cleared_at_the_start(bench: Bench) -> None:
+    stray = make_job("9")
+    hold = bench.budget.reserve(stray.needs)
+    spec = build_run_spec(
+        stray,
+        hold.share,
+        image=bench.engine.prepare("busybox", Halt(), lambda done, total: None),
+        files_host_path=str(bench.base.path),
+        attempt=1,
+        instance="i",
+        policy=BoxPolicy(),
+    )
+    hold.release()
+    bench.engine.start(spec)
+    (bench.base.path / "jobs" / "9" / "files").mkdir(parents=True)
+    bench.worker.run()
+    assert bench.emit.levels("container_reaped") == ["warning"]
+    assert JobId("9") not in bench.source.said  # nothing is said of a job that is not ours any more
+    assert bench.nothing_is_left()
+
+
+# -- leaving ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("F1")
+def test_an_idle_worker_leaves_at_once(bench: Bench) -> None:
+    bench.stop_when = lambda taken, idle_s: False
+    thread = beside(bench.worker.run)
+    until(lambda: bench.source.asked > 0)
+    bench.worker.leave(Leaving.DRAIN)
+    thread.join(2)
+    assert not thread.is_alive()
+
+
+@pytest.mark.fault("F2")
+def test_the_first_signal_lets_jobs_end_and_takes_no_other(bench: Bench) -> None:
+    bench.scripts["1"] = Script(held=True)
+    bench.put(make_job("1"), make_job("2"))
+    thread = beside(bench.worker.run)
+    until(lambda: bench.engine.containers != [])
+    bench.worker.leave(Leaving.DRAIN)
+    until(lambda: bench.emit.named("draining") != [])
+    assert "finishing job 1" in str(bench.emit.named("draining")[0]["message"])
+    bench.engine.containers[0].release()
+    thread.join(20)
+    assert bench.ends("1") == ["finished"]
+    assert bench.words("2") == []
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("F3")
+def test_the_second_signal_stops_the_jobs_and_gives_them_back(two: Bench) -> None:
+    two.scripts = {"1": Script(held=True), "2": Script(held=True, ignores_term=True)}
+    two.put(make_job("1"), make_job("2"))
+    thread = beside(two.worker.run)
+    until(lambda: len(two.engine.containers) == 2)
+    two.worker.leave(Leaving.DRAIN)
+    two.worker.leave(Leaving.STOP_JOBS)
+    two.worker.leave(Leaving.DRAIN)  # never back
+    thread.join(20)
+    assert two.ends("1") == two.ends("2") == ["released"]
+    assert two.worker.worker_faults == 0
+    assert two.nothing_is_left()
+
+
+def test_a_config_error_ends_running_jobs_first(bench: Bench) -> None:
+    bench.scripts["1"] = Script(held=True)
+    bench.put(make_job("1"))
+    bench.stop_when = lambda taken, idle_s: False
+    boom = ConfigError("a person must look")
+
+    def check_room() -> None:
+        if bench.engine.containers:
+            bench.worker._welcomed = False
+            raise boom
+
+    bench.base.check_room = check_room  # type: ignore[method-assign]  # fails once the job runs
+    with pytest.raises(ConfigError, match="a person must look"):
+        bench.worker.run()
+    assert bench.ends("1") == ["released"]
+    assert bench.nothing_is_left()
+
+
+def test_many_jobs_in_two_slots_with_outages_each_end_exactly_once(two: Bench) -> None:
+    for number in range(40):
+        two.put(make_job(str(number)))
+        if number % 3 == 0:
+            two.source.said[JobId(str(number))].answers += [SourceUnavailable("x")] * (number % 7)
+        if number % 5 == 0:
+            two.scripts[str(number)] = Script(exit=Exit(number % 2))
+    two.stop_when = lambda taken, idle_s: taken >= 40 and all(two.ends(str(number)) for number in range(40))
+    two.worker.run()
+    for number in range(40):
+        assert two.ends(str(number)) == ["error" if number % 5 == 0 and number % 2 else "finished"]
+        assert two.words(str(number))[-1] == two.ends(str(number))[0]
+    assert two.nothing_is_left()
