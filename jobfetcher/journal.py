@@ -126,7 +126,8 @@ class Journal:
         """Record a job the moment it was handed out, before anything else is done with it."""
         spec = None if job is None else job.model_dump_json()
         self._write(
-            "INSERT INTO job (id, token, spec, phase, claimed_at, boot_id) VALUES (?, ?, ?, ?, ?, ?)",
+            # A record of the same job can only be one that could not be forgotten.
+            "INSERT OR REPLACE INTO job (id, token, spec, phase, claimed_at, boot_id) VALUES (?, ?, ?, ?, ?, ?)",
             (job_id, token, spec, Phase.CLAIMED, time.time(), self._boot_id),
         )
 

@@ -177,9 +177,21 @@ class Runner:
                 if os.geteuid() != 0:  # also when the job is cancelled: what its root wrote must be deleted
                     self._quietly(job.id, lambda: self._engine.own(image.id, files_host_path))
 
+        if isinstance(fault, WorkerFault):
+            raise fault  # nobody vouches for what such a run left
+
         record = provenance(job, image=image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
         (workspace.logs / "provenance.json").write_text(record, encoding="utf-8")
         with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {exit.code}"):
+            left_out = self._stage_out(lease, job, workspace, halt, fault)
+        if fault is not None:
+            raise JobFault(fault.reason, f"{fault}; {left_out}" if left_out else str(fault))
+        return Outcome(Ending.FINISHED, None, left_out)
+
+    def _stage_out(self, lease: Lease, job: Job, workspace: Workspace, halt: Halt, fault: JobFault | None) -> str:
+        """Send the outputs; returns what was left out, as a sentence. A job that failed already is not failed anew by
+        an output that cannot be sent: both are told."""
+        try:
             sent = staging.stage_out(
                 job,
                 lease,
@@ -190,10 +202,11 @@ class Runner:
                 mark=lambda stored: self._journal.mark(job.id, "out", stored),
                 progress=self._progress(job.id, "upload"),
             )
-
-        if fault is not None:
-            raise fault
-        return Outcome(Ending.FINISHED, None, sent.sentence())
+        except JobFault as error:
+            if fault is None:
+                raise
+            return str(error)
+        return sent.sentence()
 
     def settle(self, lease: Lease, outcome: Outcome) -> Outcome:
         """Steps 11 and 12: outcome to the journal, then told, then everything of the job removed here."""
@@ -277,19 +290,28 @@ class Runner:
     @contextmanager
     def _stopping_on(self, halt: Halt, container: Container) -> Iterator[None]:
         """While inside, a halt stops the container. In a thread of its own, because stopping takes up to the grace
-        time, and whoever sets the halt (a heartbeat, the way out with many jobs) must not wait for it."""
+        time, and whoever sets the halt (a heartbeat, the way out with many jobs) must not wait for it. Tried again
+        until the wait is over: a cancelled job must not run on because the engine did not answer once (B7)."""
+
+        over = threading.Event()
 
         def stop() -> None:
-            try:
-                container.stop(self._rules.stop_grace_s)
-            except WorkerFault as error:
-                self._emit("stop_failed", level="error", message=f"a container could not be stopped: {error}")
+            while not over.is_set():
+                try:
+                    container.stop(self._rules.stop_grace_s)
+                    return
+                except WorkerFault as error:
+                    self._emit("stop_failed", level="error", message=f"a container could not be stopped: {error}")
+                over.wait(self._rules.stop_grace_s)
 
         stopper = threading.Thread(target=stop, name="stop-container")
-        with halt.waking(stopper.start):
-            yield
-        if stopper.ident is not None:
-            stopper.join()
+        try:
+            with halt.waking(stopper.start):
+                yield
+        finally:
+            over.set()
+            if stopper.ident is not None:
+                stopper.join()
 
     def _fault_of(
         self, exit: Exit, timed_out: bool, container: Container, share: Share

@@ -314,7 +314,8 @@ def _line(problem: Any, given: Mapping[str, Any]) -> str:
     name = str(problem["loc"][0])
     text = problem["msg"].removeprefix("Value error, ")
     text = text[0].lower() + text[1:]
-    shown = "" if name in SECRETS else f" (it is {str(given.get(name))[:80]!r})"
+    secret = name in SECRETS or "@" in str(given.get(name))  # a URL may carry a password
+    shown = "" if secret else f" (it is {str(given.get(name))[:80]!r})"
     return f"{name.upper()}: {text}{shown}"
 
 

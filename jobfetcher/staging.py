@@ -154,6 +154,9 @@ def stage_out(
                 if isinstance(found, tree.Skipped):
                     result.skip("/".join(found.parts), found.why)
                     continue
+                if output.kind is OutputKind.LOG and _is_own(workspace, found):
+                    result.skip("/".join(found.parts), "has the name of a log of the worker's own")
+                    continue
                 if not _sendable(found.parts):
                     unsendable.append(clean("/".join(found.parts), 120))
                     continue
@@ -199,6 +202,11 @@ def _upload(lease: Lease, kind: OutputKind, root: Path, found: tree.Found, folde
         open=partial(tree.open_file, root, found),
         sign=sign,
     )
+
+
+def _is_own(workspace: Workspace, found: tree.Found) -> bool:
+    """Whether a log of the job would be stored where one of the worker's own goes."""
+    return found.parts[:-1] == (OWN_FOLDER,) and (workspace.logs / found.parts[-1]).is_file()
 
 
 def _sent(earlier: Stored | None, found: tree.Found) -> bool:

@@ -235,20 +235,11 @@ class Worker:
             self._emit("job_claimed", job=job.id, message=f"claimed, image {job.image}", image=job.image)
             hold = self._budget.reserve(job.needs)
         except WorkerFault as error:
-            self._end_early(lease, Outcome(Ending.WORKER_FAILED, error.reason, str(error)))
-            return
-        halt = Halt()
-
-        def run() -> None:
-            try:
-                self._ended(lease, self._runner.run(lease, job, hold, halt))
-            finally:
-                del self._slots[job.id]
-                self._budget.wake()
-
-        slot = _Slot(halt, threading.Thread(target=run, name=f"job-{job.id}"))
-        self._slots[job.id] = slot
-        slot.thread.start()
+            outcome = Outcome(Ending.WORKER_FAILED, error.reason, str(error))
+            self._in_slot(lease, Halt(), lambda: self._runner.settle(lease, outcome))
+        else:
+            halt = Halt()
+            self._in_slot(lease, halt, lambda: self._runner.run(lease, job, hold, halt))
 
     def _settle_unreadable(self, error: UnreadableJob) -> None:
         """Report a job that nobody could run, with the same care as any other end."""
@@ -260,10 +251,29 @@ class Worker:
             self._journal.claim(lease.job_id, lease.token, None)
         except WorkerFault as fault:
             self._emit("journal_failed", level="error", job=lease.job_id, message=str(fault))
-        self._end_early(lease, self._runner.outcome_of(lease.job_id, error))
+        outcome = self._runner.outcome_of(lease.job_id, error)
+        self._in_slot(lease, Halt(), lambda: self._runner.settle(lease, outcome))
 
-    def _end_early(self, lease: Lease, outcome: Outcome) -> None:
-        self._ended(lease, self._runner.settle(lease, outcome))
+    def _in_slot(self, lease: Lease, halt: Halt, bring_to_end: Callable[[], Outcome]) -> None:
+        """Bring a job to its end in a thread of its own: a server that does not answer must not hold up the others."""
+
+        def run() -> None:
+            try:
+                self._ended(lease, bring_to_end())
+            finally:
+                del self._slots[lease.job_id]
+                self._budget.wake()
+
+        slot = _Slot(halt, threading.Thread(target=run, name=f"job-{lease.job_id}"))
+        self._slots[lease.job_id] = slot
+        try:
+            slot.thread.start()
+        except RuntimeError as error:  # the limit of processes of this user or container
+            del self._slots[lease.job_id]
+            message = f"this machine lets the worker start no more threads: {error}"
+            self._ended(
+                lease, self._runner.settle(lease, Outcome(Ending.WORKER_FAILED, WorkerReason.INTERNAL, message))
+            )
 
     def _ended(self, lease: Lease, outcome: Outcome) -> None:
         if outcome.ending is Ending.WORKER_FAILED and outcome.reason is not WorkerReason.SHUTDOWN:

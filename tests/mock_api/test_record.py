@@ -29,6 +29,8 @@ def rules(*entries: Entry) -> list[str]:
         ["error"],
         ["preprocessing", "error"],
         ["queued"],
+        ["postprocessing", "finished"],
+        ["preprocessing", "postprocessing", "error"],
         ["preprocessing", "running", "queued"],
     ],
 )
@@ -39,8 +41,7 @@ def test_right_orders(states: list[str]) -> None:
 @pytest.mark.parametrize(
     ("states", "flagged"),
     [
-        (["running"], "running before preprocessing"),
-        (["preprocessing", "postprocessing"], "postprocessing before running"),
+        (["running", "finished"], "finished before postprocessing"),
         (["preprocessing", "running", "finished"], "finished before postprocessing"),
         (["preprocessing", "running", "preprocessing"], "preprocessing after running: going backwards"),
         ([*RUN, "finished"], "finished after finished"),

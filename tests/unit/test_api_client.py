@@ -444,10 +444,25 @@ def test_two_threads_never_send_two_updates_at_once(api: ScriptedApi, lease: Api
     ],
 )
 def test_an_end_is_told_once(api: ScriptedApi, lease: ApiLease, outcome: Outcome, query: dict[str, str]) -> None:
+    lease.beat(Phase.STAGING_OUT)
     for _ in range(3):
         assert lease.settle(outcome) is Standing.KEEP
     lease.release("no")
-    assert [dict(asked.query) for asked in api.asked] == [query]
+    assert [dict(asked.query) for asked in api.asked[1:]] == [query]
+
+
+def test_finished_is_said_only_after_the_upload_was(api: ScriptedApi, lease: ApiLease) -> None:
+    """The server was away while the job went on; its words in between were never heard."""
+    lease.beat(Phase.STAGING_IN)
+    lease.settle(FINISHED)
+    assert api.said == ["preprocessing", "postprocessing", "finished"]
+
+
+@pytest.mark.fault("B7")
+def test_a_job_that_is_gone_by_then_is_not_finished(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(404)
+    assert lease.settle(FINISHED) is Standing.CANCEL
+    assert api.said == ["postprocessing"]
 
 
 @pytest.mark.fault("T17")
@@ -469,6 +484,7 @@ def test_beats_carry_no_details(api: ScriptedApi, lease: ApiLease) -> None:
 def test_after_a_lost_answer_the_server_is_asked_and_the_end_not_told_twice(
     api: ScriptedApi, lease: ApiLease, clock: Clock
 ) -> None:
+    lease.beat(Phase.STAGING_OUT)
     api.then(hang_up)
     with pytest.raises(SourceUnavailable):
         lease.settle(FINISHED)
@@ -478,18 +494,19 @@ def test_after_a_lost_answer_the_server_is_asked_and_the_end_not_told_twice(
     clock.now += 31
     api.then(reply(200, b'"finished"'))
     assert lease.settle(FINISHED) is Standing.KEEP
-    assert api.said == ["finished", "GET"]
+    assert api.said == ["postprocessing", "finished", "GET"]
 
 
 @pytest.mark.fault("A7")
 def test_after_a_lost_request_the_end_is_told_again(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+    lease.beat(Phase.STAGING_OUT)
     api.then(hang_up)
     with pytest.raises(SourceUnavailable):
         lease.settle(FINISHED)
     clock.now += 31
     api.then(reply(200, b'"postprocessing"'), 204)
     assert lease.settle(FINISHED) is Standing.KEEP
-    assert api.said == ["finished", "GET", "finished"]
+    assert api.said == ["postprocessing", "finished", "GET", "finished"]
 
 
 @pytest.mark.fault("A7")
@@ -517,8 +534,8 @@ def test_an_old_lease_asks_first(
     """J4. The lease counts from the question that brought the job, and from each accepted update (S4)."""
     clock.now += age_s
     api.then(*[reply(200, b'"queued"') for _ in asked])
-    lease.settle(FINISHED)
-    assert api.said == [*asked, "finished"]
+    lease.settle(FAILED)
+    assert api.said == [*asked, "error"]
 
 
 def test_an_accepted_beat_renews_the_lease_and_a_failed_one_does_not(
@@ -533,7 +550,7 @@ def test_an_accepted_beat_renews_the_lease_and_a_failed_one_does_not(
     clock.now += 150
     api.then(reply(200, b'"running"'))
     lease.settle(FINISHED)
-    assert api.said == ["running", "running", "GET", "finished"]
+    assert api.said == ["running", "running", "GET", "postprocessing", "finished"]
 
 
 @pytest.mark.fault("B18")

@@ -212,13 +212,36 @@ def test_a_job_that_fails_is_reported_with_its_outputs(bench: Bench, end: Exit, 
     assert bench.nothing_is_left()
 
 
+def test_a_failed_job_is_told_with_what_could_not_be_uploaded(bench: Bench) -> None:
+    bench.script = Script(exit=Exit(3), acts=writes("out/big"))
+    bench.transfer.failures["output:out/big"] = [JobFault(JobReason.OUTPUT_TOO_LARGE, "output big is too large")]
+    outcome = bench.run()
+    assert outcome.reason is JobReason.EXIT_CODE
+    assert bench.last == ("error", "exit code 3; output big is too large")
+
+
+def test_a_failed_job_is_told_with_what_was_skipped(bench: Bench) -> None:
+    bench.script = Script(exit=Exit(3), acts=lambda files: (files / "out" / "link").symlink_to("/etc/passwd"))
+    bench.run()
+    assert bench.last == ("error", "exit code 3; not uploaded: out/link is a link, not a file")
+
+
+@pytest.mark.fault("E8")
+def test_a_program_that_the_image_does_not_have_is_named(bench: Bench) -> None:
+    bench.script = Script(exit=Exit(127, error="the image has no /bin/sh"))
+    outcome = bench.run()
+    assert outcome.reason is JobReason.CANNOT_START
+    assert bench.last == ("error", "the image has no /bin/sh")
+
+
 @pytest.mark.fault("E1")
 @pytest.mark.parametrize("code", [0, 1, 137])
 def test_an_exit_that_nobody_vouches_for_is_given_back(bench: Bench, code: int) -> None:
-    bench.script = Script(exit=Exit(code, genuine=False))
+    bench.script = Script(exit=Exit(code, genuine=False), acts=writes("out/half"))
     outcome = bench.run()
     assert (outcome.ending, outcome.reason) == (Ending.WORKER_FAILED, WorkerReason.INTERRUPTED)
     assert bench.last == ("released", "the container engine restarted while the job ran")
+    assert bench.stored == {}
     assert bench.nothing_is_left()
 
 
@@ -430,7 +453,8 @@ def test_a_job_cancelled_at_its_very_end_is_not_called_finished(bench: Bench) ->
     assert bench.nothing_is_left()
 
 
-def test_an_engine_that_cannot_stop_the_container_does_not_hurt(bench: Bench) -> None:
+@pytest.mark.fault("B7")
+def test_a_container_that_could_not_be_stopped_is_stopped_again(bench: Bench) -> None:
     bench.script = Script(held=True)
     outcome = bench.in_thread()
     until(lambda: "running" in bench.words)
@@ -438,8 +462,8 @@ def test_an_engine_that_cannot_stop_the_container_does_not_hurt(bench: Bench) ->
     bench.halt.set(StopReason.CANCELLED)  # the stop fails in its own thread
     until(lambda: bench.emit.named("stop_failed") != [])
     bench.engine.fault = None
-    bench.engine.containers[0].release()
     assert outcome().ending is Ending.DROPPED
+    assert bench.nothing_is_left()
 
 
 # -- time, and what is given back when --------------------------------------------------------------------------------

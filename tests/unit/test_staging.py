@@ -183,6 +183,15 @@ def test_outputs_keep_their_path_and_the_workers_logs_lie_below_its_own_name(ben
     }
 
 
+def test_a_log_that_would_take_the_place_of_the_workers_own_is_named_and_not_sent(bench: Bench) -> None:
+    bench.write(f"{OWN_FOLDER}/container.log", b"forged")
+    bench.write(f"{OWN_FOLDER}/other.log", b"the job's")
+    (bench.workspace.logs / "container.log").write_bytes(b"L")
+    sent = bench.send(make_job(outputs={"log": OWN_FOLDER}))
+    assert bench.stored == {f"log/{OWN_FOLDER}/container.log": b"L", f"log/{OWN_FOLDER}/other.log": b"the job's"}
+    assert sent.sentence() == f"not uploaded: {OWN_FOLDER}/container.log has the name of a log of the worker's own"
+
+
 def test_each_kind_gets_its_files_where_trees_nest_or_coincide(bench: Bench) -> None:
     bench.write("out/a")
     bench.write("out/logs/b")

@@ -28,7 +28,7 @@ from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.core.text import clean, details
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy
 from jobfetcher.sources.worker_api.client import CALL_S, Client, Params, Reply, failure
-from jobfetcher.sources.worker_api.wire import ERROR, FINISHED, QUEUED, STATUS_OF_PHASE, parse_specs
+from jobfetcher.sources.worker_api.wire import ERROR, FINISHED, POSTPROCESSING, QUEUED, STATUS_OF_PHASE, parse_specs
 
 #: PROTOCOL.md S4: a job silent for longer is handed on.
 LEASE_S = 300.0
@@ -185,6 +185,8 @@ class ApiLease:
         self._gone: Standing | None = None
         #: Send time of the last accepted update; None when this process never had one accepted (S4).
         self._accepted_at = accepted_at
+        #: The last word that was accepted, as far as this process knows.
+        self._heard = ""
         self._server_errors = 0
         #: A terminal update may have been heard although no answer came: do not repeat it before this time.
         self._doubt_until: float | None = None
@@ -245,7 +247,7 @@ class ApiLease:
         if reply.status == 422 and why:  # FAULTS.md B10: perhaps it chokes on our words
             reply = self._client.request("PUT", self._status_path, params[:1], within_s=within_s)
         if 200 <= reply.status < 300:
-            self._accepted_at, self._server_errors = sent_at, 0
+            self._accepted_at, self._server_errors, self._heard = sent_at, 0, word
             return Standing.KEEP
         if reply.status == 404:
             self._gone = Standing.CANCEL
@@ -289,6 +291,12 @@ class ApiLease:
                 if state in {FINISHED, ERROR} or state == word:
                     self._settled = True
                     return Standing.KEEP
+                self._heard = state
+            if word == FINISHED and self._heard != POSTPROCESSING:
+                # The server was away meanwhile. Its word also takes a job back that was put into the queue (S5).
+                standing = self._update(POSTPROCESSING, "")
+                if standing is not Standing.KEEP:
+                    return standing
             sent_at = self._clock()  # not `now`: asking may have taken as long as a call may
             try:
                 standing = self._update(word, why)

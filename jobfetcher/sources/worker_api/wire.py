@@ -14,13 +14,15 @@ from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.text import clean
 
+POSTPROCESSING = "postprocessing"
+
 #: What the server calls our phases. A job is `pulled` from the fetch on; SETTLING is ours alone.
 STATUS_OF_PHASE = {
     Phase.CLAIMED: "preprocessing",
     Phase.STAGING_IN: "preprocessing",
     Phase.RUNNING: "running",
-    Phase.STAGING_OUT: "postprocessing",
-    Phase.SETTLING: "postprocessing",
+    Phase.STAGING_OUT: POSTPROCESSING,
+    Phase.SETTLING: POSTPROCESSING,
 }
 
 #: The server's words for ends and for giving back (PROTOCOL.md, States and S10).
