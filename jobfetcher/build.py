@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ from jobfetcher.core.ports import Emit
 from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.core.urls import UrlPolicy
 from jobfetcher.engine.api import DEFAULT_URL
-from jobfetcher.engine.docker import DockerEngine
+from jobfetcher.engine.docker import DockerEngine, EngineInfo
 from jobfetcher.engine.host_path import check_host_path, find_host_path
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
 from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_run_spec, dropped_env
@@ -117,12 +118,18 @@ def make_build_spec(settings: Settings, instance: str, emit: Emit) -> BuildSpec:
     """What a job gets, by the owner's policy; says which of its environment variables are not passed on."""
     policy = make_box(settings)
 
-    def build_spec(job: Job, share: Share, *, image: Image, files_host_path: str) -> RunSpec:
+    def build_spec(job: Job, share: Share, *, image: Image, files_host_path: str, attempt: int) -> RunSpec:
         dropped = ", ".join(dropped_env(job.env))
         if dropped:
             emit("env_dropped", level="warning", job=job.id, message=f"not passed on to the job: {dropped}")
         return build_run_spec(
-            job, share, image=image, files_host_path=files_host_path, attempt=1, instance=instance, policy=policy
+            job,
+            share,
+            image=image,
+            files_host_path=files_host_path,
+            attempt=attempt,
+            instance=instance,
+            policy=policy,
         )
 
     return build_spec
@@ -169,7 +176,7 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         opened.callback(source.close)
         transfer = make_transfer(settings)
         opened.callback(transfer.close)
-        budget = make_budget(settings, detect.detect(settings.gpus))
+        budget = make_budget(settings, _engines_part(detect.detect(settings.gpus), engine.describe()))
         runner = Runner(
             base=base,
             host_base=PurePosixPath(host_base),
@@ -199,6 +206,15 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
 
 def _ca_file(settings: Settings) -> str | None:
     return None if settings.ca_file is None else str(settings.ca_file)
+
+
+def _engines_part(inventory: Inventory, engine: EngineInfo) -> Inventory:
+    """What of the machine the engine has: less than all where it runs in a virtual machine of its own."""
+    return replace(
+        inventory,
+        cpu_cores=min(inventory.cpu_cores, float(engine.cpu_cores)),
+        memory_mib=min(inventory.memory_mib, engine.memory_mib),
+    )
 
 
 def _member(data: object, name: str) -> object:

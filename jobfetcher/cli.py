@@ -172,11 +172,11 @@ def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emi
             signal.signal(number, handle)
 
     _stand_firm()
-    with build.worker(settings, Polling(settings.timeout_job, enough), emit) as worker:
+    with build.worker(settings, Polling(settings.timeout_job, enough, exit_when_idle), emit) as worker:
         on_signal(worker)
         emit("started", message=f"taking jobs from {settings.api_url}; Ctrl-C to stop", path_base=settings.path_base)
         worker.run()
-        emit("stopped", message="stopped; nothing is left running")
+        emit("stopped", message="stopped" if worker.unfinished else "stopped; nothing is left running")
         return 1 if once and worker.worker_faults else 0
 
 

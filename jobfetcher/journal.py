@@ -135,6 +135,12 @@ class Journal:
         """Move a job to its next phase. Raises IllegalMove for a move that is not in the table of phases."""
         self._move(job_id, phase, "")
 
+    def attempt(self, job_id: JobId) -> int:
+        """A number that this handing out of the job has and no other: a container of an earlier one is not its own."""
+        with self._lock:
+            row = self._db.execute("SELECT claimed_at FROM job WHERE id = ?", (job_id,)).fetchone()
+        return int(row[0] * 1000) if row is not None else 0
+
     def started(self, job_id: JobId, container: str) -> None:
         """Record the id of the container that now runs."""
         self._write("UPDATE job SET container = ? WHERE id = ?", (container, job_id))
@@ -184,7 +190,7 @@ class Journal:
         return {name: Stored(name, size, digest, etag) for name, size, digest, etag in rows}
 
     def records(self) -> list[Record]:
-        """All open jobs, oldest first. A row that cannot be read any more counts as a job without a spec."""
+        """All open jobs, oldest first. A spec that cannot be read any more counts as none."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT id, token, spec, phase, container, exit, outcome, claimed_at, boot_id FROM job"

@@ -11,7 +11,7 @@ of it, in the order of DESIGN.md's table:
     9  stage out: outputs, logs and the provenance record, whatever the exit code
     10 decide: the only line that can say *finished*
     11 settle: heartbeat stopped and joined, outcome to the journal, then the source is told
-    12 leave: container and directory removed, then the record forgotten
+    12 leave: container and directory removed, then the record forgotten (11 and 12: outbox.py)
 
 Knows seams only (core.ports); which engine, source or transfer it holds is build's business.
 """
@@ -35,7 +35,6 @@ from jobfetcher.core.errors import (
     JobFault,
     JobReason,
     SourceError,
-    SourceUnavailable,
     Stopped,
     StopReason,
     Verdict,
@@ -47,11 +46,12 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Share
 from jobfetcher.core.phases import Phase
-from jobfetcher.core.ports import Container, Emit, Engine, Lease, Standing, Transfer
+from jobfetcher.core.ports import Container, Emit, Engine, Lease, Transfer
 from jobfetcher.core.run import Ending, Exit, Image, Outcome, RunSpec
 from jobfetcher.core.text import clean
 from jobfetcher.heartbeat import Pulse, beating
 from jobfetcher.journal import Journal
+from jobfetcher.outbox import Outbox
 from jobfetcher.provenance import provenance
 from jobfetcher.resources.budget import Reservation
 from jobfetcher.workspace import Base, Workspace
@@ -65,8 +65,8 @@ _WAIT_S = 60.0
 #: Progress is told at most this often, in seconds.
 _PROGRESS_S = 0.2
 
-#: Tries to tell the end at once, 1, 2 and 4 s apart, before it is left to the outbox.
-_SETTLE_TRIES = 4
+#: Tries of what the engine must do after a run: 1, 2, 4, 8, 16, then 30 s apart, some three minutes in all.
+_INSIST_TRIES = 10
 
 
 _T = TypeVar("_T")
@@ -75,7 +75,7 @@ _T = TypeVar("_T")
 class BuildSpec(Protocol):
     """engine.run_spec.build_run_spec with the machine owner's policy already bound."""
 
-    def __call__(self, job: Job, share: Share, *, image: Image, files_host_path: str) -> RunSpec: ...
+    def __call__(self, job: Job, share: Share, *, image: Image, files_host_path: str, attempt: int) -> RunSpec: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,14 @@ class Runner:
         self._emit = emit
         self._clock = clock
         self._sleep = sleep
-        self._undelivered: frozenset[JobId] = frozenset()
+        self.outbox = Outbox(
+            base=base,
+            journal=journal,
+            engine=engine,
+            worker_fault_is_error=rules.worker_fault_is_error,
+            emit=emit,
+            sleep=sleep,
+        )
 
     def run(self, lease: Lease, job: Job, hold: Reservation, halt: Halt) -> Outcome:
         """Run a claimed job to its end. Never raises for what a job, a server or this machine does wrong.
@@ -123,13 +130,13 @@ class Runner:
         `halt` ends it early. The outcome that could not be told yet stays in the journal (see `deliver`).
         """
         outcome = Outcome()
-        with hold, beating(lease, halt, interval_s=self._rules.beat_interval_s, emit=self._emit) as pulse:
-            try:
+        try:
+            with hold, beating(lease, halt, interval_s=self._rules.beat_interval_s, emit=self._emit) as pulse:
                 outcome = self._carry_out(lease, job, hold, halt, pulse)
-            except Exception as error:
-                outcome = self.outcome_of(job.id, error)
+        except Exception as error:
+            outcome = self.outcome_of(job.id, error)
         # The heartbeat is joined: from here on nobody but this thread speaks of the job (PROTOCOL.md S6).
-        return self.settle(lease, outcome)
+        return self.outbox.settle(lease, outcome)
 
     def _carry_out(self, lease: Lease, job: Job, hold: Reservation, halt: Halt, pulse: Pulse) -> Outcome:
         """Steps 5 to 10; raises JobFault, WorkerFault or Stopped instead of returning a bad outcome."""
@@ -155,12 +162,14 @@ class Runner:
         with self._step(job.id, "prepare", "pull", seconds):
             image = self._engine.prepare(job.image, halt, self._pull_progress(job.id))
             files_host_path = str(self._host_base / "jobs" / job.id / "files")
-            spec = self._build_spec(job, hold.share, image=image, files_host_path=files_host_path)
+            attempt = self._journal.attempt(job.id)
+            spec = self._build_spec(job, hold.share, image=image, files_host_path=files_host_path, attempt=attempt)
         halt.check()
 
         self._journal.advance(job.id, Phase.RUNNING)
         with self._step(job.id, "run", "", seconds, f"running {clean(job.image, 120)} {_limits(hold.share)}"):
             container = self._engine.start(spec)
+            removed = False
             try:
                 self._journal.started(job.id, container.id)
                 pulse.enter(Phase.RUNNING)
@@ -169,11 +178,14 @@ class Runner:
                 hold.release()
                 halt.check()
                 pulse.enter(Phase.STAGING_OUT)
-                fault = self._fault_of(exit, timed_out, container, hold.share)
-                container.save_logs(workspace.logs / "container.log")
-            finally:
+                fault = self._insist(halt, lambda: self._fault_of(exit, timed_out, container, hold.share))
+                self._insist(halt, lambda: container.save_logs(workspace.logs / "container.log"))
                 # Nothing may still write when its files are read: gone before the outputs are walked (FAULTS.md T4).
-                self._quietly(job.id, container.remove)
+                self._insist(halt, container.remove)
+                removed = True
+            finally:
+                if not removed:
+                    self._quietly(job.id, container.remove)
                 if os.geteuid() != 0:  # also when the job is cancelled: what its root wrote must be deleted
                     self._quietly(job.id, lambda: self._engine.own(image.id, files_host_path))
 
@@ -208,69 +220,21 @@ class Runner:
             return str(error)
         return sent.sentence()
 
-    def settle(self, lease: Lease, outcome: Outcome) -> Outcome:
-        """Steps 11 and 12: outcome to the journal, then told, then everything of the job removed here."""
-        try:
-            self._journal.settling(lease.job_id, outcome)
-        except WorkerFault as error:
-            # Not durable, but still to be told; without the record a restart finds the job in an earlier phase.
-            self._emit("journal_failed", level="error", job=lease.job_id, message=str(error))
+    def _insist(self, halt: Halt, action: Callable[[], _T]) -> _T:
+        """Do what a finished run must not fail for: an engine that restarts is waited for, some three minutes."""
+
+        def sleep(seconds: float) -> None:
+            halt.check()
+            self._sleep(seconds)
+
         patiently = tenacity.Retrying(
-            retry=tenacity.retry_if_result(lambda heard: not heard),
-            stop=tenacity.stop_after_attempt(_SETTLE_TRIES),
-            wait=tenacity.wait_exponential(),
-            retry_error_callback=lambda _: False,
-            sleep=self._sleep,
+            retry=tenacity.retry_if_exception_type(WorkerFault),
+            stop=tenacity.stop_after_attempt(_INSIST_TRIES),
+            wait=tenacity.wait_exponential(max=30.0),
+            sleep=sleep,
+            reraise=True,
         )
-        patiently(self.deliver, lease, outcome)
-        return outcome
-
-    def deliver(self, lease: Lease, outcome: Outcome) -> bool:
-        """Tell the source how the job ended; True when it has heard (or must not be told) and nothing is left here.
-
-        False leaves the record in the journal, which is the outbox: call again later.
-        """
-        standing = Standing.KEEP
-        try:
-            match outcome.ending:
-                case Ending.WORKER_FAILED if not self._rules.worker_fault_is_error:
-                    standing = lease.release(outcome.message)
-                case Ending.FINISHED | Ending.JOB_FAILED | Ending.WORKER_FAILED:
-                    standing = lease.settle(outcome)
-                case Ending.DROPPED:
-                    pass  # never speak of it again
-        except SourceError as error:
-            waiting = isinstance(error, SourceUnavailable) and error.retry_after_s is not None
-            told, self._undelivered = self._undelivered, self._undelivered | {lease.job_id}
-            self._emit(
-                "settle_failed",
-                level="debug" if waiting or lease.job_id in told else "warning",  # once, not per try (FAULTS.md J10)
-                job=lease.job_id,
-                message=f"the end ({outcome.ending.value}) is not delivered yet: {error}",
-            )
-            return False
-        self._undelivered -= {lease.job_id}
-        if standing is not Standing.KEEP:
-            outcome = Outcome(Ending.DROPPED, None, f"taken back by the server ({standing.value}) as it ended")
-        self._leave(lease.job_id, self._base.job(lease.job_id))
-        expected = outcome.ending in {Ending.FINISHED, Ending.DROPPED} or outcome.reason is WorkerReason.SHUTDOWN
-        self._emit(
-            "job_ended",
-            level="info" if expected else "warning",
-            job=lease.job_id,
-            ending=outcome.ending.value,
-            reason=None if outcome.reason is None else outcome.reason.value,
-            message=_farewell(outcome, self._rules.worker_fault_is_error),
-        )
-        return True
-
-    def _leave(self, job_id: JobId, workspace: Workspace) -> None:
-        """Container and directory first, then the record, so that a kill in between leaves nothing unknown."""
-        container = self._quietly(job_id, lambda: self._engine.find(job_id))
-        if container is not None:
-            self._quietly(job_id, container.remove)
-        self._quietly(job_id, workspace.remove)
-        self._quietly(job_id, lambda: self._journal.forget(job_id))
+        return patiently(action)
 
     def _wait(self, container: Container, halt: Halt) -> tuple[Exit, bool]:
         """How the container ended, and whether it was for its time limit. A halt stops it, which ends the wait."""
@@ -420,17 +384,3 @@ def _limits(share: Share) -> str:
 
 def _quote(said: str) -> str:
     return f"; it last printed: {said}" if said else ""
-
-
-def _farewell(outcome: Outcome, worker_fault_is_error: bool) -> str:
-    match outcome.ending:
-        case Ending.FINISHED:
-            return f"finished; {outcome.message}" if outcome.message else "finished"
-        case Ending.JOB_FAILED:
-            return f"failed by its own fault: {outcome.message}"
-        case Ending.WORKER_FAILED:
-            done = "reported as failed" if worker_fault_is_error else "given back"
-            whose = "" if outcome.reason is WorkerReason.SHUTDOWN else ", this machine's fault"
-            return f"{done}{whose}: {outcome.message}"
-        case Ending.DROPPED:
-            return outcome.message

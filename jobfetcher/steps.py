@@ -32,6 +32,7 @@ from jobfetcher.core.machine import Offer
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Emit, Lease, Standing, Transfer
 from jobfetcher.core.run import Ending, Outcome, Stored
+from jobfetcher.outbox import tell
 from jobfetcher.settings import Settings
 from jobfetcher.workspace import Workspace
 
@@ -111,15 +112,14 @@ def stage_out(
 def report(settings: Settings, handed: HandedOut, what: Phase | Outcome, *, emit: Emit | None = None) -> Standing:
     """Tell the server where the job stands (a Phase, to be repeated) or how it ended (an Outcome, once and last).
 
-    Anything but Standing.KEEP means: end the job and never report again. An outcome of a worker's fault gives the job
-    back. Raises SourceUnavailable or SourceRefused when it was not heard; repeating the call is safe.
+    Anything but Standing.KEEP means: end the job and never report again. A worker's fault gives the job back, or
+    reports it as failed, as ON_WORKER_FAULT says; of a job that was dropped nothing is said. Raises SourceUnavailable
+    or SourceRefused when it was not heard; repeating the call is safe.
     """
     with _lease(settings, handed, emit) as lease:
         if isinstance(what, Phase):
             return lease.beat(what)
-        if what.ending is Ending.WORKER_FAILED:
-            return lease.release(what.message)
-        return lease.settle(what)
+        return tell(lease, what, worker_fault_is_error=settings.on_worker_fault == "error")
 
 
 @contextmanager

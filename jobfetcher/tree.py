@@ -86,8 +86,9 @@ def open_file(root: Path, found: Found) -> BinaryIO:
 def walk(root: Path, start: Sequence[str]) -> Iterator[Found | Skipped]:
     """Every regular file below `root/start`, folder by folder, and what was skipped with the reason.
 
-    Streams: one open directory per level, no listing in memory. A start that is missing yields nothing; a start that
-    is itself a regular file yields that file. Raises PermissionError where we may not look.
+    Streams: one open directory and the names of its subfolders per level, never a list of files. A start that is
+    missing yields nothing; a start that is itself a regular file yields that file. Raises PermissionError where we may
+    not look.
     """
     if not start:
         with opened(root) as folder:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,12 +20,15 @@ from typing import Protocol
 from jobfetcher.core.errors import (
     ConfigError,
     JobfetcherError,
+    SourceError,
     SourceRefused,
     SourceUnavailable,
     StopReason,
     UnreadableJob,
+    Verdict,
     WorkerFault,
     WorkerReason,
+    verdict,
 )
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
@@ -63,10 +67,14 @@ class Gate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Polling:
-    """When to ask for jobs. `interval_s`: seconds between two questions when there was no job."""
+    """When to ask for jobs. `interval_s`: seconds between two questions when there was no job.
+
+    `idle_limit_s`: no wait is longer than what is left of so many seconds without a job, for an `enough` that counts.
+    """
 
     interval_s: float = 30.0
     enough: Gate = lambda taken, idle_s: False  # noqa: ARG005 - the default: never enough
+    idle_limit_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -107,6 +115,7 @@ class Worker:
         self._unheard: dict[JobId, tuple[Lease, Outcome]] = {}
         self._outbox_due = 0.0
         self._outbox_failures = 0
+        self._not_before = 0.0
         self._leaving = Leaving.NO
         self._taken = 0
         self._trouble: str | None = None
@@ -133,6 +142,11 @@ class Worker:
         """Stop taking jobs; with STOP_JOBS also stop the running ones and give them back. Safe in a signal handler."""
         self._leaving = max(self._leaving, how)
         self._budget.wake()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether something is left for the next start: an end that was not heard, or what could not be removed."""
+        return bool(self._unheard)
 
     @property
     def running(self) -> list[JobId]:
@@ -183,7 +197,9 @@ class Worker:
                 idle_since = self._clock()
             if self._polling.enough(self._taken, self._clock() - idle_since):
                 return
-            wait_s = self._take_one()
+            wait_s = max(0.0, self._not_before - self._clock()) or self._take_one()
+            if self._polling.idle_limit_s is not None:
+                wait_s = min(wait_s, max(0.0, self._polling.idle_limit_s - (self._clock() - idle_since)))
             if wait_s > 0:
                 self._budget.wait_for_change(wait_s)
 
@@ -194,6 +210,8 @@ class Worker:
         """
         try:
             self._engine.check()
+            if self._trouble is not None:
+                self._flush_outbox(now=True)  # what an engine that was away still holds comes before new jobs
             self._base.check_room()
             offer = None if self._is_full() else self._budget.offer()
             if offer is None and not self._slots:
@@ -204,11 +222,11 @@ class Worker:
         except UnreadableJob as error:
             self._settle_unreadable(error)
             return 0.0
-        except (SourceUnavailable, SourceRefused, WorkerFault, ConfigError) as error:
-            if isinstance(error, ConfigError) and not self._welcomed:
-                raise  # later an engine that is away is being restarted (FAULTS.md E1, E3), and jobs wait for it
-            if isinstance(error, SourceRefused) and not self._welcomed and not self._unheard:
-                # At the very first question this is a wrong password or account, and a person is at hand to see it.
+        except JobfetcherError as error:
+            # At the very first question a wrong password or no engine: a person is at hand to see it. Later the engine
+            # is being restarted or the account changed (FAULTS.md B4, E1, E3), and running jobs wait for it.
+            hopeless = verdict(error) is Verdict.STOP_WORKER or isinstance(error, SourceRefused)
+            if hopeless and not self._welcomed and not self._unheard:
                 raise ConfigError(str(error)) from error
             return self._back_off(error)
         self._welcomed = True
@@ -236,10 +254,11 @@ class Worker:
             hold = self._budget.reserve(job.needs)
         except WorkerFault as error:
             outcome = Outcome(Ending.WORKER_FAILED, error.reason, str(error))
-            self._in_slot(lease, Halt(), lambda: self._runner.settle(lease, outcome))
+            self._in_slot(lease, Halt(), lambda: self._runner.outbox.settle(lease, outcome))
         else:
             halt = Halt()
-            self._in_slot(lease, halt, lambda: self._runner.run(lease, job, hold, halt))
+            if not self._in_slot(lease, halt, lambda: self._runner.run(lease, job, hold, halt)):
+                hold.release()
 
     def _settle_unreadable(self, error: UnreadableJob) -> None:
         """Report a job that nobody could run, with the same care as any other end."""
@@ -252,15 +271,23 @@ class Worker:
         except WorkerFault as fault:
             self._emit("journal_failed", level="error", job=lease.job_id, message=str(fault))
         outcome = self._runner.outcome_of(lease.job_id, error)
-        self._in_slot(lease, Halt(), lambda: self._runner.settle(lease, outcome))
+        self._in_slot(lease, Halt(), lambda: self._runner.outbox.settle(lease, outcome))
 
-    def _in_slot(self, lease: Lease, halt: Halt, bring_to_end: Callable[[], Outcome]) -> None:
-        """Bring a job to its end in a thread of its own: a server that does not answer must not hold up the others."""
+    def _in_slot(self, lease: Lease, halt: Halt, bring_to_end: Callable[[], Outcome]) -> bool:
+        """Bring a job to its end in a thread of its own: a server that does not answer must not hold up the others.
+
+        False: there can be no thread for it, and it was given back.
+        """
 
         def run() -> None:
+            outcome = Outcome()
             try:
-                self._ended(lease, bring_to_end())
+                outcome = bring_to_end()
+            except Exception as error:
+                # A bug of ours. The job is in the journal, so the next start gives it back; the worker goes on.
+                self._emit("bug", level="error", job=lease.job_id, message=f"{error!r}", where=traceback.format_exc(-3))
             finally:
+                self._ended(lease, outcome)
                 del self._slots[lease.job_id]
                 self._budget.wake()
 
@@ -268,33 +295,34 @@ class Worker:
         self._slots[lease.job_id] = slot
         try:
             slot.thread.start()
+            return True
         except RuntimeError as error:  # the limit of processes of this user or container
             del self._slots[lease.job_id]
             message = f"this machine lets the worker start no more threads: {error}"
             self._ended(
-                lease, self._runner.settle(lease, Outcome(Ending.WORKER_FAILED, WorkerReason.INTERNAL, message))
+                lease, self._runner.outbox.settle(lease, Outcome(Ending.WORKER_FAILED, WorkerReason.INTERNAL, message))
             )
+            return False
 
     def _ended(self, lease: Lease, outcome: Outcome) -> None:
         if outcome.ending is Ending.WORKER_FAILED and outcome.reason is not WorkerReason.SHUTDOWN:
             self.worker_faults += 1
-        if self._journal.record(lease.job_id) is not None:
+        if self._runner.outbox.is_open(lease.job_id):
             with self._lock:
                 self._unheard[lease.job_id] = (lease, outcome)
 
-    def _flush_outbox(self) -> None:
-        """Try again to tell the ends nobody has heard, at growing intervals."""
-        now = self._clock()
-        if not self._unheard or now < self._outbox_due:
+    def _flush_outbox(self, *, now: bool = False) -> None:
+        """Try again to bring jobs to their very end (runner.deliver), at growing intervals or `now`."""
+        if not self._unheard or (not now and self._clock() < self._outbox_due):
             return
         with self._lock:
             waiting = list(self._unheard.items())
-        heard = [job_id for job_id, (lease, outcome) in waiting if self._runner.deliver(lease, outcome)]
+        heard = [job_id for job_id, (lease, outcome) in waiting if self._runner.outbox.deliver(lease, outcome)]
         with self._lock:
             for job_id in heard:
                 del self._unheard[job_id]
         self._outbox_failures = 0 if len(heard) == len(waiting) else self._outbox_failures + 1
-        self._outbox_due = now + min(_OUTBOX_CAP_S, 2.0**self._outbox_failures) * self._jitter()
+        self._outbox_due = self._clock() + min(_OUTBOX_CAP_S, 2.0**self._outbox_failures) * self._jitter()
 
     def _back_off(self, error: JobfetcherError) -> float:
         """Say once what is wrong, and how long to wait: full jitter up to a cap that doubles (FAULTS.md J8, J10)."""
@@ -306,7 +334,10 @@ class Worker:
         # At least as long as the server asks for, and never at once: `Retry-After: 0` must not make a busy loop.
         asked = error.retry_after_s if isinstance(error, SourceUnavailable) and error.retry_after_s else 0.0
         cap = min(_IDLE_CAP_S, self._polling.interval_s * 2.0 ** min(self._failures, 10))
-        return max(asked, random.uniform(min(1.0, cap), cap))  # noqa: S311 - spreads load only
+        wait_s = max(asked, random.uniform(min(1.0, cap), cap))  # noqa: S311 - spreads load only
+        if isinstance(error, SourceError):
+            self._not_before = self._clock() + wait_s  # a job that ends meanwhile makes the server no better
+        return wait_s
 
     def _all_well(self) -> None:
         if self._trouble is not None:
@@ -325,11 +356,10 @@ class Worker:
                 jobs = ", ".join(sorted(self._slots))
                 self._emit("draining", message=f"finishing job {jobs}; press Ctrl-C again to stop it and give it back")
             self._budget.wait_for_change(self._polling.interval_s)
-        self._outbox_due = 0.0
-        self._flush_outbox()
+        self._flush_outbox(now=True)
         if self._unheard:
             jobs = ", ".join(sorted(self._unheard))
-            self._emit("unheard", level="warning", message=f"the end of job {jobs} is kept and told at the next start")
+            self._emit("unheard", level="warning", message=f"job {jobs} is not wholly ended; the next start goes on")
 
 
 def _nothing_free(free: Offer) -> str:

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transfer": set(),
     "engine": set(),
     "testing": set(),
-    "runner": {"staging", "heartbeat", "journal", "workspace", "provenance", "resources"},
+    "outbox": {"journal", "workspace"},
+    "runner": {"staging", "heartbeat", "journal", "outbox", "workspace", "provenance", "resources"},
     "worker": {"runner", "journal", "workspace", "resources"},
     "build": {
         "settings",
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "worker",
         "workspace",
     },
-    "steps": {"build", "staging", "settings", "workspace"},
+    "steps": {"build", "outbox", "staging", "settings", "workspace"},
     "show": {"settings"},
     "cli": {"build", "settings", "show", "telemetry", "resources", "worker"},
     "__main__": {"cli"},

@@ -82,7 +82,7 @@ class ImagePolicy:
     """
 
     allowed: tuple[str, ...] = ()
-    pull: PullPolicy = PullPolicy.ALWAYS
+    pull: PullPolicy = PullPolicy.IF_NOT_PRESENT
     inactivity_s: float = 300.0
     registry_budget_s: float = 1800.0
     docker_config: str | None = None
@@ -91,7 +91,7 @@ class ImagePolicy:
 class Images:
     """The images of one engine. Thread-safe; the same image is prepared by one thread at a time.
 
-    `emit` hears `image.retry` (once per pull) and `image.cached` (a cached image is used, the registry being away).
+    `emit` hears `image_retry` (once per pull) and `image_cached` (a cached image is used, the registry being away).
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Images:
         except WorkerFault as fault:
             if fault.reason is not WorkerReason.REGISTRY or cached is None:
                 raise
-            self._emit("image.cached", image=str(wanted), why=str(fault))
+            self._emit("image_cached", level="warning", message=f"using the local image of {wanted}: {fault}")
             return cached
         return self._found(wanted)
 
@@ -212,7 +212,7 @@ class Images:
                 if fault.reason is not WorkerReason.REGISTRY or self._clock() + pause > give_up:
                     raise
                 if pause == 1.0:
-                    self._emit("image.retry", image=str(wanted), why=str(fault))
+                    self._emit("image_retry", level="warning", message=f"trying again: {fault}")
             halt.wait(pause)
             pause = min(pause * 2, _PAUSE_MAX_S)
 

@@ -30,6 +30,12 @@ BASE_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGI
 #: Docker refuses less ("Minimum memory limit allowed is 6MB").
 _MIN_MEMORY_MIB = 6
 
+#: Docker refuses less than a hundredth of a core.
+_MIN_CORES = 0.01
+
+#: Linux takes no longer argument or environment string (MAX_ARG_STRLEN, execve(2)), its closing NUL included.
+_MAX_STRING = 131_072
+
 #: Names that say which devices a container sees, or that steer the engine's client. A job has no say in either.
 _REFUSED_ENV = ("NVIDIA_", "DOCKER_")
 
@@ -74,7 +80,7 @@ def build_run_spec(
 ) -> RunSpec:
     """Everything the engine needs to run `job`. `files_host_path` is the job directory on the engine's host.
 
-    Raises JobFault(CANNOT_START) for an entry point that cannot be read.
+    Raises JobFault(CANNOT_START) for an entry point that cannot be read, and for what is too long for Linux.
     """
     memory_mib = max(share.memory_mib, _MIN_MEMORY_MIB)
     return RunSpec(
@@ -86,7 +92,7 @@ def build_run_spec(
         entrypoint=_entrypoint(job),
         env=_env(job, share),
         files_host_path=files_host_path,
-        cpu_cores=share.cpu_cores,
+        cpu_cores=max(share.cpu_cores, _MIN_CORES),
         cpu_shares=policy.cpu_shares,
         memory_mib=memory_mib,
         shm_mib=policy.shm_mib if policy.shm_mib is not None else memory_mib // 2,
@@ -111,7 +117,18 @@ def dropped_env(env: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _command(job: Job) -> tuple[str, ...] | None:
-    return ("/bin/sh", "-c", " ".join(job.command)) if job.command else None
+    if not job.command:
+        return None
+    return ("/bin/sh", "-c", _checked("command", " ".join(job.command)))
+
+
+def _checked(what: str, text: str) -> str:
+    size = len(text.encode()) + 1
+    if size > _MAX_STRING:
+        raise JobFault(
+            JobReason.CANNOT_START, f"the {what} has {size:,} bytes; Linux takes at most {_MAX_STRING:,} in one piece"
+        )
+    return text
 
 
 def _entrypoint(job: Job) -> tuple[str, ...] | None:
@@ -127,6 +144,8 @@ def _entrypoint(job: Job) -> tuple[str, ...] | None:
 
 def _env(job: Job, share: Share) -> dict[str, str]:
     env = {name: value for name, value in job.env.items() if not name.startswith(_REFUSED_ENV)}
+    for name, value in env.items():
+        _checked(f"environment variable {clean(name, 80)}", f"{name}={value}")
     # `void`: no device at all, even where the image asks for all of them (FAULTS.md T13).
     env["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpu.uuid for gpu in share.gpus) or "void"
     return env

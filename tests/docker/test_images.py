@@ -383,7 +383,7 @@ def test_a_registry_that_stays_down_means_the_cached_image_or_the_workers_fault(
     registry.stop()
     try:
         assert once(kept).reference == kept
-        assert once.events == ["image.cached"]
+        assert once.events == ["image_cached"]
         with pytest.raises(WorkerFault, match="connection refused") as away:
             once(missing)
     finally:

@@ -488,13 +488,54 @@ def test_after_a_lost_answer_the_server_is_asked_and_the_end_not_told_twice(
     api.then(hang_up)
     with pytest.raises(SourceUnavailable):
         lease.settle(FINISHED)
-    with pytest.raises(SourceUnavailable, match="waiting to learn") as wait:  # it may still be on its way
+    with pytest.raises(SourceUnavailable, match="on its way") as wait:  # it may still be on its way
         lease.settle(FINISHED)
     assert wait.value.retry_after_s == pytest.approx(30.0)
     clock.now += 31
     api.then(reply(200, b'"finished"'))
     assert lease.settle(FINISHED) is Standing.KEEP
     assert api.said == ["postprocessing", "finished", "GET"]
+
+
+@pytest.mark.parametrize("end", [FINISHED, FAILED])
+def test_no_end_is_told_while_a_heartbeat_may_still_be_on_its_way(
+    api: ScriptedApi, lease: ApiLease, clock: Clock, end: Outcome
+) -> None:
+    """S6: a heartbeat that arrives after the end would open the job again."""
+    lease.beat(Phase.STAGING_OUT)
+    api.then(hang_up)
+    with pytest.raises(SourceUnavailable):
+        lease.beat(Phase.STAGING_OUT)
+    clock.now += 12
+    with pytest.raises(SourceUnavailable, match="on its way") as wait:
+        lease.settle(end)
+    assert wait.value.retry_after_s == pytest.approx(18.0)
+    clock.now += 19
+    assert lease.settle(end) is Standing.KEEP
+    assert api.said[:2] == ["postprocessing", "postprocessing"]
+    assert len(api.said) == 3
+
+
+@pytest.mark.fault("C7")
+@pytest.mark.parametrize("status", [400, 409, 422])
+def test_a_definite_no_to_a_file_is_the_jobs_fault_at_once(api: ScriptedApi, lease: ApiLease, status: int) -> None:
+    api.then(status)
+    with pytest.raises(JobFault, match=f"refuses input a/b with {status}") as fault:
+        lease.sign_input(parse_file_ref("a/b"))
+    assert fault.value.reason is JobReason.INPUT_MISSING
+    api.then(status)
+    with pytest.raises(JobFault, match=f"refuses output x with {status}"):
+        lease.sign_output(OutputKind.OUTPUT, "out", "x")
+
+
+@pytest.mark.fault("B6")
+def test_a_403_to_a_file_is_the_accounts_where_the_status_is_refused_too(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(403, 403)
+    with pytest.raises(SourceRefused):
+        lease.sign_input(parse_file_ref("a"))
+    api.then(403, reply(200, b'"running"'))
+    with pytest.raises(JobFault, match="refuses input a with 403"):
+        lease.sign_input(parse_file_ref("a"))
 
 
 @pytest.mark.fault("A7")

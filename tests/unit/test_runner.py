@@ -299,6 +299,36 @@ class Failing:
         return fail
 
 
+class Removing:
+    """Stands before a fake engine whose containers are not removed the first `failures` times."""
+
+    def __init__(self, inner: FakeEngine, failures: int) -> None:
+        self._inner, self._left = inner, failures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def start(self, spec: RunSpec) -> Any:
+        return self._wrapped(self._inner.start(spec))
+
+    def find(self, job_id: JobId) -> Any:
+        found = self._inner.find(job_id)
+        return None if found is None else self._wrapped(found)
+
+    def _wrapped(self, container: Any) -> Any:
+        real = container.remove
+
+        def remove() -> None:
+            self._left -= 1
+            if self._left >= 0:
+                raise WorkerFault(WorkerReason.ENGINE, "the engine does not answer")
+            real()
+
+        wrapper = Failing(container, "", RuntimeError())
+        wrapper.__dict__["remove"] = remove
+        return wrapper
+
+
 POINTS = [
     ("journal", "advance"),
     ("transfer", "download"),
@@ -359,13 +389,53 @@ def test_the_workers_fault_is_an_error_where_one_worker_is_all_there_is(bench: B
     assert bench.nothing_is_left()
 
 
-def test_a_clean_up_that_fails_changes_no_outcome_and_is_told(bench: Bench) -> None:
+def test_a_clean_up_that_fails_changes_no_outcome_and_is_done_later(bench: Bench) -> None:
+    """DESIGN.md, step 12: container and directory first, then the record is forgotten."""
     bench.runner = bench.make_runner(
         bench.rules, engine=Failing(bench.engine, "find", WorkerFault(WorkerReason.ENGINE, "away"))
     )
-    assert bench.run().ending is Ending.FINISHED
+    outcome = bench.run()
+    assert outcome.ending is Ending.FINISHED
+    assert bench.words[-1] == "finished"
     assert bench.emit.named("clean_up_failed")
-    assert bench.journal.records() == []
+    assert bench.runner.outbox.is_open(SEVEN)
+    [record] = bench.journal.records()
+    assert record.phase is Phase.SETTLING
+    assert (bench.base.path / "jobs" / "7").is_dir()
+    said = list(bench.words)
+    later = bench.make_runner(bench.rules)
+    assert later.outbox.deliver(bench.source.resume("t", SEVEN), outcome)
+    assert bench.words == said
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("T4")
+def test_outputs_are_not_read_while_the_container_is_there(bench: Bench) -> None:
+    bench.script = Script(acts=writes("out/result"))
+    bench.runner = bench.make_runner(bench.rules, engine=Removing(bench.engine, failures=3))
+    assert bench.run().ending is Ending.FINISHED
+    assert bench.naps == [1.0, 2.0, 4.0]
+    assert "output/out/result" in bench.stored
+
+
+def test_a_container_that_cannot_be_removed_gives_the_job_back_unread(bench: Bench) -> None:
+    bench.script = Script(acts=writes("out/result"))
+    bench.runner = bench.make_runner(bench.rules, engine=Removing(bench.engine, failures=1000))
+    assert bench.run().reason is WorkerReason.ENGINE
+    assert bench.words[-1] == "released"
+    assert bench.stored == {}
+    assert bench.runner.outbox.is_open(SEVEN)
+
+
+def test_a_heartbeat_that_cannot_start_gives_the_job_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert bench.run().ending is Ending.WORKER_FAILED
+    assert bench.words == ["released"]
+    assert bench.nothing_is_left()
 
 
 # -- cancel, at every step (B17) --------------------------------------------------------------------------------------
@@ -551,18 +621,18 @@ def test_an_undeliverable_end_stays_on_record_with_its_files_and_is_told_later(b
     assert names_in(bench.base.path / "jobs") == ["7"]
     lease = bench.source.resume("t", SEVEN)
     for _ in range(50):
-        if bench.runner.deliver(lease, outcome):
+        if bench.runner.outbox.deliver(lease, outcome):
             break
     assert bench.emit.levels("settle_failed").count("warning") == 1  # J10: once, not per try
     bench.source.said[SEVEN].answers.clear()
-    assert bench.runner.deliver(lease, outcome)
+    assert bench.runner.outbox.deliver(lease, outcome)
     assert bench.words.count("finished") == 1
     assert bench.nothing_is_left()
 
 
 def test_telling_twice_is_telling_once(bench: Bench) -> None:
     outcome = bench.run()
-    assert bench.runner.deliver(bench.source.resume("t", SEVEN), outcome)
+    assert bench.runner.outbox.deliver(bench.source.resume("t", SEVEN), outcome)
     assert [word for word in bench.words if word not in BEATS] == ["finished"]
 
 

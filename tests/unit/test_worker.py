@@ -45,10 +45,18 @@ class WaitingBudget(Budget):
     """A budget that notes how long the loop meant to wait, and waits a moment only."""
 
     waits: list[float]
+    #: Seconds that waits were cut short by: the worker's clock is that much ahead.
+    skipped = 0.0
 
     def wait_for_change(self, timeout_s: float) -> bool:
         self.waits.append(timeout_s)
-        return super().wait_for_change(min(timeout_s, 0.002))
+        changed = super().wait_for_change(min(timeout_s, 0.002))
+        if not changed:
+            self.skipped += timeout_s
+        return changed
+
+    def clock(self) -> float:
+        return time.monotonic() + self.skipped
 
 
 class ScriptedSource(FakeSource):
@@ -84,7 +92,7 @@ class Bench:
     def _script(self, spec: RunSpec) -> Script:
         return self.scripts.get(spec.job_id, Script())
 
-    def make_worker(self, journal: Journal | None = None) -> Worker:
+    def make_worker(self, journal: Journal | None = None, *, idle_limit_s: float | None = None) -> Worker:
         journal = journal or self.journal
         runner = Runner(
             base=self.base,
@@ -104,8 +112,9 @@ class Bench:
             base=self.base,
             journal=journal,
             runner=runner,
-            polling=Polling(30.0, lambda taken, idle_s: self.stop_when(taken, idle_s)),
+            polling=Polling(30.0, lambda taken, idle_s: self.stop_when(taken, idle_s), idle_limit_s),
             emit=self.emit,
+            clock=self.budget.clock,
             jitter=lambda: 1.0,
         )
 
@@ -280,6 +289,53 @@ def test_retry_after_is_honoured_and_never_makes_a_busy_loop(bench: Bench, asked
     bench.put(make_job("1"))
     bench.worker.run()
     assert all(wait >= least for wait in bench.budget.waits[:5])
+
+
+@pytest.mark.fault("B11")
+def test_a_job_that_ends_meanwhile_does_not_cut_the_servers_patience_short(tmp_path: Path) -> None:
+    two = Bench(tmp_path, slots=2)
+    two.scripts["1"] = Script(held=True)
+    two.put(make_job("1", needs={"cpu_cores": 1, "memory_mib": 64}))
+    asked_at: list[float] = []
+    real = two.source.fetch
+
+    def fetch(offer: Offer, wait_s: float) -> Claim | None:
+        asked_at.append(two.budget.clock())
+        if len(asked_at) == 2:
+            until(lambda: two.engine.containers != [])
+            two.engine.containers[0].release()
+            raise SourceUnavailable("busy", retry_after_s=500)
+        return real(offer, wait_s)
+
+    two.source.fetch = fetch  # type: ignore[method-assign]  # the fake's own seam, watched
+    two.stop_when = lambda taken, idle_s: len(asked_at) >= 3
+    two.worker.run()
+    assert asked_at[2] - asked_at[1] >= 500
+    two.close()
+
+
+def test_no_wait_is_longer_than_what_is_left_of_idleness(bench: Bench) -> None:
+    bench.stop_when = lambda taken, idle_s: idle_s >= 3
+    bench.worker = bench.make_worker(idle_limit_s=3)
+    bench.worker.run()
+    assert max(bench.budget.waits) <= 3
+
+
+def test_a_slot_that_cannot_start_gives_job_and_share_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.put(make_job("1"), make_job("2"))
+    real = threading.Thread.start
+    refused = iter([True])
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "job-1" and next(refused, False):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    bench.worker.run()
+    assert bench.ends("1") == ["released"]
+    assert bench.ends("2") == ["finished"]
+    assert bench.nothing_is_left()
 
 
 @pytest.mark.fault("B6")

@@ -35,7 +35,7 @@ Params = Sequence[tuple[str, str]]
 
 
 class Reply(NamedTuple):
-    """Status and body of an answer, and when its request was sent (on the clock given)."""
+    """Status, body and headers of an answer."""
 
     status: int
     body: bytes
@@ -139,6 +139,11 @@ class Client:
     def close(self) -> None:
         """Close all connections."""
         self._http.close()
+
+
+def is_definite(reply: Reply) -> bool:
+    """Whether the server will say the same again: 4xx, but for those that pass or are about our token (J8)."""
+    return 400 <= reply.status < 500 and reply.status not in {401, 403} | _TRY_LATER
 
 
 def failure(reply: Reply, what: str) -> SourceError:

@@ -27,7 +27,7 @@ from jobfetcher.core.ports import Claim, Emit, Standing
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.core.text import clean, details
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy
-from jobfetcher.sources.worker_api.client import CALL_S, Client, Params, Reply, failure
+from jobfetcher.sources.worker_api.client import CALL_S, Client, Params, Reply, failure, is_definite
 from jobfetcher.sources.worker_api.wire import ERROR, FINISHED, POSTPROCESSING, QUEUED, STATUS_OF_PHASE, parse_specs
 
 #: PROTOCOL.md S4: a job silent for longer is handed on.
@@ -188,8 +188,10 @@ class ApiLease:
         #: The last word that was accepted, as far as this process knows.
         self._heard = ""
         self._server_errors = 0
-        #: A terminal update may have been heard although no answer came: do not repeat it before this time.
-        self._doubt_until: float | None = None
+        #: An update got no answer: until then it may still be on its way, and arrive after one sent later.
+        self._on_its_way_until = 0.0
+        #: The end may have been heard although no answer came: the server is asked before it is told again.
+        self._end_in_doubt = False
         self._settled = False
         self._forms = _Forms(clock)
 
@@ -210,6 +212,7 @@ class ApiLease:
         reply = self._client.request("GET", f"/files/{path}/url")
         if reply.status == 404:
             raise JobFault(JobReason.INPUT_MISSING, f"input {clean(ref, 200)} does not exist on the server")
+        self._check_not_refused(reply, JobReason.INPUT_MISSING, f"input {clean(ref, 200)}")
         return self._signed(reply, {200}, f"the request for a link to {clean(ref, 200)}", {Method.GET})
 
     def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:
@@ -227,7 +230,21 @@ class ApiLease:
             with self._door:
                 if self._gone or self._ask() is None:
                     raise Stopped(StopReason.CANCELLED)
+        self._check_not_refused(reply, JobReason.BAD_OUTPUT, f"output {clean(name, 100)}")
         return self._signed(reply, {200, 201}, f"the request to upload {clean(name, 100)}", {Method.POST, Method.PUT})
+
+    def _check_not_refused(self, reply: Reply, reason: JobReason, what: str) -> None:
+        """Raise JobFault for a definite no to this one file: asking again would get the same answer (J8, C7).
+
+        A 403 may also be about the account, which is never the job's fault (S16): then the status is refused, too.
+        """
+        if reply.status == 403:
+            with self._door:
+                if self._gone is None:
+                    self._ask()  # raises SourceRefused
+        elif not is_definite(reply):
+            return
+        raise JobFault(reason, f"the server refuses {what} with {reply.status}: {reply.words}")
 
     def _signed(self, reply: Reply, good: set[int], what: str, methods: set[Method]) -> SignedRequest:
         if reply.status not in good:
@@ -243,7 +260,12 @@ class ApiLease:
         """Send one status update; the door is held. Raises SourceError when it was not accepted."""
         sent_at = self._clock()
         params = [("status", word)] + ([("runtime_details", details(why))] if why else [])
-        reply = self._client.request("PUT", self._status_path, params, within_s=within_s)
+        try:
+            reply = self._client.request("PUT", self._status_path, params, within_s=within_s)
+        except SourceUnavailable as error:
+            if error.sent:
+                self._on_its_way_until = sent_at + CALL_S
+            raise
         if reply.status == 422 and why:  # FAULTS.md B10: perhaps it chokes on our words
             reply = self._client.request("PUT", self._status_path, params[:1], within_s=within_s)
         if 200 <= reply.status < 300:
@@ -272,19 +294,22 @@ class ApiLease:
     def _end(self, word: str, why: str) -> Standing:
         """The one update after which this job is never mentioned again.
 
-        It must arrive once (S6, S11). So when it may have been heard already (an answer was lost), or the job may not
-        be ours any more (lease older than 300 s, or taken over from an earlier process), the server is asked first. A
-        request whose answer was lost may still be on its way for the length of a call: not repeated before that.
+        It must arrive once, and nothing after it (S6, S11). An update that got no answer may still be on its way, a
+        heartbeat as well as an earlier try of this one: nothing is sent before it can only have arrived. And when the
+        end may have been heard already, or the job may not be ours any more (lease older than 300 s, or taken over
+        from an earlier process), the server is asked first.
         """
         with self._door:
             if self._gone or self._settled:
                 return self._gone or Standing.KEEP
             now = self._clock()
-            if self._doubt_until is not None and now < self._doubt_until:
-                left = self._doubt_until - now
-                raise SourceUnavailable(f"waiting to learn whether {word!r} was heard", retry_after_s=left)
+            if now < self._on_its_way_until:
+                left = self._on_its_way_until - now
+                raise SourceUnavailable(
+                    "waiting until no earlier update can be on its way any more", retry_after_s=left
+                )
             unsure = self._accepted_at is None or now - self._accepted_at > LEASE_S
-            if unsure or self._doubt_until is not None:
+            if unsure or self._end_in_doubt:
                 state = self._ask()
                 if state is None:
                     return Standing.CANCEL
@@ -297,14 +322,10 @@ class ApiLease:
                 standing = self._update(POSTPROCESSING, "")
                 if standing is not Standing.KEEP:
                     return standing
-            sent_at = self._clock()  # not `now`: asking may have taken as long as a call may
             try:
                 standing = self._update(word, why)
             except SourceUnavailable as error:
-                if error.sent:
-                    # A reply with a status means the request was dealt with; only silence leaves it on its way.
-                    answered = error.__cause__ is None
-                    self._doubt_until = sent_at if answered else sent_at + CALL_S
+                self._end_in_doubt = self._end_in_doubt or error.sent
                 raise
             self._settled = standing is Standing.KEEP
             return standing
