@@ -1,8 +1,7 @@
 """The command line: parse, build, run, and map errors to exit codes. Thin.
 
-Exit codes: 0 all well; 1 the worker failed; 2 a setting or the machine's set-up is wrong; 130 ended at once by a third
-signal. Results go to standard output, everything else to standard error. Rooms are imported by the command that needs
-them, so that `--help` answers at once.
+Exit codes: see `run`. Results go to standard output, everything else to standard error. Rooms are imported by the
+command that needs them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Takes container jobs that fit this machine from a job server, runs them, and reports how they ended.",
     epilog="Settings come from options, the environment and .env; `jobfetcher config` shows all of them.",
 )
@@ -76,6 +76,9 @@ def run(
     Ctrl-C once: finish the jobs in hand, then exit. Twice: stop them and give them back. Three times: exit at once.
 
     Needs API_URL and either ACCESS_TOKEN or USERNAME and PASSWORD, from the environment or .env.
+
+    Exit codes: 0 all well; 1 the server never answered, or with --once this machine failed the job; 2 a setting or the
+    machine's set-up is wrong; 130 or 143 ended at once by a third signal.
     """
     options = {"max_jobs": max_jobs, "path_base": path_base, "log_format": log_format, "log_level": log_level}
     loaded = _load(options, env_file)
@@ -117,9 +120,12 @@ def _load(options: dict[str, Any], env_file: Path | None, *, server: bool = True
     from jobfetcher.settings import load
 
     try:
-        return load(options, env_file=env_file, server=server)
+        loaded = load(options, env_file=env_file, server=server)
     except ConfigError as error:
         raise typer.Exit(_complain(error, 2)) from None
+    for warning in loaded.warnings:
+        typer.echo(f"jobfetcher: warning: {warning}", err=True)
+    return loaded
 
 
 def _complain(error: Exception, code: int) -> int:
@@ -174,10 +180,10 @@ def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emi
     _stand_firm()
     with build.worker(settings, Polling(settings.timeout_job, enough, exit_when_idle), emit) as worker:
         on_signal(worker)
-        emit("started", message=f"taking jobs from {settings.api_url}; Ctrl-C to stop", path_base=settings.path_base)
+        emit("started", message=f"taking jobs from {settings.api_url}; {worker.summary}", path_base=settings.path_base)
         worker.run()
         emit("stopped", message="stopped" if worker.unfinished else "stopped; nothing is left running")
-        return 1 if once and worker.worker_faults else 0
+        return 1 if (once and worker.worker_faults) or not worker.welcomed else 0
 
 
 def _stand_firm() -> None:

@@ -10,10 +10,11 @@ because USERNAME and PASSWORD must come from the same one: many desktops set USE
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +25,9 @@ from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.urls import Origin, parse_origin
 
 PREFIX = "JOBFETCHER_"
+
+#: Read here, but not for a person to set: the image's own default.
+_NOT_SETTINGS = frozenset({"JOBFETCHER_DEFAULT_PATH_BASE"})
 
 #: As it is spelt in the documentation of the reference worker, and so in the wild.
 _ALIASES = {"TIMEOUT_STATUS": "TIMOUT_STATUS"}
@@ -167,10 +171,11 @@ SECRETS = ("access_token", "password")
 
 @dataclass(frozen=True)
 class Loaded:
-    """The settings, and the layer each one came from, by field name."""
+    """The settings, the layer each one came from (by field name), and what a person should know about them."""
 
     settings: Settings
     layers: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,13 +226,39 @@ def load(
     if server:
         check_server(settings)
     layer_of = {name: origin.get(name, "default") for name in Settings.model_fields}
-    return Loaded(settings, layer_of)
+    return Loaded(settings, layer_of, (*_unknown(layers), *_readable_by_others(layers)))
+
+
+def _unknown(layers: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Names in .env, and prefixed ones anywhere, that are no setting: most are a slip of the finger."""
+    known = {name.upper() for name in Settings.model_fields} | set(_ALIASES.values())
+    known |= {f"{name.upper()}_FILE" for name in SECRETS} | {"AWS_ENDPOINT_URL_COGNITO_IDENTITY_PROVIDER"}
+    for layer, values in layers.items():
+        for key in values:
+            name = key.removeprefix(PREFIX)
+            if name in known or key in _NOT_SETTINGS or (layer == "environment" and not key.startswith(PREFIX)):
+                continue
+            like = difflib.get_close_matches(name, known, 1)
+            yield f"{layer}: {key} is no setting" + (f"; is {like[0]} meant?" if like else "")
+
+
+def _readable_by_others(layers: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    for layer, values in layers.items():
+        if layer == "environment" or not any(values.get(name.upper()) for name in SECRETS):
+            continue
+        if Path(layer).stat().st_mode & 0o077:
+            yield f"{layer} holds a secret and can be read by others; run `chmod 600 {layer}`"
 
 
 def _dotenv(env_file: Path | None) -> dict[str, dict[str, str]]:
     from dotenv import dotenv_values
 
     path = env_file or Path(".env")
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is a directory (docker makes one when the file that is to be mounted is missing); "
+            "remove it, make the file, and start again"
+        )
     if not path.is_file():
         if env_file is not None:
             raise ConfigError(f"there is no file {env_file} (--env-file)")

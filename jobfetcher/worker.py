@@ -120,7 +120,8 @@ class Worker:
         self._taken = 0
         self._trouble: str | None = None
         self._failures = 0
-        self._welcomed = False
+        #: Whether the server has ever answered a question for a job.
+        self.welcomed = False
         #: Jobs that ended by this machine's fault; the command's exit code tells.
         self.worker_faults = 0
 
@@ -144,6 +145,14 @@ class Worker:
         self._budget.wake()
 
     @property
+    def summary(self) -> str:
+        """What jobs may have of this machine, in words."""
+        free = self._budget.free()
+        gpus = f"{len(free.gpus)} GPU" if free.gpus else "no GPU"
+        jobs = "1 job" if self._budget.slots == 1 else f"{self._budget.slots} jobs"
+        return f"{free.cpu_cores:.3g} cores, {free.memory_mib} MiB, {gpus}; {jobs} at a time"
+
+    @property
     def unfinished(self) -> bool:
         """Whether something is left for the next start: an end that was not heard, or what could not be removed."""
         return bool(self._unheard)
@@ -165,7 +174,7 @@ class Worker:
             outcome = record.outcome
             if outcome is None:
                 outcome = Outcome(Ending.WORKER_FAILED, WorkerReason.RESTARTED, _restarted(record))
-                self._emit("job_found", level="warning", job=record.id, message=outcome.message)
+                self._emit("job_found", level="debug", job=record.id, message=outcome.message)
                 self._end_container(record)
                 self._journal.settling(record.id, outcome)
             self._unheard[record.id] = (lease, outcome)
@@ -226,10 +235,10 @@ class Worker:
             # At the very first question a wrong password or no engine: a person is at hand to see it. Later the engine
             # is being restarted or the account changed (FAULTS.md B4, E1, E3), and running jobs wait for it.
             hopeless = verdict(error) is Verdict.STOP_WORKER or isinstance(error, SourceRefused)
-            if hopeless and not self._welcomed and not self._unheard:
+            if hopeless and not self.welcomed and not self._unheard:
                 raise ConfigError(str(error)) from error
             return self._back_off(error)
-        self._welcomed = True
+        self.welcomed = True
         self._all_well()
         if claim is None:
             self._emit("no_job", level="debug", message="no job for this machine")
@@ -346,15 +355,17 @@ class Worker:
 
     def _drain(self) -> None:
         """Wait until all jobs have ended; heartbeats go on meanwhile. Stop them when `leave` says so."""
-        told = False
+        told = Leaving.NO
         while self._slots:
+            if told is not self._leaving:
+                told = self._leaving
+                jobs = ", ".join(sorted(self._slots))
+                what = "stopping and giving back" if told is Leaving.STOP_JOBS else "finishing"
+                then = "exit at once" if told is Leaving.STOP_JOBS else "stop and give back"
+                self._emit("draining", message=f"{what} job {jobs}; another Ctrl-C or SIGTERM: {then}")
             if self._leaving is Leaving.STOP_JOBS:
                 for slot in list(self._slots.values()):
                     slot.halt.set(StopReason.SHUTDOWN)
-            elif not told and self._leaving is Leaving.DRAIN:
-                told = True
-                jobs = ", ".join(sorted(self._slots))
-                self._emit("draining", message=f"finishing job {jobs}; press Ctrl-C again to stop it and give it back")
             self._budget.wait_for_change(self._polling.interval_s)
         self._flush_outbox(now=True)
         if self._unheard:

@@ -151,7 +151,7 @@ def _make_private(path: Path) -> None:
     if os.geteuid() not in {0, seen.st_uid}:
         raise ConfigError(f"PATH_BASE: {path} belongs to another user; choose a directory of your own")
     names = {entry.name for entry in path.iterdir()}
-    if stat.S_IMODE(seen.st_mode) != 0o700 and ("lock" in names or not names):
+    if stat.S_IMODE(seen.st_mode) != 0o700 and ("journal.db" in names or not names):
         path.chmod(0o700)
 
 

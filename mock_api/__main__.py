@@ -1,6 +1,7 @@
 """The command `jobfetcher-mock-api` (or `python -m mock_api`): start the server and print its URL."""
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -16,7 +17,7 @@ from mock_api.settings import Settings
 _EXAMPLE = """\
 A first round, with the server on port 8000:
 
-  curl -T cell.pgm localhost:8000/user/files/cell.pgm        # store an input: prints its file_id
+  curl -T demo/cell.pgm localhost:8000/user/files/cell.pgm        # store an input: prints its file_id
   curl localhost:8000/user/jobs --json '{"app": {"cmd": ["wc -c /files/data/cell.pgm > /files/out/size"]},
       "handler": {"image_url": "busybox", "files_down": {"data/cell.pgm": "s3://mock-api/inputs/cell.pgm"},
                   "files_up": {"output": "out"}}}'
@@ -25,10 +26,18 @@ A first round, with the server on port 8000:
   curl localhost:8000/user/jobs/1/files/output/out/size      # the result
 
 The page http://localhost:8000/ lists the jobs; /openapi.json every call; /_mock/events the record;
-/_mock/violations what the worker did wrong. A worker signs in as `worker` with the password
-`worker-password`, or uses the token `mock-token`. Every option can also be set as MOCK_API_<OPTION>;
-MOCK_API_S3_SECRET_KEY only so, since others can read a command line.
+/_mock/violations what the worker did wrong. A worker uses the token `mock-token`, or signs in as `worker`
+with the password `worker-password` where AWS_ENDPOINT_URL is the address of this server. Every option can
+also be set as MOCK_API_<OPTION>; MOCK_API_S3_SECRET_KEY only so, since others can read a command line.
 It is a test server: its user side asks for no password."""
+
+
+_BANNER = """\
+  in a worker's .env:  API_URL={url}  and ACCESS_TOKEN=mock-token
+  or, to sign in:      API_URL={url}  AWS_ENDPOINT_URL={url}  USERNAME=worker  PASSWORD=worker-password
+  jobs on a page:      {url}/     a first round to type: jobfetcher-mock-api --help
+  For a worker in a container listen with --host 0.0.0.0 and give it http://host.docker.internal:PORT.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,9 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     url = f"http://{host}:{listener.getsockname()[1]}"
     sys.stdout.write(f"mock API on {url}  files: {settings.file_mode}, data: {settings.data_dir.resolve()}\n")
+    sys.stdout.write(_BANNER.format(url=url))
     sys.stdout.flush()
     server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", ws="none"))
-    server.run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes Ctrl-C on after it has stopped
+        server.run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -32,7 +32,6 @@ class JobReason(StrEnum):
     UNSAFE_REQUEST = "unsafe_request"
     IMAGE_MISSING = "image_missing"
     IMAGE_DENIED = "image_denied"
-    IMAGE_NOT_ALLOWED = "image_not_allowed"
     IMAGE_ARCHITECTURE = "image_architecture"
     CANNOT_START = "cannot_start"
     EXIT_CODE = "exit_code"
@@ -49,6 +48,7 @@ class WorkerReason(StrEnum):
 
     INTERNAL = "internal"
     DOES_NOT_FIT = "does_not_fit"
+    POLICY = "policy"
     DISK = "disk"
     ENGINE = "engine"
     INTERRUPTED = "interrupted"

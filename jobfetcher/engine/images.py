@@ -116,7 +116,7 @@ class Images:
             cached = self._find(wanted)
             found = self._refresh(wanted, cached, halt, progress) if self._asks(wanted, cached is not None) else cached
             if found is None:
-                raise JobFault(JobReason.IMAGE_MISSING, f"image {wanted} is not on this machine, and PULL_POLICY=never")
+                raise WorkerFault(WorkerReason.POLICY, f"image {wanted} is not on this machine, and PULL_POLICY=never")
             return self._check(wanted, found)
 
     def _asks(self, wanted: Reference, here: bool) -> bool:
@@ -137,9 +137,8 @@ class Images:
                 JobReason.IMAGE_MISSING, f"{clean(reference, 200)!r} is not an image reference: {error}"
             ) from None
         if self._policy.allowed and not allowed(wanted, self._policy.allowed):
-            raise JobFault(
-                JobReason.IMAGE_NOT_ALLOWED, f"image {wanted} is not among the ALLOWED_IMAGES of this worker"
-            )
+            # The owner of this machine says no; another worker may run it.
+            raise WorkerFault(WorkerReason.POLICY, f"image {wanted} is not among the ALLOWED_IMAGES of this worker")
         return wanted
 
     @contextlib.contextmanager

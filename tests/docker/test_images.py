@@ -262,18 +262,18 @@ def test_what_is_no_reference_is_the_jobs_fault(name: str, prepare: Callable[[Im
 def test_what_is_not_allowed_is_not_even_looked_for(busybox: str, prepare: Callable[[ImagePolicy], Prepare]) -> None:
     lab = ImagePolicy(allowed=("public.ecr.aws/*", "jobfetcher-test/*"), pull=PullPolicy.NEVER)
     for name in ("public.ecr.aws.evil.io/x", "evil.io/decode", "decode", "evil.io/jobfetcher-test/busybox"):
-        with pytest.raises(JobFault) as refused:
+        with pytest.raises(WorkerFault, match="ALLOWED_IMAGES") as refused:
             prepare(lab)(name)
-        assert refused.value.reason is JobReason.IMAGE_NOT_ALLOWED
+        assert refused.value.reason is WorkerReason.POLICY
     assert prepare(lab)(busybox).id
 
 
 def test_never_pulls_nothing(
     registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
 ) -> None:
-    with pytest.raises(JobFault, match="PULL_POLICY=never") as refused:
+    with pytest.raises(WorkerFault, match="PULL_POLICY=never") as refused:
         prepare(ImagePolicy(pull=PullPolicy.NEVER))(shelf.pushed(registry))
-    assert refused.value.reason is JobReason.IMAGE_MISSING
+    assert refused.value.reason is WorkerReason.POLICY
 
 
 def with_platform(engine: docker.APIClient, name: str, architecture: str) -> None:

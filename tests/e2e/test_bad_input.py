@@ -254,6 +254,24 @@ def _tar(files: Mapping[str, bytes]) -> bytes:
     return archive.getvalue()
 
 
+@pytest.mark.fault("T14")
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"pull_policy": "never"}, "is not on this machine, and PULL_POLICY=never"),
+        ({"allowed_images": "docker.io/library/*"}, "is not among the ALLOWED_IMAGES of this worker"),
+    ],
+)
+def test_what_this_machines_owner_does_not_allow_is_left_to_others(
+    lab: Lab, setting: dict[str, str], said: str
+) -> None:
+    job = lab.submit("true", image="jobfetcher-test/none-such:1")
+    work(lab.settings(**setting))
+    state, details = lab.ended(job)
+    assert state == "queued"
+    assert said in details
+
+
 @pytest.mark.fault("E6")
 @pytest.mark.fault("E8")
 def test_images_that_cannot_be_run_are_errors_and_the_worker_lives_on(lab: Lab, load_image: Callable[..., str]) -> None:
@@ -261,7 +279,6 @@ def test_images_that_cannot_be_run_are_errors_and_the_worker_lives_on(lab: Lab, 
     no_shell = load_image({"program": Path("/bin/busybox").read_bytes()})
     here = lab.engine.version()["Arch"]
     jobs = {
-        lab.submit("true", image="jobfetcher-test/none-such:1"): "is not on this machine, and PULL_POLICY=never",
         lab.submit("true", image="Not A Reference"): "'Not A Reference' is not an image reference",
         lab.submit("true", image=foreign): f"image is s390x, this worker is {here}",
         lab.submit("true", image=no_shell): "the image has no /bin/sh",

@@ -332,3 +332,32 @@ def test_every_setting_says_what_it_is_for() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
+
+
+# -- what a person should know ----------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_no_setting_is_told_with_the_one_it_resembles(tmp_path: Path) -> None:
+    env_file = tmp_path / "worker.env"
+    env_file.write_text("API_URL=https://jobs.example.org\nTIMEOUT_JBO=3\nTIMOUT_STATUS=20\nPASSWORD_FILE=\n")
+    environ = {"ACCESS_TOKEN": "t", "JOBFETCHER_MAXJOBS": "2", "SHELL": "/bin/sh"}
+    warnings = load(environ=environ, env_file=env_file).warnings
+    assert warnings == (
+        "environment: JOBFETCHER_MAXJOBS is no setting; is MAX_JOBS meant?",
+        f"{env_file}: TIMEOUT_JBO is no setting; is TIMEOUT_JOB meant?",
+    )
+
+
+@pytest.mark.fault("T10")
+@pytest.mark.parametrize(("mode", "told"), [(0o600, False), (0o640, True), (0o604, True)])
+def test_a_file_with_a_secret_that_others_can_read_is_told(tmp_path: Path, mode: int, told: bool) -> None:
+    env_file = tmp_path / "worker.env"
+    env_file.write_text("API_URL=https://jobs.example.org\nACCESS_TOKEN=t\n")
+    env_file.chmod(mode)
+    warnings = load(environ={}, env_file=env_file).warnings
+    assert warnings == ((f"{env_file} holds a secret and can be read by others; run `chmod 600 {env_file}`",) * told)
+
+
+def test_a_directory_in_place_of_the_file_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a directory"):
+        load(environ={"ACCESS_TOKEN": "t"}, env_file=tmp_path)

@@ -584,7 +584,7 @@ def test_a_config_error_ends_running_jobs_first(bench: Bench) -> None:
 
     def check_room() -> None:
         if bench.engine.containers:
-            bench.worker._welcomed = False
+            bench.worker.welcomed = False
             raise boom
 
     bench.base.check_room = check_room  # type: ignore[method-assign]  # fails once the job runs

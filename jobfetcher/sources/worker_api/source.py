@@ -36,6 +36,9 @@ LEASE_S = 300.0
 #: FAULTS.md J3: short, so that ten heartbeats fit into one lease.
 BEAT_WITHIN_S = 10.0
 
+#: So long after it was sent an update that got no answer may still arrive at the server: the length of a whole call.
+IN_DOUBT_S = CALL_S
+
 #: PROTOCOL.md: a form is valid for 600 s; two minutes are kept for the upload that uses it last.
 FORM_S = 480.0
 
@@ -264,7 +267,7 @@ class ApiLease:
             reply = self._client.request("PUT", self._status_path, params, within_s=within_s)
         except SourceUnavailable as error:
             if error.sent:
-                self._on_its_way_until = sent_at + CALL_S
+                self._on_its_way_until = sent_at + IN_DOUBT_S
             raise
         if reply.status == 422 and why:  # FAULTS.md B10: perhaps it chokes on our words
             reply = self._client.request("PUT", self._status_path, params[:1], within_s=within_s)
