@@ -30,7 +30,7 @@ from tests.support.engine_proxy import ENGINE_SOCKET, engine_proxy
 pytestmark = [pytest.mark.docker, pytest.mark.registry]
 
 LAYER_BYTES = 3_000_000
-AWAY = ImagePolicy(registry_budget_s=0)  # one try
+AWAY = ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=0)  # one try
 
 
 def no_event(_name: str, **_fields: object) -> None:
@@ -232,7 +232,7 @@ def test_two_jobs_that_want_the_same_image_pull_it_one_after_the_other(
 def test_what_the_registry_does_not_have_fails_at_once(
     registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
 ) -> None:
-    patient = prepare(ImagePolicy())  # half an hour for a registry that is away; not for this
+    patient = prepare(ImagePolicy(pull=PullPolicy.ALWAYS))  # half an hour for a registry that is away; not for this
     started = time.monotonic()
     here = shelf.local(f"{registry.address}/tests/only-here:1")
     pushed = shelf.pushed(registry)
@@ -253,7 +253,7 @@ def test_what_the_registry_does_not_have_fails_at_once(
 @pytest.mark.parametrize("name", ["", "Upper/case", "https://example.org/x", "x:\x1b[31m", "x@sha256:12"])
 def test_what_is_no_reference_is_the_jobs_fault(name: str, prepare: Callable[[ImagePolicy], Prepare]) -> None:
     with pytest.raises(JobFault, match="is not an image reference") as refused:
-        prepare(ImagePolicy())(name)
+        prepare(ImagePolicy(pull=PullPolicy.ALWAYS))(name)
     assert refused.value.reason is JobReason.IMAGE_MISSING
     assert "\x1b" not in str(refused.value)
 
@@ -361,7 +361,7 @@ def test_a_registry_that_is_down_is_tried_again(
     registry.stop()
     retried = threading.Event()
     api = EngineApi()
-    images = Images(api, ImagePolicy(registry_budget_s=60), lambda *_, **__: retried.set())
+    images = Images(api, ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=60), lambda *_, **__: retried.set())
     found: list[Image] = []
     thread = threading.Thread(target=lambda: found.append(images.prepare(name, Halt(), no_progress)))
     thread.start()
@@ -396,7 +396,7 @@ def test_a_pull_in_which_nothing_moves_is_cut(
     registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
 ) -> None:
     name = shelf.pushed(registry)
-    impatient = prepare(ImagePolicy(registry_budget_s=0, inactivity_s=1))
+    impatient = prepare(ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=0, inactivity_s=1))
     with black_hole(registry) as came:
         started = time.monotonic()
         with pytest.raises(WorkerFault, match="nothing moved for 1 s") as cut:
@@ -423,7 +423,7 @@ def test_a_job_that_must_end_aborts_its_pull_at_once(
         canceller = threading.Thread(target=cancel)
         canceller.start()
         with pytest.raises(Stopped) as stopped:
-            prepare(ImagePolicy())(name, halt)
+            prepare(ImagePolicy(pull=PullPolicy.ALWAYS))(name, halt)
         assert time.monotonic() - set_at[0] < 2
         canceller.join()
     assert stopped.value.reason is StopReason.CANCELLED
