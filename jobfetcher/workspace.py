@@ -30,6 +30,9 @@ _GIB = 1024**3
 #: Room that is always kept free: the larger of the two, at most half the disk (a small one must be usable at all).
 _RESERVE_BYTES, _RESERVE_SHARE = 5 * _GIB, 0.05
 
+#: All that a worker makes in PATH_BASE: a directory with nothing else in it is ours alone.
+_OURS = {"lock", "jobs", "cache", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast"}
+
 #: Inodes that are always kept free.
 _RESERVE_INODES = 0.05
 
@@ -151,7 +154,7 @@ def _make_private(path: Path) -> None:
     if os.geteuid() not in {0, seen.st_uid}:
         raise ConfigError(f"PATH_BASE: {path} belongs to another user; choose a directory of your own")
     names = {entry.name for entry in path.iterdir()}
-    if stat.S_IMODE(seen.st_mode) != 0o700 and ("journal.db" in names or not names):
+    if stat.S_IMODE(seen.st_mode) != 0o700 and names <= _OURS:
         path.chmod(0o700)
 
 
