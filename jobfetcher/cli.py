@@ -183,7 +183,8 @@ def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emi
         emit("started", message=f"taking jobs from {settings.api_url}; {worker.summary}", path_base=settings.path_base)
         worker.run()
         emit("stopped", message="stopped" if worker.unfinished else "stopped; nothing is left running")
-        return 1 if (once and worker.worker_faults) or not worker.welcomed else 0
+        unanswered = not worker.welcomed and not worker.left_by_signal
+        return 1 if unanswered or (once and worker.worker_faults) else 0
 
 
 def _stand_firm() -> None:

@@ -127,7 +127,7 @@ class Runner:
     def run(self, lease: Lease, job: Job, hold: Reservation, halt: Halt) -> Outcome:
         """Run a claimed job to its end. Never raises for what a job, a server or this machine does wrong.
 
-        `halt` ends it early. The outcome that could not be told yet stays in the journal (see `deliver`).
+        `halt` ends it early. The outcome that could not be told yet stays in the journal (see outbox).
         """
         outcome = Outcome()
         try:

@@ -153,6 +153,11 @@ class Worker:
         return f"{free.cpu_cores:.3g} cores, {free.memory_mib} MiB, {gpus}; {jobs} at a time"
 
     @property
+    def left_by_signal(self) -> bool:
+        """Whether `leave` was called, as opposed to having had enough."""
+        return self._leaving is not Leaving.NO
+
+    @property
     def unfinished(self) -> bool:
         """Whether something is left for the next start: an end that was not heard, or what could not be removed."""
         return bool(self._unheard)
@@ -229,6 +234,7 @@ class Worker:
                 return self._polling.interval_s  # ended early by the next job that gives something back
             claim = self._source.fetch(offer, 0.0)
         except UnreadableJob as error:
+            self.welcomed = True
             self._settle_unreadable(error)
             return 0.0
         except JobfetcherError as error:

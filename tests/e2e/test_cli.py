@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.services import wait_until
+from tests.support.services import free_port, wait_until
 from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Lab, command
 
 pytestmark = pytest.mark.docker
@@ -31,6 +31,13 @@ def test_once_runs_one_job_and_leaves_the_others(lab: Lab, tmp_path: Path) -> No
     with command(["run", "--once"], lab.env(), tmp_path) as run:
         assert run.wait() == 0
     assert [lab.server.state(job) for job in jobs] == ["finished", "queued"]
+
+
+def test_a_job_that_nobody_can_read_is_an_answer(lab: Lab, tmp_path: Path) -> None:
+    job = lab.server.submit({"app": {}, "handler": {}, "meta": {}}, raw=True)
+    with command(["run", "--once"], lab.env(), tmp_path) as run:
+        assert run.wait() == 0
+    assert lab.server.state(job) == "error"
 
 
 def test_once_waits_for_its_job(lab: Lab, tmp_path: Path) -> None:
@@ -117,6 +124,14 @@ def test_an_idle_worker_leaves_at_once(lab: Lab, tmp_path: Path, number: signal.
         run.send(number)
         assert run.wait(2.0) == 0
         assert "stopped; nothing is left running" in run.errors
+
+
+@pytest.mark.fault("F1")
+def test_being_told_to_leave_is_no_failure_even_if_nobody_ever_answered(lab: Lab, tmp_path: Path) -> None:
+    with command(["run"], lab.env(timeout_job="60", api_url=f"http://127.0.0.1:{free_port()}"), tmp_path) as run:
+        run.wait_for("no job can be taken")
+        run.send(signal.SIGTERM)
+        assert run.wait(2.0) == 0
 
 
 @pytest.mark.fault("F1")
