@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo setup test check
+.PHONY: help demo setup test check faults
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -19,3 +19,6 @@ check: ## lint, format, types
 
 test: setup check ## set-up, checks, and all tests on the real engine
 	.venv/bin/python -m pytest
+
+faults: setup ## the tests of faults and threats, and a table of which row each of them carries
+	.venv/bin/python -m pytest --faults-table

@@ -10,7 +10,9 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import PurePosixPath
+from functools import partial
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -25,6 +27,7 @@ from jobfetcher.engine.docker import DockerEngine, EngineInfo
 from jobfetcher.engine.host_path import check_host_path, find_host_path
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
 from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_run_spec, dropped_env
+from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
 from jobfetcher.resources import detect
 from jobfetcher.resources.budget import Budget, auto_slots
@@ -32,20 +35,35 @@ from jobfetcher.runner import BuildSpec, Rules, Runner
 from jobfetcher.settings import Settings
 from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
 from jobfetcher.sources.worker_api.client import Client, failure
-from jobfetcher.sources.worker_api.source import Filter, WorkerApi
+from jobfetcher.sources.worker_api.signing import read_keys, verify
+from jobfetcher.sources.worker_api.source import BEAT_WITHIN_S, Filter, WorkerApi
 from jobfetcher.telemetry.logs import redact
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.presigned import PresignedTransfer
+from jobfetcher.watching import Limits
 from jobfetcher.worker import Polling, Worker
 from jobfetcher.workspace import Base
+
+#: A heartbeat has at least so long to be answered, in seconds, however often it is sent.
+_LEAST_BEAT_S = 2.0
 
 
 def make_source(settings: Settings, emit: Emit) -> WorkerApi:
     """The worker API, signed in lazily. Close it when done."""
-    client = Client(settings.api_url, ca_file=_ca_file(settings))
+    if settings.proxy is not None:
+        redact(urlsplit(settings.proxy).password or "")
+    client = Client(settings.api_url, ca_file=_ca_file(settings), proxy=settings.proxy)
     client.auth = make_auth(settings, client)
-    wanted = Filter(groups=settings.groups, older_than_s=settings.older_than)
-    return WorkerApi(client, make_policy(settings), wanted=wanted, emit=emit)
+    keys = settings.job_signing_keys
+    return WorkerApi(
+        client,
+        make_policy(settings),
+        wanted=Filter(groups=settings.groups, older_than_s=settings.older_than),
+        emit=emit,
+        verify=None if keys is None else partial(verify, read_keys(keys)),
+        # One that takes longer than the interval would eat the next one.
+        beat_within_s=min(BEAT_WITHIN_S, max(_LEAST_BEAT_S, settings.timeout_status)),
+    )
 
 
 def make_auth(settings: Settings, client: Client) -> Auth:
@@ -90,7 +108,9 @@ def make_policy(settings: Settings) -> UrlPolicy:
 def make_transfer(settings: Settings) -> PresignedTransfer:
     """Moves files by presigned requests. Close it when done."""
     return PresignedTransfer(
-        make_policy(settings), concurrency=settings.transfers, net=NetSettings(ca_file=settings.ca_file)
+        make_policy(settings),
+        concurrency=settings.transfers,
+        net=NetSettings(ca_file=settings.ca_file, proxy=settings.proxy),
     )
 
 
@@ -135,13 +155,13 @@ def make_build_spec(settings: Settings, instance: str, emit: Emit) -> BuildSpec:
     return build_spec
 
 
-def make_budget(settings: Settings, inventory: Inventory) -> Budget:
+def make_budget(settings: Settings, inventory: Inventory, emit: Emit) -> Budget:
     """The machine's accounts."""
     return Budget(
         inventory,
         slots=settings.max_jobs or auto_slots(inventory),
         memory_in_use_mib=detect.memory_in_use_mib,
-        read_gpus=lambda: detect.read_gpus(settings.gpus).gpus,
+        read_gpus=detect.GpuProbe(settings.gpus, emit),
         reserve_cpus=settings.reserve_cpus,
         reserve_memory_mib=settings.reserve_memory,
     )
@@ -176,7 +196,12 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         opened.callback(source.close)
         transfer = make_transfer(settings)
         opened.callback(transfer.close)
-        budget = make_budget(settings, _engines_part(detect.detect(settings.gpus), engine.describe()))
+        info = engine.describe()
+        if Path(
+            info.root_dir
+        ).is_dir():  # not where the worker runs in a container, or the engine in a machine of its own
+            base.also_watch(Path(info.root_dir))
+        budget = make_budget(settings, _engines_part(detect.detect(settings.gpus), info), emit)
         runner = Runner(
             base=base,
             host_base=PurePosixPath(host_base),
@@ -186,11 +211,12 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             build_spec=make_build_spec(settings, engine.instance, emit),
             rules=Rules(
                 beat_interval_s=settings.timeout_status,
-                stop_grace_s=settings.stop_grace,
-                max_runtime_s=settings.max_runtime,
+                limits=Limits(settings.stop_grace, settings.max_runtime, settings.job_disk_limit),
+                stop_after_silence_s=settings.stop_after_silence or None,
                 worker_fault_is_error=settings.on_worker_fault == "error",
             ),
             emit=emit,
+            gone_gpus=detect.gone,
         )
         yield Worker(
             source=source,
@@ -199,6 +225,7 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             base=base,
             journal=journal,
             runner=runner,
+            housekeeper=Housekeeper(engine, base, journal, emit, keep_s=settings.image_keep),
             polling=polling,
             emit=emit,
         )

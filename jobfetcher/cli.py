@@ -74,6 +74,7 @@ def run(
     """Take jobs and run them until told to stop.
 
     Ctrl-C once: finish the jobs in hand, then exit. Twice: stop them and give them back. Three times: exit at once.
+    With STOP_MODE=detach, once: exit and leave them running; the next start goes on with them. Twice: exit at once.
 
     Needs API_URL and either ACCESS_TOKEN or USERNAME and PASSWORD, from the environment or .env.
 
@@ -158,6 +159,8 @@ def _guarded(command: Callable[[], int | None]) -> int:
 
 def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emit, bars: ProgressBars) -> int:
     from jobfetcher import build
+    from jobfetcher.core.failpoints import ask_for
+    from jobfetcher.settings import failpoint_request
     from jobfetcher.worker import Leaving, Polling, Worker
 
     def enough(taken: int, idle_s: float) -> bool:
@@ -169,19 +172,25 @@ def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emi
         def handle(number: int, _frame: object) -> None:
             nonlocal signals
             signals += 1
-            if signals >= 3:
+            if signals > len(ways_out):
                 bars.close()
                 os._exit(128 + number)
-            worker.leave(Leaving(signals))
+            worker.leave(ways_out[signals - 1])
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handle)
 
+    ways_out = [Leaving.DETACH] if settings.stop_mode == "detach" else [Leaving.DRAIN, Leaving.STOP_JOBS]
     _stand_firm()
+    ask_for(failpoint_request())
     with build.worker(settings, Polling(settings.timeout_job, enough, exit_when_idle), emit) as worker:
         on_signal(worker)
         emit("started", message=f"taking jobs from {settings.api_url}; {worker.summary}", path_base=settings.path_base)
         worker.run()
+        if worker.running:  # detached from a job in the middle of a call: the journal bears that
+            emit("stopped", message="stopped; the next start goes on with the jobs in hand")
+            bars.close()
+            os._exit(0)
         emit("stopped", message="stopped" if worker.unfinished else "stopped; nothing is left running")
         unanswered = not worker.welcomed and not worker.left_by_signal
         return 1 if unanswered or (once and worker.worker_faults) else 0
@@ -205,7 +214,7 @@ def _resources(as_json: bool, env_file: Path | None) -> int:
 
     settings = _load({}, env_file, server=False).settings
     inventory = detect.detect(settings.gpus)
-    budget = build.make_budget(settings, inventory)
+    budget = build.make_budget(settings, inventory, lambda *_, **__: None)
     budget.offer()  # takes the readings
     record = resources_record(inventory, budget.free(), budget.slots, detect.read_gpus(settings.gpus).problems)
     if as_json:

@@ -17,7 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from jobfetcher.core.errors import SourceError, StopReason
+from jobfetcher.core.errors import SourceError, SourceUnavailable, StopReason
+from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Emit, Lease, Standing
@@ -25,6 +26,9 @@ from jobfetcher.core.ports import Emit, Lease, Standing
 #: Waits after the 1st, 2nd, ... failed attempt; the last one repeats. With a 10 s deadline per attempt some ten
 #: attempts fit into a lease of 300 s (FAULTS.md J3).
 RETRY_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+
+#: A server that asks for patience gets it, but no more than this: five attempts still fit into a lease (FAULTS.md B11).
+ASKED_MOST_S = 60.0
 
 #: 10 % either way, so that a thousand workers started together do not beat together.
 _JITTER = 0.1
@@ -42,6 +46,7 @@ class Pulse:
         halt: Halt,
         *,
         interval_s: float,
+        silence_s: float | None,
         emit: Emit,
         clock: Callable[[], float],
         jitter: Callable[[], float],
@@ -49,6 +54,7 @@ class Pulse:
         self._lease = lease
         self._halt = halt
         self._interval_s = interval_s
+        self._silence_s = silence_s
         self._emit = emit
         self._clock = clock
         self._jitter = jitter
@@ -79,13 +85,17 @@ class Pulse:
     def _run(self) -> None:
         failures = 0
         bugs: list[float] = []
-        due = self._clock()
+        due = heard_at = self._clock()
         while (phase := self._next(due, failures)) is not None:
             last_try = self._stopping
             try:
+                failpoint("before:beat")
                 standing = self._lease.beat(phase)
+                failpoint("after:beat")
             except SourceError as error:
                 failures += 1
+                if self._gives_up(self._clock() - heard_at):
+                    self._halt.set(StopReason.SILENCE)
                 if failures == 1:
                     self._emit(
                         "heartbeat_failed",
@@ -95,7 +105,9 @@ class Pulse:
                     )
                 if last_try:
                     return
-                due = self._clock() + RETRY_S[min(failures, len(RETRY_S)) - 1] * self._jitter()
+                asked = error.retry_after_s or 0.0 if isinstance(error, SourceUnavailable) else 0.0
+                pause = RETRY_S[min(failures, len(RETRY_S)) - 1] * self._jitter()
+                due = self._clock() + max(pause, min(asked, ASKED_MOST_S))
                 continue
             except Exception as error:
                 # A bug of ours must not end the beats silently: the server would hand the job on while it runs here.
@@ -110,7 +122,7 @@ class Pulse:
                 continue
             if failures:
                 self._emit("heartbeat_recovered", job=self._lease.job_id, message="keep-alive delivered again")
-            failures = 0
+            failures, heard_at = 0, self._clock()
             with self._changed:
                 if self._unsaid and self._unsaid[0] is phase:
                     self._unsaid.popleft()
@@ -118,6 +130,10 @@ class Pulse:
                 self._halt.set(StopReason.CANCELLED if standing is Standing.CANCEL else StopReason.LOST)
                 return
             due = self._clock() + self._interval_s * self._jitter()
+
+    def _gives_up(self, silent_s: float) -> bool:
+        """Whether a job that still computes is stopped. Results are kept and told whenever the source is back (B3)."""
+        return self._phase is Phase.RUNNING and self._silence_s is not None and silent_s >= self._silence_s
 
     def _next(self, due: float, failures: int) -> Phase | None:
         """Wait until something must be said, and return it; None when all is said and the job is over.
@@ -142,14 +158,15 @@ def beating(
     interval_s: float,
     emit: Emit,
     phase: Phase = Phase.CLAIMED,
+    silence_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     jitter: Callable[[], float] = lambda: random.uniform(1 - _JITTER, 1 + _JITTER),  # noqa: S311 - spreads load only
 ) -> Iterator[Pulse]:
     """Beat for `lease` while inside, beginning with `phase`; sets `halt` when the source says the job is not ours.
 
-    `interval_s`: seconds between keep-alives.
+    `interval_s`: seconds between keep-alives. `silence_s`: a running job is halted when none was accepted for so long.
     """
-    pulse = Pulse(lease, halt, interval_s=interval_s, emit=emit, clock=clock, jitter=jitter)
+    pulse = Pulse(lease, halt, interval_s=interval_s, silence_s=silence_s, emit=emit, clock=clock, jitter=jitter)
     pulse.enter(phase)
     pulse.start()
     try:

@@ -2,16 +2,21 @@
 
 Used by runner and worker; `steps` uses `tell`. The journal is the store: an end is on disk before it is told, and its
 record stays until the source has heard it *and* container and directory are gone. What did not work is done again by
-`deliver`, in this process or the next.
+`deliver`, in this process or the next, for seven days (FAULTS.md J9); then what is left goes to quarantine, loudly.
 """
 
 from __future__ import annotations
 
+import math
+import random
+import threading
+import time
 from collections.abc import Callable
 
 import tenacity
 
 from jobfetcher.core.errors import SourceError, SourceUnavailable, WorkerFault, WorkerReason
+from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, Engine, Lease, Standing
 from jobfetcher.core.run import Ending, Outcome
@@ -24,9 +29,19 @@ _SETTLE_TRIES = 4
 #: Longest wait between them, in seconds: a lost answer is in doubt for the length of one call (30 s).
 _SETTLE_WAIT_S = 30.0
 
+#: Longest pause between two rounds of `flush`, in seconds (FAULTS.md B2).
+_FLUSH_CAP_S = 60.0
+
+#: So long an end that the source does not hear is kept, in seconds (FAULTS.md J9).
+KEEP_S = 7 * 86_400.0
+
 
 class Outbox:
-    """Ends of jobs on their way. Thread-safe: one job has one thread at a time."""
+    """Ends of jobs on their way. Thread-safe: one job has one thread at a time.
+
+    `own(job_id, image_id)` gives this process's user what the job's root left; `wall` is the clock that the journal
+    stamps ends with.
+    """
 
     def __init__(
         self,
@@ -34,25 +49,36 @@ class Outbox:
         base: Base,
         journal: Journal,
         engine: Engine,
+        own: Callable[[JobId, str], None],
         worker_fault_is_error: bool,
         emit: Emit,
         sleep: Callable[[float], None],
+        wall: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base = base
         self._journal = journal
         self._engine = engine
+        self._own = own
+        self._wall = wall
         self._worker_fault_is_error = worker_fault_is_error
         self._emit = emit
         self._sleep = sleep
-        self._open: set[JobId] = set()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._open: dict[JobId, tuple[Lease, Outcome]] = {}
+        self._due = 0.0
+        self._failures = 0
 
     def settle(self, lease: Lease, outcome: Outcome) -> Outcome:
         """Steps 11 and 12: outcome to the journal, then told, then everything of the job removed here."""
+        failpoint("before:settling")
         try:
-            self._journal.settling(lease.job_id, outcome)
+            outcome = self._journal.settling(lease.job_id, outcome)
         except WorkerFault as error:
             # Not durable, but still to be told; without the record a restart finds the job in an earlier phase.
             self._emit("journal_failed", level="error", job=lease.job_id, message=str(error))
+        failpoint("after:settling")
         patiently = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(SourceError),
             stop=tenacity.stop_after_attempt(_SETTLE_TRIES),
@@ -63,9 +89,9 @@ class Outbox:
         try:
             standing = patiently(tell, lease, outcome, worker_fault_is_error=self._worker_fault_is_error)
         except SourceError as error:
-            self._not_heard(lease.job_id, outcome, error)
+            self._not_heard(lease, outcome, error)
         else:
-            self._heard(lease.job_id, outcome, standing)
+            self._heard(lease, outcome, standing)
         return outcome
 
     def deliver(self, lease: Lease, outcome: Outcome) -> bool:
@@ -76,41 +102,79 @@ class Outbox:
         try:
             standing = tell(lease, outcome, worker_fault_is_error=self._worker_fault_is_error)
         except SourceError as error:
-            self._not_heard(lease.job_id, outcome, error)
+            self._not_heard(lease, outcome, error)
+            return self._given_up(lease.job_id, outcome)
+        return self._heard(lease, outcome, standing)
+
+    @property
+    def waiting(self) -> list[JobId]:
+        """Jobs whose end is still to be told, or of which something is still here."""
+        with self._lock:
+            return sorted(self._open)
+
+    def due_in_s(self) -> float:
+        """Seconds until `flush` has something to do; infinite while nothing waits."""
+        return max(0.0, self._due - self._clock()) if self.waiting else math.inf
+
+    def flush(self, *, now: bool = False) -> None:
+        """Deliver what waits, at growing intervals or `now`. For one thread."""
+        with self._lock:
+            waiting = list(self._open.values())
+        if not waiting or (not now and self._clock() < self._due):
+            return
+        delivered = [self.deliver(lease, outcome) for lease, outcome in waiting]
+        self._failures = 0 if all(delivered) else self._failures + 1
+        spread = random.uniform(0.9, 1.1)  # noqa: S311 - spreads load only
+        self._due = self._clock() + min(_FLUSH_CAP_S, 2.0**self._failures) * spread
+
+    def _still_open(self, lease: Lease, outcome: Outcome) -> str:
+        """Keep it for `flush`; returns the level to log at: said once, not per try (FAULTS.md J10)."""
+        with self._lock:
+            known = lease.job_id in self._open
+            self._open[lease.job_id] = (lease, outcome)
+        return "debug" if known else "warning"
+
+    def _closed(self, job_id: JobId) -> None:
+        with self._lock:
+            self._open.pop(job_id, None)
+
+    def _not_heard(self, lease: Lease, outcome: Outcome, error: SourceError) -> None:
+        level = self._still_open(lease, outcome)
+        message = f"the end ({outcome.ending.value}) is not delivered yet: {error}"
+        self._emit("settle_failed", level=level, job=lease.job_id, message=message)
+
+    def _given_up(self, job_id: JobId, outcome: Outcome) -> bool:
+        """Whether the end has waited for too long: then what is left of the job is put aside for a person to see."""
+        record = self._journal.record(job_id)
+        if record is None or record.decided_at is None or self._wall() - record.decided_at < KEEP_S:
             return False
-        return self._heard(lease.job_id, outcome, standing)
+        why = f"its end ({outcome.ending.value}: {outcome.message}) could not be delivered for 7 days"
+        try:
+            failpoint("before:quarantine")
+            kept = self._base.quarantine(job_id, why) if self._base.job(job_id).path.exists() else None
+            failpoint("after:quarantine")
+            self._leave(job_id)
+        except (WorkerFault, OSError) as error:
+            self._emit("clean_up_failed", level="debug", job=job_id, message=str(error))
+            return False
+        self._closed(job_id)
+        where = f"; what it left is in {kept}" if kept else ""
+        self._emit("given_up", level="error", job=job_id, message=f"{why}{where}")
+        return True
 
-    def is_open(self, job_id: JobId) -> bool:
-        """Whether the job's end is still to be told, or something of it is still here: `deliver` must be called."""
-        return job_id in self._open
-
-    def _not_heard(self, job_id: JobId, outcome: Outcome, error: SourceError) -> None:
-        known = job_id in self._open
-        self._open.add(job_id)
-        self._emit(
-            "settle_failed",
-            level="debug" if known else "warning",  # once, not per try (FAULTS.md J10)
-            job=job_id,
-            message=f"the end ({outcome.ending.value}) is not delivered yet: {error}",
-        )
-
-    def _heard(self, job_id: JobId, outcome: Outcome, standing: Standing) -> bool:
+    def _heard(self, lease: Lease, outcome: Outcome, standing: Standing) -> bool:
         """The source knows the end; leave, and say so. False when something of the job could not be removed."""
+        job_id = lease.job_id
         if standing is not Standing.KEEP:
             outcome = Outcome(Ending.DROPPED, None, f"taken back by the server ({standing.value}) as it ended")
-        known = job_id in self._open
         try:
             self._leave(job_id)
         except (WorkerFault, OSError) as error:
-            self._open.add(job_id)
-            self._emit(
-                "clean_up_failed",
-                level="debug" if known else "warning",
-                job=job_id,
-                message=f"not all of the job could be removed, trying again later: {error}",
-            )
+            level = self._still_open(lease, outcome)
+            message = f"not all of the job could be removed, trying again later: {error}"
+            self._emit("clean_up_failed", level=level, job=job_id, message=message)
             return False
-        self._open.discard(job_id)
+        self._closed(job_id)
         expected = outcome.ending in {Ending.FINISHED, Ending.DROPPED} or outcome.reason is WorkerReason.SHUTDOWN
         self._emit(
             "job_ended",
@@ -124,23 +188,40 @@ class Outbox:
 
     def _leave(self, job_id: JobId) -> None:
         """Container and directory first, **then** the record, so that nothing of the job is ever unknown."""
+        failpoint("before:remove_container")
         if (container := self._engine.find(job_id)) is not None:
             container.remove()
             if self._engine.find(job_id) is not None:
                 raise WorkerFault(WorkerReason.ENGINE, "its container is still there")
-        self._base.job(job_id).remove()
+        failpoint("after:remove_container")
+        self._remove_directory(job_id)
+        failpoint("after:remove_directory")
         self._journal.forget(job_id)
+        failpoint("after:forget")
+
+    def _remove_directory(self, job_id: JobId) -> None:
+        workspace = self._base.job(job_id)
+        try:
+            workspace.remove()
+        except PermissionError:
+            record = self._journal.record(job_id)
+            if record is None or record.image is None:
+                raise
+            self._own(job_id, record.image.id)
+            workspace.remove()
 
 
 def tell(lease: Lease, outcome: Outcome, *, worker_fault_is_error: bool) -> Standing:
     """Say how a job ended in the source's terms: settle, give back, or never speak of it again. Raises SourceError."""
-    match outcome.ending:
-        case Ending.WORKER_FAILED if not worker_fault_is_error:
-            return lease.release(outcome.message)
-        case Ending.FINISHED | Ending.JOB_FAILED | Ending.WORKER_FAILED:
-            return lease.settle(outcome)
-        case Ending.DROPPED:
-            return Standing.KEEP
+    if outcome.ending is Ending.DROPPED:
+        return Standing.KEEP
+    failpoint("before:tell")
+    if outcome.ending is Ending.WORKER_FAILED and not worker_fault_is_error:
+        standing = lease.release(outcome.message)
+    else:
+        standing = lease.settle(outcome)
+    failpoint("after:tell")
+    return standing
 
 
 def _as_asked(state: tenacity.RetryCallState) -> float:

@@ -6,12 +6,16 @@ of it, in the order of DESIGN.md's table:
     4  the heartbeat begins; the outcome begins as *worker failed*
     5  stage in: inputs, concurrently, verified, into place
     6  prepare: the image, allowed and for this machine; the run specification
-    7  run: intent to the journal, start, container id to the journal; wait, watching cancel and the time limit
+    7  run: intent to the journal, start, container id to the journal; wait (watching.py)
     8  free: the share of the machine goes back, so that the next job starts while this one uploads
     9  stage out: outputs, logs and the provenance record, whatever the exit code
     10 decide: the only line that can say *finished*
     11 settle: heartbeat stopped and joined, outcome to the journal, then the source is told
     12 leave: container and directory removed, then the record forgotten (11 and 12: outbox.py)
+
+Every job is carried on from where the journal says that it stands, a new one as well as one that an earlier process
+left (FAULTS.md A2 to A6): there is no second path for recovery. A run that this machine interrupted is repeated once,
+from a clean state, at the phase STAGING_IN; the server goes on hearing `running` meanwhile (J5, E1, A10).
 
 Knows seams only (core.ports); which engine, source or transfer it holds is build's business.
 """
@@ -19,55 +23,41 @@ Knows seams only (core.ports); which engine, source or transfer it holds is buil
 from __future__ import annotations
 
 import os
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Protocol, TypeVar
 
 import tenacity
 
 from jobfetcher import staging
-from jobfetcher.core.errors import (
-    JobFault,
-    JobReason,
-    SourceError,
-    Stopped,
-    StopReason,
-    Verdict,
-    WorkerFault,
-    WorkerReason,
-    verdict,
-)
+from jobfetcher.core.errors import JobFault, JobfetcherError, Stopped, StopReason, WorkerFault, WorkerReason
+from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
-from jobfetcher.core.machine import Share
+from jobfetcher.core.machine import Gpu, Share
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Container, Emit, Engine, Lease, Transfer
 from jobfetcher.core.run import Ending, Exit, Image, Outcome, RunSpec
 from jobfetcher.core.text import clean
+from jobfetcher.ending import fault_of, memory_note, outcome_of
 from jobfetcher.heartbeat import Pulse, beating
-from jobfetcher.journal import Journal
+from jobfetcher.journal import Journal, Record
 from jobfetcher.outbox import Outbox
 from jobfetcher.provenance import provenance
+from jobfetcher.reporting import file_progress, pull_progress
 from jobfetcher.resources.budget import Reservation
+from jobfetcher.watching import Limits, Watcher
 from jobfetcher.workspace import Base, Workspace
 
-#: How much of what a failed job printed last goes into its one sentence.
-_LAST_LINES, _LAST_CHARACTERS = 10, 700
-
-#: One wait call to the engine; its end is noticed at once, this only bounds how long one request stays open.
-_WAIT_S = 60.0
-
-#: Progress is told at most this often, in seconds.
-_PROGRESS_S = 0.2
-
-#: Tries of what the engine must do after a run: 1, 2, 4, 8, 16, then 30 s apart, some three minutes in all.
+#: Tries of what the engine must do around a run: 1, 2, 4, 8, 16, then 30 s apart, some three minutes in all.
 _INSIST_TRIES = 10
 
+_LOG = "container.log"
 
 _T = TypeVar("_T")
 
@@ -80,16 +70,22 @@ class BuildSpec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the machine's owner decided about every job. Times in seconds."""
+    """What the machine's owner decided about every job. Times in seconds.
+
+    `stop_after_silence_s`: a job is stopped when its source has not answered for so long; None: never.
+    """
 
     beat_interval_s: float = 30.0
-    stop_grace_s: float = 10.0
-    max_runtime_s: float | None = None
+    limits: Limits = field(default_factory=Limits)
+    stop_after_silence_s: float | None = 86_400.0
     worker_fault_is_error: bool = False
 
 
 class Runner:
-    """Runs jobs, one per call; calls may run side by side in threads."""
+    """Runs jobs, one per call; calls may run side by side in threads.
+
+    `gone_gpus` says in a sentence what is wrong with GPUs that a job held, and nothing where they are fine.
+    """
 
     def __init__(
         self,
@@ -102,6 +98,7 @@ class Runner:
         build_spec: BuildSpec,
         rules: Rules,
         emit: Emit,
+        gone_gpus: Callable[[Sequence[Gpu]], str] = lambda gpus: "",  # noqa: ARG005 - the default: nothing is known
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -113,92 +110,209 @@ class Runner:
         self._build_spec = build_spec
         self._rules = rules
         self._emit = emit
+        self._gone_gpus = gone_gpus
         self._clock = clock
         self._sleep = sleep
+        self.watcher = Watcher(base, rules.limits, emit, clock=clock)
         self.outbox = Outbox(
             base=base,
             journal=journal,
             engine=engine,
+            own=self._own,
             worker_fault_is_error=rules.worker_fault_is_error,
             emit=emit,
             sleep=sleep,
         )
 
-    def run(self, lease: Lease, job: Job, hold: Reservation, halt: Halt) -> Outcome:
-        """Run a claimed job to its end. Never raises for what a job, a server or this machine does wrong.
+    def run(self, lease: Lease, job: Job, hold: Reservation, halt: Halt) -> Outcome | None:
+        """Bring a journaled job to its end, from where it stands. Never raises for what a job, a server or this
+        machine does wrong. None: the worker detaches, and the next start goes on with the job.
 
         `halt` ends it early. The outcome that could not be told yet stays in the journal (see outbox).
         """
         outcome = Outcome()
         try:
-            with hold, beating(lease, halt, interval_s=self._rules.beat_interval_s, emit=self._emit) as pulse:
+            said = _said(self._record(job.id))
+            with hold, self._beating(lease, halt, said) as pulse:
                 outcome = self._carry_out(lease, job, hold, halt, pulse)
         except Exception as error:
-            outcome = self.outcome_of(job.id, error)
+            if isinstance(error, Stopped) and error.reason is StopReason.DETACH:
+                return None
+            if not isinstance(error, JobfetcherError):
+                where = traceback.format_exc(limit=-3)
+                self._emit("bug", level="error", job=job.id, message=repr(error), where=where)
+            outcome = outcome_of(error)
+            self._quietly(job.id, lambda: self._remove_container(job.id))  # before others may run the job
+            self._quietly(job.id, partial(self._keep_results, job.id, outcome))
         # The heartbeat is joined: from here on nobody but this thread speaks of the job (PROTOCOL.md S6).
         return self.outbox.settle(lease, outcome)
 
+    @contextmanager
+    def _beating(self, lease: Lease, halt: Halt, said: Phase) -> Iterator[Pulse]:
+        silence_s = self._rules.stop_after_silence_s
+        with beating(
+            lease, halt, phase=said, interval_s=self._rules.beat_interval_s, silence_s=silence_s, emit=self._emit
+        ) as pulse:
+            yield pulse
+
     def _carry_out(self, lease: Lease, job: Job, hold: Reservation, halt: Halt, pulse: Pulse) -> Outcome:
-        """Steps 5 to 10; raises JobFault, WorkerFault or Stopped instead of returning a bad outcome."""
+        """Steps 5 to 10, and once more where this machine interrupted the run."""
+        while True:
+            try:
+                return self._go_on(lease, job, hold, halt, pulse)
+            except WorkerFault as fault:
+                if fault.reason is not WorkerReason.INTERRUPTED:
+                    raise
+                self._insist(halt, lambda: self._remove_container(job.id))
+                failpoint("before:again")
+                if not self._journal.again(job.id):
+                    raise
+                failpoint("after:again")
+                message = f"{fault}; running it once more, from a clean state"
+                self._emit("again", level="warning", job=job.id, message=message)
+
+    def _go_on(self, lease: Lease, job: Job, hold: Reservation, halt: Halt, pulse: Pulse) -> Outcome:
+        """Steps 5 to 10, from the first one that is not done; raises JobFault, WorkerFault or Stopped."""
         workspace = self._base.job(job.id)
         seconds: dict[str, float] = {}
 
-        self._journal.advance(job.id, Phase.STAGING_IN)
-        with self._step(
-            job.id, "stage_in", "download", seconds, f"downloading {_files(len(job.inputs))}" if job.inputs else ""
-        ):
-            inputs = staging.stage_in(
+        record = self._record(job.id)
+        if record.phase in {Phase.CLAIMED, Phase.STAGING_IN}:
+            self._stage_in(lease, job, record, workspace, halt, seconds)
+            self._prepare(job, hold.share, halt, seconds)
+            record = self._record(job.id)
+        if record.image is None or record.share is None:
+            raise WorkerFault(
+                WorkerReason.RESTARTED, "an older jobfetcher, which this one cannot go on for, started it"
+            )
+        spec = self._spec(job, record.share, record.image)
+        if record.phase is Phase.RUNNING:
+            exit = self._run(job, record, spec, record.share, hold, halt, pulse, seconds)
+        else:
+            assert record.exit is not None  # noqa: S101 - the journal has an exit from STAGING_OUT on
+            exit = record.exit
+
+        self._collect(job.id, workspace, halt)
+        fault = fault_of(exit, record.share, workspace.logs / _LOG)
+        inputs = self._journal.marked(job.id, "in")
+        self._keep_provenance(
+            workspace, provenance(job, image=record.image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
+        )
+        failpoint("after:provenance")
+        with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {exit.code}"):
+            left_out = self._stage_out(lease, job, workspace, halt, fault)
+        failpoint("after:stage_out")
+        if fault is not None:
+            raise JobFault(fault.reason, f"{fault}; {left_out}" if left_out else str(fault))
+        notes = [memory_note(exit, record.share), left_out]
+        return Outcome(Ending.FINISHED, None, "; ".join(note for note in notes if note))
+
+    def _stage_in(
+        self, lease: Lease, job: Job, record: Record, workspace: Workspace, halt: Halt, seconds: dict[str, float]
+    ) -> None:
+        """Step 5. What an earlier process moved is kept; after a run or a reboot only if it is still what it was."""
+        kept = self._journal.marked(job.id, "in")
+        if record.runs or record.rebooted:
+            if record.image is not None:
+                self._own(job.id, record.image.id)
+            kept = workspace.restore(kept, halt)
+        if record.phase is Phase.CLAIMED:
+            self._journal.advance(job.id, Phase.STAGING_IN)
+        failpoint("before:stage_in")
+        saying = f"downloading {_files(len(job.inputs))}" if job.inputs else ""
+        with self._step(job.id, "stage_in", "download", seconds, saying):
+            staging.stage_in(
                 job,
                 lease,
                 workspace,
                 self._transfer,
                 halt=halt,
-                have=self._journal.marked(job.id, "in"),
+                have=kept,
                 mark=lambda stored: self._journal.mark(job.id, "in", stored),
-                progress=self._progress(job.id, "download"),
+                progress=file_progress(self._emit, job.id, "download", self._clock),
+                room_for=self._base.room_for,
             )
+        failpoint("after:stage_in")
         halt.check()
 
+    def _prepare(self, job: Job, share: Share, halt: Halt, seconds: dict[str, float]) -> None:
+        """Step 6, up to the intent to run in the journal."""
         with self._step(job.id, "prepare", "pull", seconds):
-            image = self._engine.prepare(job.image, halt, self._pull_progress(job.id))
-            files_host_path = str(self._host_base / "jobs" / job.id / "files")
-            attempt = self._journal.attempt(job.id)
-            spec = self._build_spec(job, hold.share, image=image, files_host_path=files_host_path, attempt=attempt)
+            image = self._engine.prepare(job.image, halt, pull_progress(self._emit, job.id, self._clock))
+            failpoint("after:prepare")
+            self._journal.used_image(image)
         halt.check()
+        failpoint("before:running")
+        self._journal.running(job.id, share, image)
+        failpoint("after:running")
 
-        self._journal.advance(job.id, Phase.RUNNING)
-        with self._step(job.id, "run", "", seconds, f"running {clean(job.image, 120)} {_limits(hold.share)}"):
-            container = self._engine.start(spec)
-            removed = False
-            try:
-                self._journal.started(job.id, container.id)
-                pulse.enter(Phase.RUNNING)
-                exit, timed_out = self._wait(container, halt)
-                self._journal.exited(job.id, exit)
-                hold.release()
-                halt.check()
-                pulse.enter(Phase.STAGING_OUT)
-                fault = self._insist(halt, lambda: self._fault_of(exit, timed_out, container, hold.share))
-                self._insist(halt, lambda: container.save_logs(workspace.logs / "container.log"))
-                # Nothing may still write when its files are read: gone before the outputs are walked (FAULTS.md T4).
-                self._insist(halt, container.remove)
-                removed = True
-            finally:
-                if not removed:
-                    self._quietly(job.id, container.remove)
-                if os.geteuid() != 0:  # also when the job is cancelled: what its root wrote must be deleted
-                    self._quietly(job.id, lambda: self._engine.own(image.id, files_host_path))
+    def _spec(self, job: Job, share: Share, image: Image) -> RunSpec:
+        attempt = self._journal.attempt(job.id)
+        return self._build_spec(job, share, image=image, files_host_path=self._host_path(job.id), attempt=attempt)
 
-        if isinstance(fault, WorkerFault):
-            raise fault  # nobody vouches for what such a run left
+    def _run(
+        self,
+        job: Job,
+        record: Record,
+        spec: RunSpec,
+        share: Share,
+        hold: Reservation,
+        halt: Halt,
+        pulse: Pulse,
+        seconds: dict[str, float],
+    ) -> Exit:
+        """Steps 7 and 8: a genuine end of the container, in the journal. Raises WorkerFault for any other."""
+        with self._step(job.id, "run", "", seconds, f"running {clean(job.image, 120)} {_limits(share)}"):
+            container = self._container(job.id, record, spec, halt)
+            pulse.enter(Phase.RUNNING)
+            exit = self.watcher.wait(job.id, container, halt)
+            failpoint("after:wait")
+            halt.check()  # then it was stopped, and its exit code is not its own
+            if not exit.genuine:
+                raise WorkerFault(WorkerReason.INTERRUPTED, "the container engine restarted while the job ran")
+            if isinstance(exit.stopped_for, WorkerReason):
+                raise WorkerFault(exit.stopped_for, exit.error)
+            if exit.code != 0 and (gone := self._gone_gpus(share.gpus)):
+                raise WorkerFault(WorkerReason.GPU, f"a GPU failed while the job ran: {gone}")
+            self._base.job(job.id).sync()  # what the job wrote outlives a power cut from here on
+            failpoint("after:sync")
+            self._journal.exited(job.id, exit)
+            failpoint("after:exited")
+        hold.release()
+        pulse.enter(Phase.STAGING_OUT)
+        return exit
 
-        record = provenance(job, image=image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
-        (workspace.logs / "provenance.json").write_text(record, encoding="utf-8")
-        with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {exit.code}"):
-            left_out = self._stage_out(lease, job, workspace, halt, fault)
-        if fault is not None:
-            raise JobFault(fault.reason, f"{fault}; {left_out}" if left_out else str(fault))
-        return Outcome(Ending.FINISHED, None, left_out)
+    def _container(self, job_id: JobId, record: Record, spec: RunSpec, halt: Halt) -> Container:
+        """The job's container: started now, or the one that an earlier process started (FAULTS.md A3, A4)."""
+        if record.rebooted:
+            raise WorkerFault(WorkerReason.INTERRUPTED, "this machine was restarted while the job ran")
+        if record.container is None:
+            failpoint("before:start")
+            container = self._engine.start(spec)  # one of that name is adopted
+            failpoint("after:start")
+            self._journal.started(job_id, container.id)
+            failpoint("after:started")
+            return container
+        found = self._insist(halt, lambda: self._engine.find(job_id))
+        if found is None or found.id != record.container:
+            raise WorkerFault(WorkerReason.INTERRUPTED, "the job's container was gone when the worker came back")
+        self._emit("adopted", job=job_id, message="its container was still there; going on with it")
+        return found
+
+    def _collect(self, job_id: JobId, workspace: Workspace, halt: Halt) -> None:
+        """Before outputs are read: the log saved, the container gone, so that nothing writes any more (T4), and the
+        files this worker's own. Safe to repeat: the container is removed last."""
+        container = self._insist(halt, lambda: self._engine.find(job_id))
+        if container is not None:
+            failpoint("before:save_logs")
+            self._insist(halt, lambda: container.save_logs(workspace.logs / _LOG))
+            failpoint("after:save_logs")
+            self._insist(halt, container.remove)
+            failpoint("after:remove")
+        image = self._record(job_id).image
+        if image is not None:
+            self._quietly(job_id, lambda: self._own(job_id, image.id))
+        failpoint("after:own")
 
     def _stage_out(self, lease: Lease, job: Job, workspace: Workspace, halt: Halt, fault: JobFault | None) -> str:
         """Send the outputs; returns what was left out, as a sentence. A job that failed already is not failed anew by
@@ -212,7 +326,7 @@ class Runner:
                 halt=halt,
                 have=self._journal.marked(job.id, "out"),
                 mark=lambda stored: self._journal.mark(job.id, "out", stored),
-                progress=self._progress(job.id, "upload"),
+                progress=file_progress(self._emit, job.id, "upload", self._clock),
             )
         except JobFault as error:
             if fault is None:
@@ -220,8 +334,49 @@ class Runner:
             return str(error)
         return sent.sentence()
 
+    def _keep_provenance(self, workspace: Workspace, text: str) -> None:
+        """Written whole or not at all, and only once: after a restart it would not know how long the steps took."""
+        target = workspace.logs / "provenance.json"
+        if target.exists():
+            return
+        draft = workspace.parts / "provenance"
+        try:
+            draft.write_text(text, encoding="utf-8")
+            draft.rename(target)
+        except OSError as error:
+            raise WorkerFault(WorkerReason.DISK, f"the record of the run cannot be written: {error}") from error
+
+    def _keep_results(self, job_id: JobId, outcome: Outcome) -> None:
+        """A job that ran to its end and whose results this machine could not deliver: they are not thrown away (J9)."""
+        if outcome.ending is not Ending.WORKER_FAILED or outcome.reason is WorkerReason.SHUTDOWN:
+            return
+        if self._record(job_id).phase is not Phase.STAGING_OUT:
+            return
+        kept = self._base.quarantine(job_id, outcome.message)
+        message = f"its results could not be delivered and are kept in {kept}: {outcome.message}"
+        self._emit("results_kept", level="error", job=job_id, message=message)
+
+    def _record(self, job_id: JobId) -> Record:
+        record = self._journal.record(job_id)
+        if record is None:
+            raise WorkerFault(WorkerReason.DISK, "the journal has no record of the job any more")
+        return record
+
+    def _remove_container(self, job_id: JobId) -> None:
+        container = self._engine.find(job_id)
+        if container is not None:
+            container.remove()
+
+    def _own(self, job_id: JobId, image_id: str) -> None:
+        """Without root, what a job's root wrote may neither be read nor deleted before this (FAULTS.md E13)."""
+        if os.geteuid() != 0:
+            self._engine.own(image_id, self._host_path(job_id))
+
+    def _host_path(self, job_id: JobId) -> str:
+        return str(self._host_base / "jobs" / job_id / "files")
+
     def _insist(self, halt: Halt, action: Callable[[], _T]) -> _T:
-        """Do what a finished run must not fail for: an engine that restarts is waited for, some three minutes."""
+        """Do what a run must not fail for: an engine that restarts is waited for, some three minutes."""
 
         def sleep(seconds: float) -> None:
             halt.check()
@@ -236,92 +391,8 @@ class Runner:
         )
         return patiently(action)
 
-    def _wait(self, container: Container, halt: Halt) -> tuple[Exit, bool]:
-        """How the container ended, and whether it was for its time limit. A halt stops it, which ends the wait."""
-        limit = self._rules.max_runtime_s
-        ends_at = None if limit is None else self._clock() + limit
-        timed_out = False
-        with self._stopping_on(halt, container):
-            while True:
-                left = _WAIT_S if ends_at is None or timed_out else max(0.0, min(_WAIT_S, ends_at - self._clock()))
-                exit = container.wait(left)
-                if exit is not None:
-                    return exit, timed_out
-                if ends_at is not None and not timed_out and self._clock() >= ends_at:
-                    timed_out = True
-                    container.stop(self._rules.stop_grace_s)
-
-    @contextmanager
-    def _stopping_on(self, halt: Halt, container: Container) -> Iterator[None]:
-        """While inside, a halt stops the container. In a thread of its own, because stopping takes up to the grace
-        time, and whoever sets the halt (a heartbeat, the way out with many jobs) must not wait for it. Tried again
-        until the wait is over: a cancelled job must not run on because the engine did not answer once (B7)."""
-
-        over = threading.Event()
-
-        def stop() -> None:
-            while not over.is_set():
-                try:
-                    container.stop(self._rules.stop_grace_s)
-                    return
-                except WorkerFault as error:
-                    self._emit("stop_failed", level="error", message=f"a container could not be stopped: {error}")
-                over.wait(self._rules.stop_grace_s)
-
-        stopper = threading.Thread(target=stop, name="stop-container")
-        try:
-            with halt.waking(stopper.start):
-                yield
-        finally:
-            over.set()
-            if stopper.ident is not None:
-                stopper.join()
-
-    def _fault_of(
-        self, exit: Exit, timed_out: bool, container: Container, share: Share
-    ) -> JobFault | WorkerFault | None:
-        """What is wrong with this end, or None for a genuine exit 0 (FAULTS.md E1, E4, J6)."""
-        if not exit.genuine:
-            return WorkerFault(WorkerReason.INTERRUPTED, "the container engine restarted while the job ran")
-        if timed_out:
-            return JobFault(
-                JobReason.TIME_LIMIT, f"stopped after the time limit of this worker, {self._rules.max_runtime_s:g} s"
-            )
-        if exit.code == 0:
-            return None
-        if exit.oom_killed:
-            return JobFault(
-                JobReason.OUT_OF_MEMORY, f"out of memory (limit {share.memory_mib} MiB), exit code {exit.code}"
-            )
-        if exit.error:
-            return JobFault(JobReason.CANNOT_START, exit.error)
-        said = clean(" | ".join(container.last_lines(_LAST_LINES).split("\n")).strip(" |"), 20_000)[-_LAST_CHARACTERS:]
-        if exit.code == 137:
-            return JobFault(JobReason.KILLED_OUTSIDE, f"killed (exit code 137), not by this worker{_quote(said)}")
-        return JobFault(JobReason.EXIT_CODE, f"exit code {exit.code}{_quote(said)}")
-
-    def outcome_of(self, job_id: JobId, error: Exception) -> Outcome:
-        """The outcome that an error stands for; what is not of our tree is a bug of ours and the job is innocent."""
-        match verdict(error):
-            case Verdict.SILENCE:
-                assert isinstance(error, Stopped)  # noqa: S101 - only Stopped means silence
-                return Outcome(Ending.DROPPED, None, f"taken back by the server ({error.reason.value})")
-            case Verdict.FAIL_JOB:
-                reason = error.reason if isinstance(error, JobFault) else JobReason.UNREADABLE_SPEC
-                return Outcome(Ending.JOB_FAILED, reason, str(error))
-        if isinstance(error, WorkerFault):
-            return Outcome(Ending.WORKER_FAILED, error.reason, str(error))
-        if isinstance(error, Stopped):
-            if error.reason is StopReason.HEARTBEAT:
-                return Outcome(Ending.WORKER_FAILED, WorkerReason.HEARTBEAT, "the worker's keep-alives broke down")
-            return Outcome(Ending.WORKER_FAILED, WorkerReason.SHUTDOWN, "the worker was shut down")
-        if isinstance(error, SourceError):
-            return Outcome(Ending.WORKER_FAILED, WorkerReason.SOURCE, str(error))
-        self._emit("bug", level="error", job=job_id, message=f"{error!r}", where=traceback.format_exc(limit=-3))
-        return Outcome(Ending.WORKER_FAILED, WorkerReason.INTERNAL, f"the worker failed ({type(error).__name__})")
-
     def _quietly(self, job_id: JobId, action: Callable[[], _T]) -> _T | None:
-        """Do what must not change the outcome any more; what a failure leaves here is found at the next start."""
+        """Do what must not change the outcome any more; what a failure leaves here is found when the job is left."""
         try:
             return action()
         except Exception as error:
@@ -341,36 +412,10 @@ class Runner:
             if bar:
                 self._emit("progress_end", job=job_id, step=bar)
 
-    def _progress(self, job_id: JobId, step: str) -> staging.Progress:
-        """A progress that is told at most every _PROGRESS_S, and at the last file."""
-        told_at = [0.0]
 
-        def changed(progress: staging.Progress) -> None:
-            now = self._clock()
-            if now - told_at[0] < _PROGRESS_S:
-                return
-            told_at[0] = now
-            self._emit(
-                "progress",
-                job=job_id,
-                step=step,
-                done=progress.moved,
-                total=progress.bytes_total,
-                files_done=progress.files,
-                files_total=progress.files_total,
-            )
-
-        return staging.Progress(changed=changed)
-
-    def _pull_progress(self, job_id: JobId) -> Callable[[int, int], None]:
-        told_at = [0.0]
-
-        def pulled(done: int, total: int) -> None:
-            if self._clock() - told_at[0] >= _PROGRESS_S:
-                told_at[0] = self._clock()
-                self._emit("progress", job=job_id, step="pull", done=done, total=total or None)
-
-        return pulled
+def _said(record: Record) -> Phase:
+    """The phase to begin beating with. The server's view never goes back, also where a run is repeated."""
+    return Phase.RUNNING if record.runs and record.phase is Phase.STAGING_IN else record.phase
 
 
 def _files(count: int) -> str:
@@ -380,7 +425,3 @@ def _files(count: int) -> str:
 def _limits(share: Share) -> str:
     gpus = f", {len(share.gpus)} GPU" if share.gpus else ""
     return f"with {share.cpu_cores:g} cores, {share.memory_mib} MiB{gpus}"
-
-
-def _quote(said: str) -> str:
-    return f"; it last printed: {said}" if said else ""

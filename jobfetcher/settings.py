@@ -22,12 +22,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from jobfetcher.core.errors import ConfigError
+from jobfetcher.core.failpoints import Request, parse_request
 from jobfetcher.core.urls import Origin, parse_origin
 
 PREFIX = "JOBFETCHER_"
 
-#: Read here, but not for a person to set: the image's own default.
-_NOT_SETTINGS = frozenset({"JOBFETCHER_DEFAULT_PATH_BASE"})
+#: Read here, but not for a person to set: the image's own default, and what only tests ask for.
+_NOT_SETTINGS = frozenset({"JOBFETCHER_DEFAULT_PATH_BASE", "JOBFETCHER_FAILPOINT"})
 
 #: As it is spelt in the documentation of the reference worker, and so in the wild.
 _ALIASES = {"TIMEOUT_STATUS": "TIMOUT_STATUS"}
@@ -77,6 +78,12 @@ def _api_url(value: Any) -> Any:
     return value.rstrip("/")
 
 
+def _proxy(value: str) -> str:
+    if not re.fullmatch(r"https?://[^/?#\s]+:\d+/?", value):
+        raise ValueError("must be an address with a port, such as http://proxy.example.org:3128")
+    return value.rstrip("/")
+
+
 def _token(value: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
         raise ValueError("has characters that no token has; copy it again, without quotes or spaces")
@@ -89,6 +96,7 @@ def _auto(value: Any) -> Any:
 
 AutoMib = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda value: _mib(_auto(value)))]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
+SecondsOrNever = Annotated[float, BeforeValidator(_seconds), Field(ge=0, allow_inf_nan=False)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -128,6 +136,14 @@ class Settings(BaseModel):
     )
     max_runtime: Seconds | None = _field(None, "Longest time one job may compute, such as 24h. Empty: no limit.")
     stop_grace: Seconds = _field(10.0, "Seconds between TERM and KILL when a job is stopped.")
+    stop_mode: Literal["drain", "detach"] = _field(
+        "drain",
+        "What the first Ctrl-C or SIGTERM does: drain (finish the jobs in hand), or detach (leave them running; the "
+        "next start goes on with them).",
+    )
+    stop_after_silence: SecondsOrNever = _field(
+        86400.0, "Stop a running job when the server has not answered for so long, such as 24h. 0: never."
+    )
     pull_policy: Literal["always", "if-not-present", "never"] = _field(
         "if-not-present", "When to pull a job's image: always, if-not-present or never."
     )
@@ -145,11 +161,23 @@ class Settings(BaseModel):
     job_cap_add: Words = _field((), "Linux capabilities given back to jobs on top of the few they keep.")
     job_shm_size: AutoMib = _field("auto", "Size of /dev/shm in jobs. auto: half of the job's memory.")
     job_pids_limit: Annotated[int, Field(ge=16)] = _field(4096, "Processes one job may have.")
+    job_disk_limit: AutoMib = _field(
+        "auto", "Disk one job may use, such as 200GiB. auto: what is free above RESERVE_DISK."
+    )
+    job_signing_keys: Path | None = _field(
+        None, "Run only jobs signed with one of the public keys in this file (lines of KEYID BASE64, Ed25519)."
+    )
+    image_keep: Seconds = _field(
+        604800.0, "Remove images that this worker pulled when no job used them for so long, such as 7d."
+    )
     storage_allow: Words = _field(
         (), "Storage hosts that may have internal addresses or plain http. Public ones need no entry."
     )
     transfers: Annotated[int, Field(ge=1, le=64)] = _field(8, "Files moved at the same time, per job.")
     ca_file: Path | None = _field(None, "Certificates to trust instead of the system's (PEM file).")
+    proxy: Annotated[str, AfterValidator(_proxy)] | None = _field(
+        None, "HTTP proxy for the API and the storage, such as http://proxy.example.org:3128. Images: the engine's own."
+    )
     allow_insecure_http: bool = _field(False, "Allow an API_URL with plain http that is not on this machine.")
     on_worker_fault: Literal["release", "error"] = _field(
         "release", "A job this machine could not run: release (others take it) or error (one worker is all there is)."
@@ -227,6 +255,12 @@ def load(
         check_server(settings)
     layer_of = {name: origin.get(name, "default") for name in Settings.model_fields}
     return Loaded(settings, layer_of, (*_unknown(layers), *_readable_by_others(layers)))
+
+
+def failpoint_request() -> Request | None:
+    """What a test asks for (core.failpoints), or None. Raises ConfigError for a name that does not exist."""
+    text = os.environ.get("JOBFETCHER_FAILPOINT", "")
+    return parse_request(text) if text else None
 
 
 def _unknown(layers: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
@@ -317,8 +351,9 @@ def _check(given: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         lines = [_line(problem, given) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None
-    if settings.ca_file is not None and not settings.ca_file.is_file():
-        raise ConfigError(f"CA_FILE: there is no file {settings.ca_file}")
+    for name, path in (("CA_FILE", settings.ca_file), ("JOB_SIGNING_KEYS", settings.job_signing_keys)):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"{name}: there is no file {path}")
     return settings.model_copy(update={"path_base": Path(settings.path_base).expanduser().absolute()})
 
 

@@ -6,6 +6,7 @@ Tables go to standard output; on a terminal they are drawn by rich, in a pipe th
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,8 @@ def config_rows(loaded: Loaded) -> list[dict[str, str]]:
 def _shown(name: str, value: object) -> str:
     if isinstance(value, SecretStr):
         return "********"
+    if name == "proxy" and isinstance(value, str) and "@" in value:
+        return re.sub(r"//.*@", "//********@", value)
     if value is None or value in ("", ()):
         default = Settings.model_fields[name].default
         return default if isinstance(default, str) and default else ""

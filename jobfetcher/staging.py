@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jobfetcher import tree
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import InputFile, Job, OutputKind
 from jobfetcher.core.ports import Download, Lease, Transfer, Upload
@@ -65,13 +66,21 @@ class StagedOut:
 class _Watch:
     """core.ports.Watch over a Progress and a callback per file."""
 
-    def __init__(self, halt: Halt, progress: Progress, done: Callable[[Download | Upload, Stored], None]) -> None:
+    def __init__(
+        self,
+        halt: Halt,
+        progress: Progress,
+        done: Callable[[Download | Upload, Stored], None],
+        room_for: Callable[[int], None] = lambda size: None,  # noqa: ARG005 - the default: nothing is written here
+    ) -> None:
         self.halt = halt
         self._progress = progress
         self._done = done
+        self._room_for = room_for
 
     def expect(self, size: int) -> None:
         self._progress.bytes_total = (self._progress.bytes_total or 0) + size
+        self._room_for(self._progress.bytes_total - self._progress.moved)
 
     def moved(self, size: int) -> None:
         self._progress.moved += size
@@ -93,11 +102,13 @@ def stage_in(
     have: Mapping[str, Stored],
     mark: Callable[[Stored], None],
     progress: Progress,
+    room_for: Callable[[int], None] = lambda size: None,  # noqa: ARG005 - the default: whoever calls has seen to it
 ) -> dict[str, Stored]:
     """Bring all inputs into `workspace.files`; returns them by path.
 
     A file is moved into place only when it is whole and verified, then marked. `have`: files placed earlier, which are
-    kept if they still have their size. Raises Stopped, JobFault or WorkerFault.
+    kept if they still have their size. `room_for(size)` is called with the bytes that are still to come whenever that
+    becomes known, and raises where they do not fit (FAULTS.md D2). Raises Stopped, JobFault or WorkerFault.
     """
     workspace.create()
     stored: dict[str, Stored] = {file.path: have[file.path] for file in job.inputs if _kept(workspace, file, have)}
@@ -108,16 +119,18 @@ def stage_in(
     def placed(item: Download | Upload, done: Stored) -> None:
         assert isinstance(item, Download)  # noqa: S101 - a download reports downloads
         file = parts[item.part]
+        failpoint("before:place")
         try:
             tree.place(item.part, workspace.files, file.path.split("/"))
         except OSError as error:
             raise WorkerFault(WorkerReason.DISK, f"input {file.path!r} cannot be stored: {error.strerror}") from error
         stored[file.path] = done
         mark(done)
+        failpoint("after:place")
 
     progress.files, progress.files_total = len(stored), len(job.inputs)
     items = (Download(file.path, partial(lease.sign_input, file.ref), part_of[file.path]) for file in waiting)
-    transfer.download(items, _Watch(halt, progress, placed))
+    transfer.download(items, _Watch(halt, progress, placed, room_for))
     workspace.make_output_folders(job)
     return stored
 
@@ -162,14 +175,18 @@ def stage_out(
                     continue
                 item = _upload(lease, output.kind, workspace.files, found, "/".join(found.parts[:-1]))
                 if not _sent(have.get(item.name), found):
+                    failpoint("before:upload")
                     yield item
         for found in tree.walk(workspace.logs, ()):
             if isinstance(found, tree.Found):
-                yield _upload(lease, OutputKind.LOG, workspace.logs, found, OWN_FOLDER)
+                item = _upload(lease, OutputKind.LOG, workspace.logs, found, OWN_FOLDER)
+                if not _sent(have.get(item.name), found):
+                    yield item
 
     def sent(item: Download | Upload, done: Stored) -> None:
         result.stored[item.name] = done
         mark(done)
+        failpoint("after:upload")
 
     try:
         transfer.upload(items(), _Watch(halt, progress, sent))

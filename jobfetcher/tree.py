@@ -22,6 +22,12 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 #: Deeper folders are reported and not entered: every level costs a descriptor.
 MAX_DEPTH = 100
 
+#: Unit of st_blocks in bytes, whatever the filesystem's own blocks are (stat(3type)).
+_BLOCK = 512
+
+#: Of so many folders that lie MAX_DEPTH deep the size of their content is found out: a bound for memory.
+_MOST_WAITING = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -67,6 +73,17 @@ def place(source: Path, root: Path, parts: Sequence[str]) -> None:
     source.chmod(0o666)  # below the worker's own 0700 directory; the job may run as any user
     with opened(root, parts[:-1], create=True) as folder:
         os.rename(source, parts[-1], dst_dir_fd=folder)
+
+
+def link(file: BinaryIO, root: Path, parts: Sequence[str]) -> None:
+    """Give an open file one more name, `root/parts...`, and the owner and mode that `place` leaves it with.
+
+    By descriptor, so that it is the file that was read. Raises OSError, also where a filesystem knows no hard links.
+    """
+    os.fchown(file.fileno(), os.geteuid(), os.getegid())  # the job may have given it away
+    os.fchmod(file.fileno(), 0o666)
+    with opened(root, parts[:-1], create=True) as folder:
+        os.link(f"/proc/self/fd/{file.fileno()}", parts[-1], dst_dir_fd=folder, follow_symlinks=True)
 
 
 def open_file(root: Path, found: Found) -> BinaryIO:
@@ -144,6 +161,51 @@ def _entry(folder: int, name: str, parts: tuple[str, ...], device: int) -> Itera
             os.close(inner)
     else:
         yield Skipped(here, f"is a {_kind(mode)}, not a file")
+
+
+def disk_usage(root: Path) -> int:
+    """Bytes that everything below `root` takes on its disk; 0 if it is not there.
+
+    A hard-linked file counts once, because each of its names counts in part. For a tree that changes meanwhile it is
+    what was seen. Not seen: what only its owner may look into, unless we are root, and files without any name.
+    """
+    total = 0.0
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        parts = waiting.pop()
+        try:
+            with opened(root, parts) as folder:
+                total += _usage(folder, parts, os.fstat(folder).st_dev, waiting)
+        except OSError:
+            continue  # gone, or something else by now
+    return round(total)
+
+
+def _usage(folder: int, parts: tuple[str, ...], device: int, waiting: list[tuple[str, ...]]) -> float:
+    """Of one folder; every MAX_DEPTH levels its subfolders wait to be opened from the root, to save descriptors."""
+    total = 0.0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                seen = entry.stat(follow_symlinks=False)
+                if seen.st_dev != device:
+                    continue
+                if not stat.S_ISDIR(seen.st_mode):
+                    total += seen.st_blocks * _BLOCK / max(1, seen.st_nlink)
+                    continue
+                total += seen.st_blocks * _BLOCK
+                here = (*parts, entry.name)
+                if len(here) % MAX_DEPTH:
+                    inner = os.open(entry.name, _DIR, dir_fd=folder)
+                    try:
+                        total += _usage(inner, here, device, waiting)
+                    finally:
+                        os.close(inner)
+                elif len(waiting) < _MOST_WAITING:
+                    waiting.append(here)
+            except OSError:
+                continue
+    return total
 
 
 def remove(parent: Path, name: str) -> None:

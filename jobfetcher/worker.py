@@ -15,14 +15,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Protocol
 
+from jobfetcher import recovery
 from jobfetcher.core.errors import (
     ConfigError,
     JobfetcherError,
-    SourceError,
     SourceRefused,
-    SourceUnavailable,
     StopReason,
     UnreadableJob,
     Verdict,
@@ -30,33 +30,40 @@ from jobfetcher.core.errors import (
     WorkerReason,
     verdict,
 )
+from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
-from jobfetcher.core.job import JobId
+from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Offer
-from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Claim, Emit, Engine, JobSource, Lease
 from jobfetcher.core.run import Ending, Outcome
-from jobfetcher.journal import Journal, Record
-from jobfetcher.resources.budget import Budget
+from jobfetcher.ending import outcome_of
+from jobfetcher.housekeeping import Housekeeper
+from jobfetcher.journal import Journal
+from jobfetcher.pace import Pace
+from jobfetcher.resources.budget import Budget, Reservation
 from jobfetcher.runner import Runner
 from jobfetcher.workspace import Base
-
-#: FAULTS.md J8: longest pause between two polls of a server that does not answer.
-_IDLE_CAP_S = 300.0
-
-#: Longest pause between two tries to tell the end of a job.
-_OUTBOX_CAP_S = 60.0
 
 #: As many jobs again may upload as may compute: slow uploads must not fill the disk with finished jobs.
 _OPEN_PER_SLOT = 2
 
+#: Stray containers are looked for, and images tidied, this often; a stray must be as old (FAULTS.md E10).
+_RECONCILE_S = 300.0
+
+#: FAULTS.md F2: detached within 5 s. A slot that is not out by then is cut off, which the journal bears.
+_DETACH_S = 4.0
+
 
 class Leaving(IntEnum):
-    """How far the way out has gone; each signal is one step (DESIGN.md, rule 11)."""
+    """How far the way out has gone; each signal is one step (DESIGN.md, rule 11).
+
+    DETACH: jobs are left as they stand, containers running; the next start goes on with them (FAULTS.md F2).
+    """
 
     NO = 0
     DRAIN = 1
-    STOP_JOBS = 2
+    DETACH = 2
+    STOP_JOBS = 3
 
 
 class Gate(Protocol):
@@ -95,6 +102,7 @@ class Worker:
         base: Base,
         journal: Journal,
         runner: Runner,
+        housekeeper: Housekeeper,
         polling: Polling,
         emit: Emit,
         clock: Callable[[], float] = time.monotonic,
@@ -106,20 +114,16 @@ class Worker:
         self._base = base
         self._journal = journal
         self._runner = runner
+        self._housekeeper = housekeeper
         self._polling = polling
         self._emit = emit
         self._clock = clock
-        self._jitter = jitter
-        self._lock = threading.Lock()
+        self._pace = Pace(polling.interval_s, emit, clock=clock, jitter=jitter)
         self._slots: dict[JobId, _Slot] = {}
-        self._unheard: dict[JobId, tuple[Lease, Outcome]] = {}
-        self._outbox_due = 0.0
-        self._outbox_failures = 0
-        self._not_before = 0.0
+        self._outbox = runner.outbox
+        self._reconcile_due = 0.0
         self._leaving = Leaving.NO
         self._taken = 0
-        self._trouble: str | None = None
-        self._failures = 0
         #: Whether the server has ever answered a question for a job.
         self.welcomed = False
         #: Jobs that ended by this machine's fault; the command's exit code tells.
@@ -138,9 +142,13 @@ class Worker:
             raise
         finally:
             self._drain()
+            self._leave_in_order()
 
     def leave(self, how: Leaving) -> None:
-        """Stop taking jobs; with STOP_JOBS also stop the running ones and give them back. Safe in a signal handler."""
+        """Stop taking jobs; with DETACH also let go of those in hand, with STOP_JOBS stop them and give them back.
+
+        Safe in a signal handler.
+        """
         self._leaving = max(self._leaving, how)
         self._budget.wake()
 
@@ -160,7 +168,7 @@ class Worker:
     @property
     def unfinished(self) -> bool:
         """Whether something is left for the next start: an end that was not heard, or what could not be removed."""
-        return bool(self._unheard)
+        return bool(self._outbox.waiting)
 
     @property
     def running(self) -> list[JobId]:
@@ -168,54 +176,42 @@ class Worker:
         return list(self._slots)
 
     def recover(self) -> None:
-        """Bring to an end what an earlier process left, before the first new job is taken.
+        """Go on with what an earlier process left, before the first new job is taken (recovery.py)."""
+        failpoint("before:recover")
+        if damage := recovery.damage_of(self._journal):
+            self._emit("journal_damaged", level="error", message=damage)
+        for found in recovery.open_jobs(self._journal, self._source, self._budget, self._emit):
+            lease, job, hold, outcome = found.lease, found.job, found.hold, found.outcome
+            halt = Halt()
+            if outcome is not None:
+                self._in_slot(lease, halt, partial(self._outbox.settle, lease, outcome))
+            elif job is not None and hold is not None:
+                self._run(lease, job, hold, halt)
+        recovery.clear_strays(self._journal, self._engine, self._base, self._emit)
+        self._reconcile_due = self._clock() + _RECONCILE_S
+        failpoint("after:recover")
 
-        An outcome that is on record is delivered. A job that had none is given back after its container and directory
-        are gone: whatever it was doing, this machine does not do it any more.
-        """
-        records = self._journal.records()
-        for record in records:
-            lease = self._source.resume(record.token, record.id)
-            outcome = record.outcome
-            if outcome is None:
-                outcome = Outcome(Ending.WORKER_FAILED, WorkerReason.RESTARTED, _restarted(record))
-                self._emit("job_found", level="debug", job=record.id, message=outcome.message)
-                self._end_container(record)
-                self._journal.settling(record.id, outcome)
-            self._unheard[record.id] = (lease, outcome)
-        known = frozenset(record.id for record in records)
+    def _leave_in_order(self) -> None:
+        """Tell the next start that jobs still open were not left by a crash (FAULTS.md A9)."""
         try:
-            for name in self._engine.reap(known):
-                self._emit("container_reaped", level="warning", message=f"removed the leftover container {name}")
+            self._journal.orderly()
         except WorkerFault as error:
-            self._emit("reap_failed", level="warning", message=str(error))
-        for name in self._base.leftovers(known):
-            try:
-                self._base.remove(name)
-            except OSError as error:
-                self._emit("directory_left", level="warning", message=f"leftover {name} cannot be deleted: {error}")
-
-    def _end_container(self, record: Record) -> None:
-        try:
-            container = self._engine.find(record.id)
-            if container is not None:
-                container.remove()
-        except WorkerFault as error:
-            self._emit("clean_up_failed", level="warning", job=record.id, message=str(error))
+            self._emit("journal_failed", level="error", message=str(error))
 
     def _poll(self) -> None:
         idle_since = self._clock()
         while not self._leaving:
-            self._flush_outbox()
+            self._outbox.flush()
+            self._reconcile()
             if self._slots:
                 idle_since = self._clock()
             if self._polling.enough(self._taken, self._clock() - idle_since):
                 return
-            wait_s = max(0.0, self._not_before - self._clock()) or self._take_one()
+            wait_s = self._pace.left_s() or self._take_one()
             if self._polling.idle_limit_s is not None:
                 wait_s = min(wait_s, max(0.0, self._polling.idle_limit_s - (self._clock() - idle_since)))
             if wait_s > 0:
-                self._budget.wait_for_change(wait_s)
+                self._budget.wait_for_change(min(wait_s, self._outbox.due_in_s()))
 
     def _take_one(self) -> float:
         """Try to take one job; returns how long to wait before the next try, in seconds (0: at once).
@@ -224,15 +220,17 @@ class Worker:
         """
         try:
             self._engine.check()
-            if self._trouble is not None:
-                self._flush_outbox(now=True)  # what an engine that was away still holds comes before new jobs
-            self._base.check_room()
+            if self._pace.in_trouble:
+                self._outbox.flush(now=True)  # what an engine that was away still holds comes before new jobs
+            self._check_fit()
             offer = None if self._is_full() else self._budget.offer()
             if offer is None and not self._slots:
                 raise WorkerFault(WorkerReason.DOES_NOT_FIT, _nothing_free(self._budget.free()))
             if offer is None:
                 return self._polling.interval_s  # ended early by the next job that gives something back
+            failpoint("before:fetch")
             claim = self._source.fetch(offer, 0.0)
+            failpoint("after:fetch")
         except UnreadableJob as error:
             self.welcomed = True
             self._settle_unreadable(error)
@@ -241,16 +239,34 @@ class Worker:
             # At the very first question a wrong password or no engine: a person is at hand to see it. Later the engine
             # is being restarted or the account changed (FAULTS.md B4, E1, E3), and running jobs wait for it.
             hopeless = verdict(error) is Verdict.STOP_WORKER or isinstance(error, SourceRefused)
-            if hopeless and not self.welcomed and not self._unheard:
+            if hopeless and not self.welcomed and not self._slots and not self._outbox.waiting:
                 raise ConfigError(str(error)) from error
-            return self._back_off(error)
+            return self._pace.failed(error)
         self.welcomed = True
-        self._all_well()
+        self._pace.well()
         if claim is None:
             self._emit("no_job", level="debug", message="no job for this machine")
-            return self._polling.interval_s * self._jitter()
+            return self._pace.idle()
         self._admit(claim)
         return 0.0
+
+    def _check_fit(self) -> None:
+        """Raise WorkerFault while this machine cannot run another job."""
+        for job_id, why in list(self._runner.watcher.stuck.items()):
+            raise WorkerFault(WorkerReason.ENGINE, f"the container of job {job_id} cannot be killed: {why}")
+        try:
+            self._base.check_room()
+        except WorkerFault:
+            if not self._housekeeper.make_room():
+                raise
+
+    def _reconcile(self) -> None:
+        """Every five minutes: containers that belong to no job of ours, and images nobody needs any more."""
+        if self._clock() < self._reconcile_due:
+            return
+        self._reconcile_due = self._clock() + _RECONCILE_S
+        recovery.clear_strays(self._journal, self._engine, self._base, self._emit, older_than_s=_RECONCILE_S)
+        self._housekeeper.tidy()
 
     def _is_full(self) -> bool:
         return len(self._slots) >= _OPEN_PER_SLOT * self._budget.slots
@@ -258,51 +274,56 @@ class Worker:
     def _admit(self, claim: Claim) -> None:
         """Journal the job, reserve its share, and hand it to a slot (steps 2 and 3)."""
         lease, job = claim
-        if job.id in self._slots or job.id in self._unheard:
+        if job.id in self._slots or job.id in self._outbox.waiting:
             # The server gave us again what we hold (its lease ran out meanwhile). Who holds it goes on; it is ours.
             self._emit("job_again", level="warning", job=job.id, message="handed out again while it is in hand here")
             return
         self._taken += 1
         try:
+            failpoint("before:claim")
             self._journal.claim(job.id, lease.token, job)
+            failpoint("after:claim")
             self._emit("job_claimed", job=job.id, message=f"claimed, image {job.image}", image=job.image)
             hold = self._budget.reserve(job.needs)
+            failpoint("after:reserve")
         except WorkerFault as error:
             outcome = Outcome(Ending.WORKER_FAILED, error.reason, str(error))
-            self._in_slot(lease, Halt(), lambda: self._runner.outbox.settle(lease, outcome))
+            self._in_slot(lease, Halt(), partial(self._outbox.settle, lease, outcome))
         else:
-            halt = Halt()
-            if not self._in_slot(lease, halt, lambda: self._runner.run(lease, job, hold, halt)):
-                hold.release()
+            self._run(lease, job, hold, Halt())
+
+    def _run(self, lease: Lease, job: Job, hold: Reservation, halt: Halt) -> None:
+        if not self._in_slot(lease, halt, partial(self._runner.run, lease, job, hold, halt)):
+            hold.release()
 
     def _settle_unreadable(self, error: UnreadableJob) -> None:
         """Report a job that nobody could run, with the same care as any other end."""
         lease = error.lease
-        if lease.job_id in self._slots or lease.job_id in self._unheard:
+        if lease.job_id in self._slots or lease.job_id in self._outbox.waiting:
             return
         self._taken += 1
         try:
             self._journal.claim(lease.job_id, lease.token, None)
         except WorkerFault as fault:
             self._emit("journal_failed", level="error", job=lease.job_id, message=str(fault))
-        outcome = self._runner.outcome_of(lease.job_id, error)
-        self._in_slot(lease, Halt(), lambda: self._runner.outbox.settle(lease, outcome))
+        outcome = outcome_of(error)
+        self._in_slot(lease, Halt(), partial(self._outbox.settle, lease, outcome))
 
-    def _in_slot(self, lease: Lease, halt: Halt, bring_to_end: Callable[[], Outcome]) -> bool:
+    def _in_slot(self, lease: Lease, halt: Halt, bring_to_end: Callable[[], Outcome | None]) -> bool:
         """Bring a job to its end in a thread of its own: a server that does not answer must not hold up the others.
 
         False: there can be no thread for it, and it was given back.
         """
 
         def run() -> None:
-            outcome = Outcome()
+            outcome: Outcome | None = Outcome()
             try:
                 outcome = bring_to_end()
             except Exception as error:
-                # A bug of ours. The job is in the journal, so the next start gives it back; the worker goes on.
+                # A bug of ours. The job is in the journal, so the next start goes on with it; so does the worker.
                 self._emit("bug", level="error", job=lease.job_id, message=f"{error!r}", where=traceback.format_exc(-3))
             finally:
-                self._ended(lease, outcome)
+                self._ended(outcome)
                 del self._slots[lease.job_id]
                 self._budget.wake()
 
@@ -314,69 +335,48 @@ class Worker:
         except RuntimeError as error:  # the limit of processes of this user or container
             del self._slots[lease.job_id]
             message = f"this machine lets the worker start no more threads: {error}"
-            self._ended(
-                lease, self._runner.outbox.settle(lease, Outcome(Ending.WORKER_FAILED, WorkerReason.INTERNAL, message))
-            )
+            outcome = Outcome(Ending.WORKER_FAILED, WorkerReason.INTERNAL, message)
+            self._ended(self._outbox.settle(lease, outcome))
             return False
 
-    def _ended(self, lease: Lease, outcome: Outcome) -> None:
+    def _ended(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return  # detached: the journal has it
+        self._pace.ended(outcome)
         if outcome.ending is Ending.WORKER_FAILED and outcome.reason is not WorkerReason.SHUTDOWN:
             self.worker_faults += 1
-        if self._runner.outbox.is_open(lease.job_id):
-            with self._lock:
-                self._unheard[lease.job_id] = (lease, outcome)
-
-    def _flush_outbox(self, *, now: bool = False) -> None:
-        """Try again to bring jobs to their very end (runner.deliver), at growing intervals or `now`."""
-        if not self._unheard or (not now and self._clock() < self._outbox_due):
-            return
-        with self._lock:
-            waiting = list(self._unheard.items())
-        heard = [job_id for job_id, (lease, outcome) in waiting if self._runner.outbox.deliver(lease, outcome)]
-        with self._lock:
-            for job_id in heard:
-                del self._unheard[job_id]
-        self._outbox_failures = 0 if len(heard) == len(waiting) else self._outbox_failures + 1
-        self._outbox_due = self._clock() + min(_OUTBOX_CAP_S, 2.0**self._outbox_failures) * self._jitter()
-
-    def _back_off(self, error: JobfetcherError) -> float:
-        """Say once what is wrong, and how long to wait: full jitter up to a cap that doubles (FAULTS.md J8, J10)."""
-        self._failures += 1
-        message = str(error)
-        if message != self._trouble:
-            self._trouble = message
-            self._emit("not_polling", level="error", message=f"no job can be taken: {message}")
-        # At least as long as the server asks for, and never at once: `Retry-After: 0` must not make a busy loop.
-        asked = error.retry_after_s if isinstance(error, SourceUnavailable) and error.retry_after_s else 0.0
-        cap = min(_IDLE_CAP_S, self._polling.interval_s * 2.0 ** min(self._failures, 10))
-        wait_s = max(asked, random.uniform(min(1.0, cap), cap))  # noqa: S311 - spreads load only
-        if isinstance(error, SourceError):
-            self._not_before = self._clock() + wait_s  # a job that ends meanwhile makes the server no better
-        return wait_s
-
-    def _all_well(self) -> None:
-        if self._trouble is not None:
-            self._emit("polling_again", message="the server and this machine are fine again; taking jobs")
-        self._trouble, self._failures = None, 0
 
     def _drain(self) -> None:
-        """Wait until all jobs have ended; heartbeats go on meanwhile. Stop them when `leave` says so."""
+        """Wait until all jobs have ended; heartbeats go on meanwhile. Stop or let go of them when `leave` says so."""
         told = Leaving.NO
+        detached_at = self._clock()
         while self._slots:
             if told is not self._leaving:
                 told = self._leaving
-                jobs = ", ".join(sorted(self._slots))
-                what = "stopping and giving back" if told is Leaving.STOP_JOBS else "finishing"
-                then = "exit at once" if told is Leaving.STOP_JOBS else "stop and give back"
-                self._emit("draining", message=f"{what} job {jobs}; another Ctrl-C or SIGTERM: {then}")
-            if self._leaving is Leaving.STOP_JOBS:
-                for slot in list(self._slots.values()):
-                    slot.halt.set(StopReason.SHUTDOWN)
-            self._budget.wait_for_change(self._polling.interval_s)
-        self._flush_outbox(now=True)
-        if self._unheard:
-            jobs = ", ".join(sorted(self._unheard))
+                detached_at = self._clock()
+                what, then = _FAREWELL[told]
+                self._emit("draining", message=f"{what} job {', '.join(sorted(self._slots))}; {then}")
+            reason = {Leaving.DETACH: StopReason.DETACH, Leaving.STOP_JOBS: StopReason.SHUTDOWN}.get(self._leaving)
+            for slot in list(self._slots.values()):
+                if reason is not None:
+                    slot.halt.set(reason)
+            if self._leaving is Leaving.DETACH and self._clock() - detached_at >= _DETACH_S:
+                return  # what is still busy is cut off with this process
+            self._budget.wait_for_change(0.2 if self._leaving is Leaving.DETACH else self._polling.interval_s)
+        if self._leaving is not Leaving.DETACH:
+            self._outbox.flush(now=True)
+        if self._outbox.waiting:
+            jobs = ", ".join(self._outbox.waiting)
             self._emit("unheard", level="warning", message=f"job {jobs} is not wholly ended; the next start goes on")
+
+
+#: What is said on the way out, and what another signal does.
+_FAREWELL = {
+    Leaving.NO: ("finishing", "another Ctrl-C or SIGTERM: stop and give back"),
+    Leaving.DRAIN: ("finishing", "another Ctrl-C or SIGTERM: stop and give back"),
+    Leaving.DETACH: ("letting go of", "the next start goes on with it"),
+    Leaving.STOP_JOBS: ("stopping and giving back", "another Ctrl-C or SIGTERM: exit at once"),
+}
 
 
 def _nothing_free(free: Offer) -> str:
@@ -384,13 +384,3 @@ def _nothing_free(free: Offer) -> str:
         f"only {max(0.0, free.cpu_cores):.1f} cores and {max(0, free.memory_mib)} MiB are free: other programs use the "
         "rest; close some, or lower RESERVE_CPUS and RESERVE_MEMORY"
     )
-
-
-def _restarted(record: Record) -> str:
-    where = {
-        Phase.CLAIMED: "before it began",
-        Phase.STAGING_IN: "while its inputs were downloaded",
-        Phase.RUNNING: "while it ran",
-        Phase.STAGING_OUT: "while its outputs were uploaded",
-    }
-    return f"the worker was stopped {where.get(record.phase, 'unexpectedly')}"

@@ -6,35 +6,49 @@
         jobs/<job>/files  mounted into the container at /files; writable for any user, since the job may run as any
         jobs/<job>/parts  downloads that are not whole yet; never visible to the job
         jobs/<job>/logs   what the worker itself adds to the job's logs
+        quarantine/       what nobody could make sense of, kept for a person; never read or deleted by the worker
 
 Imported by worker, runner and build. Knows no engine: where the directory lies on the engine's host is told to it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
+import hashlib
 import os
 import socket
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from jobfetcher import tree
 from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.failpoints import failpoint
+from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
+from jobfetcher.core.run import Stored
+from jobfetcher.core.text import clean
 
-_GIB = 1024**3
+_MIB, _GIB = 1024**2, 1024**3
 
 #: Room that is always kept free: the larger of the two, at most half the disk (a small one must be usable at all).
 _RESERVE_BYTES, _RESERVE_SHARE = 5 * _GIB, 0.05
 
 #: All that a worker makes in PATH_BASE: a directory with nothing else in it is ours alone.
-_OURS = {"lock", "jobs", "cache", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast"}
+_OURS = {"lock", "jobs", "cache", "quarantine", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast"}
 
 #: Inodes that are always kept free.
 _RESERVE_INODES = 0.05
+
+#: Read at once when a file is hashed, in bytes.
+_PIECE = 1024**2
+
+_LIBC = ctypes.CDLL(None, use_errno=True)  # Python has no syncfs(2)
 
 
 class Base:
@@ -43,6 +57,7 @@ class Base:
     def __init__(self, path: Path, *, reserve_mib: int | None = None) -> None:
         self.path = path
         self._reserve_mib = reserve_mib
+        self._watched = [path]
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             _make_private(path)
@@ -66,22 +81,86 @@ class Base:
         """Delete what `leftovers` named. Raises OSError for what could not be deleted."""
         tree.remove(self.path / "jobs", name)
 
+    def quarantine(self, name: str, why: str) -> Path:
+        """Move jobs/`name` to quarantine/, for a person to look at, with a WHY.txt beside it; returns where it is now.
+
+        It is on disk when this returns. Where nothing is to be moved, the WHY.txt alone is made. Raises OSError, and
+        ValueError for a `name` that is more than one name.
+        """
+        if name in {"", ".", ".."} or "/" in name:
+            raise ValueError(f"not the name of something in {self.path / 'jobs'}: {name[:80]!r}")
+        (self.path / "quarantine").mkdir(mode=0o700, exist_ok=True)
+        with tree.opened(self.path, ["jobs"]) as jobs, tree.opened(self.path, ["quarantine"]) as shelf:
+            os.fchmod(shelf, 0o700)
+            moved = _label(shelf, name, why)
+            with contextlib.suppress(FileNotFoundError):  # moved by a process that died here, or never made
+                os.rename(name, moved, src_dir_fd=jobs, dst_dir_fd=shelf)
+            for folder in (shelf, jobs):  # or it would be deleted as a leftover after a power cut
+                os.fsync(folder)
+        return self.path / "quarantine" / moved
+
+    def also_watch(self, path: Path | None) -> None:
+        """Keep the reserve free on the disk of `path` as well: the engine's own directory, if it is on this machine."""
+        if path is not None and path.is_dir():
+            self._watched.append(path)
+
     def check_room(self) -> None:
         """Raise WorkerFault(DISK) when less is free than must always be kept free."""
-        disk = os.statvfs(self.path)
-        free = disk.f_bavail * disk.f_frsize
-        total = disk.f_blocks * disk.f_frsize
-        least = self.reserve_bytes(total)
-        if free < least:
+        if full := self.is_full():
+            raise WorkerFault(WorkerReason.DISK, full)
+
+    def is_full(self) -> str:
+        """One sentence on the first watched disk where nothing more may be written, or nothing.
+
+        It has no number that changes, so that it is said once while it stays so (FAULTS.md J10).
+        """
+        for path in self._watched:
+            try:
+                disk = _disk(path)
+            except WorkerFault as fault:
+                return str(fault)
+            free, least = disk.f_bavail * disk.f_frsize, self.reserve_bytes(disk.f_blocks * disk.f_frsize)
+            if disk.f_flag & os.ST_RDONLY:
+                return f"{path} is mounted read-only"
+            if free < least:
+                return f"{path} has less than {least / _GIB:.2g} GiB free (RESERVE_DISK); make room there"
+            if disk.f_files and disk.f_favail < disk.f_files * _RESERVE_INODES:
+                return f"{path} has hardly any inodes left; delete small files on that disk"
+        return self._unwritable()
+
+    def _unwritable(self) -> str:
+        """A disk that went read-only after an error does not show it since Linux 6.12; one that fails never does."""
+        try:
+            os.pwrite(self._lock, os.pread(self._lock, 200, 0), 0)
+            os.fdatasync(self._lock)
+        except OSError as error:
+            return f"{self.path} cannot be written: {error.strerror}; look for disk errors (dmesg)"
+        return ""
+
+    def room_for(self, size: int) -> None:
+        """Raise WorkerFault(DISK) when `size` more bytes in PATH_BASE would not leave the reserve free."""
+        disk = _disk(self.path)
+        free, least = disk.f_bavail * disk.f_frsize, self.reserve_bytes(disk.f_blocks * disk.f_frsize)
+        if free - size < least:
             raise WorkerFault(
                 WorkerReason.DISK,
-                f"{self.path} has {free / _GIB:.1f} GiB free and {least / _GIB:.1f} GiB must stay free (RESERVE_DISK); "
-                "make room there",
+                f"{size / _MIB:.0f} MiB more do not fit into {self.path}: {free / _MIB:.0f} MiB are free and "
+                f"{least / _MIB:.0f} MiB must stay free (RESERVE_DISK)",
             )
-        if disk.f_files and disk.f_favail < disk.f_files * _RESERVE_INODES:
-            raise WorkerFault(
-                WorkerReason.DISK, f"{self.path} has only {disk.f_favail} inodes left; delete small files on that disk"
-            )
+
+    def free_bytes(self) -> int:
+        """Bytes free on the watched disks together, each disk counted once. Raises WorkerFault(DISK)."""
+        disks = {device: disk for disk, device in ((_disk(path), path.stat().st_dev) for path in self._watched)}
+        return sum(disk.f_bavail * disk.f_frsize for disk in disks.values())
+
+    def fullness(self) -> float:
+        """The part in use (0 to 1, as df counts it) of the disk that holds the engine's images, as far as we see it.
+
+        Raises WorkerFault(DISK).
+        """
+        disk = _disk(self._watched[-1])
+        used = disk.f_blocks - disk.f_bfree
+        return used / max(1, used + disk.f_bavail)
 
     def reserve_bytes(self, total: int) -> int:
         """Bytes that must stay free of a disk of `total` bytes."""
@@ -130,6 +209,62 @@ class Workspace:
         except OSError as error:
             raise WorkerFault(WorkerReason.DISK, f"{self.path} cannot be made: {error.strerror}") from error
 
+    def restore(self, kept: Mapping[str, Stored], halt: Halt | None = None) -> dict[str, Stored]:
+        """Make it as new for another run, but for the inputs that are what they were; returns those (FAULTS.md A10).
+
+        `kept`: inputs that were placed once, by path. The run may have changed them, so each is hashed again; one that
+        differs or cannot be read is dropped. Nothing else of the run is left. The container must be gone. May be called
+        again after dying anywhere in it. Raises Stopped and WorkerFault(DISK).
+        """
+        failpoint("before:restore")
+        old, new = self.path / "files.old", self.path / "files.new"
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            if old.is_dir() and not self.files.is_dir():
+                old.rename(self.files)  # it died between the two renames below
+            for name in (old.name, new.name, self.parts.name, self.logs.name):
+                tree.remove(self.path, name)
+            self.create()
+            new.mkdir(mode=0o700)
+            new.chmod(0o777)
+            # Linked and not moved: until the swap, the old tree is whole and this can begin again.
+            same = {name: stored for name, stored in kept.items() if self._relink(name, stored, new, halt or Halt())}
+            self.files.rename(old)
+            failpoint("during:restore")
+            new.rename(self.files)
+            tree.remove(self.path, old.name)
+        except OSError as error:
+            raise WorkerFault(
+                WorkerReason.DISK, f"what an earlier run left in {self.path} cannot be cleared away: {error}"
+            ) from error
+        return same
+
+    def _relink(self, name: str, stored: Stored, new: Path, halt: Halt) -> bool:
+        parts = tuple(name.split("/"))
+        try:
+            with tree.open_file(self.files, tree.Found(parts, stored.size, 0)) as file:
+                if not _is_same(file, stored, halt):
+                    return False
+                tree.link(file, new, parts)
+        except OSError:
+            return False  # gone, not a file any more, a bad disk, or no hard links there: it is fetched again
+        return True
+
+    def used_bytes(self) -> int:
+        """What the job takes on its disk now, its container's own layer not counted. Takes long for many files."""
+        return tree.disk_usage(self.path)
+
+    def sync(self) -> None:
+        """Wait until everything written to this disk so far is on it. Raises WorkerFault(DISK) when it cannot be."""
+        try:
+            with tree.opened(self.path) as folder:
+                if _LIBC.syncfs(folder):
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        except OSError as error:
+            raise WorkerFault(
+                WorkerReason.DISK, f"the disk of {self.path} takes no writes: {error.strerror}"
+            ) from error
+
     def make_output_folders(self, job: Job) -> None:
         """Create the folders that the job writes its outputs to, empty, as deployed jobs expect."""
         for output in job.outputs:
@@ -146,6 +281,46 @@ class Workspace:
     def remove(self) -> None:
         """Delete everything. Raises OSError for what could not be deleted."""
         tree.remove(self.path.parent, self.path.name)
+
+
+def _disk(path: Path) -> os.statvfs_result:
+    try:
+        return os.statvfs(path)
+    except OSError as error:
+        raise WorkerFault(WorkerReason.DISK, f"the disk of {path} does not answer: {error.strerror}") from error
+
+
+def _is_same(file: BinaryIO, stored: Stored, halt: Halt) -> bool:
+    """Whether a file still has the size and the digest that it had when it was stored."""
+    algorithm, _, digest = stored.digest.partition(":")
+    if algorithm not in {"sha256", "md5"} or os.fstat(file.fileno()).st_size != stored.size:
+        return False
+    hasher = hashlib.new(algorithm, usedforsecurity=False)
+    while piece := file.read(_PIECE):
+        halt.check()
+        hasher.update(piece)
+    return hasher.hexdigest() == digest
+
+
+def _label(shelf: int, name: str, why: str) -> str:
+    """A name in quarantine/ that nothing has yet, taken by the WHY.txt of that name."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    short = os.fsdecode(os.fsencode(name)[:200])  # with the rest it must stay below 256 bytes
+    number = 1
+    while True:
+        moved = f"{short}-{stamp}" if number == 1 else f"{short}-{stamp}-{number}"
+        try:
+            file = os.open(f"{moved}.WHY.txt", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=shelf)
+        except FileExistsError:
+            number += 1
+            continue
+        with open(file, "w", encoding="utf-8") as text:
+            text.write(
+                f"{clean(why, 2000)}\n\nKept for you; the worker does not look at it again. Delete it at will.\n"
+            )
+            text.flush()
+            os.fsync(text.fileno())
+        return moved
 
 
 def _make_private(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
@@ -50,6 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(FaultLayer, faults=app.state.faults)
     app.add_exception_handler(StorageError, _storage_refusal)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
+    app.add_exception_handler(OverflowError, _no_such_number)
     for module in (auth, worker_routes, files, user_routes, mock_routes, page):
         app.include_router(module.router)
     return app
@@ -119,6 +120,11 @@ async def _storage_refusal(_: Request, error: Exception) -> Response:
 async def _nobody_there(_: Request, __: Exception) -> Response:
     """The client left in the middle of its body: nobody reads this answer."""
     return Response(status_code=400)
+
+
+async def _no_such_number(_: Request, __: Exception) -> Response:
+    """A number beyond 64 bits: the database has none of those."""
+    return JSONResponse({"detail": "a number is too large"}, 400)
 
 
 app = create_app()

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from mock_api.context import Parts
 from mock_api.faults import Faults, Rule
-from mock_api.record import violations
+from mock_api.record import tallies, violations
 from mock_api.settings import Account
 
 router = APIRouter(prefix="/_mock")
@@ -44,6 +44,12 @@ def events(parts: Parts, kind: str | None = None, job_id: int | None = None) -> 
 def get_violations(parts: Parts) -> list[dict[str, Any]]:
     """What a correct worker never does (see `mock_api.record`)."""
     return [asdict(violation) for violation in violations(parts.store.record())]
+
+
+@router.get("/tally")
+def tally(parts: Parts) -> list[dict[str, Any]]:
+    """Pulls, ends and late requests of each account with each job."""
+    return [asdict(one) for one in tallies(parts.store.record())]
 
 
 @router.get("/outbox")

@@ -1,10 +1,11 @@
 """What the record says about the workers: the order of their updates judged by the rules a correct worker keeps.
 
-Pure: a list of entries in, a list of violations out. Used by `GET /_mock/violations`.
+Pure: a list of entries in, a list of violations or of tallies out. Used by `GET /_mock/violations` and `/_mock/tally`.
 """
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mock_api.models import State
 
@@ -39,6 +40,24 @@ class Violation:
 
 
 @dataclass
+class Tally:
+    """What one account did with one job: how often it pulled it, which ends of its were accepted, in order (`queued`:
+    given back), and how many updates and upload requests it sent after one, whatever they were answered."""
+
+    job_id: int
+    account: str
+    pulls: int = 0
+    ends: list[str] = field(default_factory=list)
+    late_requests: int = 0
+
+
+_ENDS = frozenset({State.FINISHED, State.ERROR, State.QUEUED})
+
+#: The note of a fault that handles a request about a job's state and then loses the answer.
+_LOST_ANSWER = re.compile(r'(?:GET|PUT) /jobs/(\d+)/status .*"drop":"after"')
+
+
+@dataclass
 class _Tenure:
     """One account's time with one job, from its pull to its last word."""
 
@@ -52,22 +71,48 @@ def violations(entries: Iterable[Entry]) -> list[Violation]:
 
     A refused update does not count towards the order of states (the worker is right to send it again), but it counts
     for the rules on details and on updates after a 404. An account that lost a job without being told may send one
-    update more: the 404 is how it learns (S5).
+    update more: the 404 is how it learns (S5). Asking for the state is right at any time.
     """
     tenures: dict[tuple[int | None, str | None], _Tenure] = {}
+    answer_lost: set[int | None] = set()  # jobs whose next answer a fault keeps from the worker
     found: list[Violation] = []
     for entry in entries:
-        owner = (entry.job_id, entry.account)
-        if entry.kind == "pull":
-            tenures[owner] = _Tenure()
-        elif entry.kind == "status" and entry.code == 404 and owner in tenures:
-            tenures[owner].told_to_stop = True
+        tenure = tenures.get((entry.job_id, entry.account))
+        rules: list[str] = []
+        if entry.kind == "fault" and (lost := _LOST_ANSWER.match(entry.note or "")):
+            answer_lost.add(int(lost[1]))
+        elif entry.kind == "pull":
+            tenures[entry.job_id, entry.account] = _Tenure()
         elif entry.kind == "violation":
-            found.append(Violation(entry.id, entry.job_id, entry.account, entry.note or ""))
+            rules = [entry.note or ""]
         elif entry.kind == "update":
-            rules = [*_of_details(entry.details or ""), *_of_order(entry, tenures.get(owner))]
-            found += [Violation(entry.id, entry.job_id, entry.account, rule) for rule in rules]
+            rules = [*_of_details(entry.details or ""), *_of_order(entry, tenure)]
+        elif entry.kind == "sign_upload" and tenure is not None and tenure.last_word is not None:
+            rules = [f"asked where to upload to after {_end(tenure.last_word)}"]
+        if entry.kind in ("update", "status"):
+            heard = entry.job_id not in answer_lost
+            answer_lost.discard(entry.job_id)
+            if tenure is not None and entry.code == 404 and heard:
+                tenure.told_to_stop = True
+        found += [Violation(entry.id, entry.job_id, entry.account, rule) for rule in rules]
     return found
+
+
+def tallies(entries: Iterable[Entry]) -> list[Tally]:
+    """The tally of each account with each job that it pulled, in the order of the first pulls."""
+    found: dict[tuple[int | None, str | None], Tally] = {}
+    ended: set[tuple[int | None, str | None]] = set()
+    for entry in entries:
+        owner = (entry.job_id, entry.account)
+        if entry.kind == "pull" and entry.job_id is not None and entry.account is not None:
+            found.setdefault(owner, Tally(entry.job_id, entry.account)).pulls += 1
+            ended.discard(owner)
+        elif entry.kind in ("update", "sign_upload") and owner in ended:
+            found[owner].late_requests += 1
+        if entry.kind == "update" and entry.code == 204 and entry.state in _ENDS and owner in found:
+            found[owner].ends.append(entry.state)
+            ended.add(owner)
+    return list(found.values())
 
 
 def _of_order(entry: Entry, tenure: _Tenure | None) -> Iterator[str]:
@@ -76,18 +121,16 @@ def _of_order(entry: Entry, tenure: _Tenure | None) -> Iterator[str]:
         return
     if tenure.told_to_stop:
         yield "update after a 404 told the worker to stop"
-    if entry.code == 404:
-        tenure.told_to_stop = True
     if entry.code == 204:
         yield from _of_state(State(entry.state or ""), tenure)
 
 
 def _of_state(state: State, tenure: _Tenure) -> Iterator[str]:
     last_word = tenure.last_word
-    if state in (State.QUEUED, State.FINISHED, State.ERROR):
+    if state in _ENDS:
         tenure.last_word = state
     if last_word is not None:
-        yield f"{state} after {'the release' if last_word is State.QUEUED else last_word}"
+        yield f"{state} after {_end(last_word)}"
         return
     if state in (State.QUEUED, State.ERROR):  # right from every state
         return
@@ -108,6 +151,10 @@ def _of_details(details: str) -> Iterator[str]:
         yield "details with a raw <, > or & (S11)"
     if any(ord(char) < 32 or 127 <= ord(char) < 160 for char in details):
         yield "details with control characters (S11)"
+
+
+def _end(last_word: State) -> str:
+    return "the release" if last_word is State.QUEUED else last_word
 
 
 def _name(rank: int) -> str:

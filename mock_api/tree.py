@@ -79,8 +79,10 @@ class Tree:
     def has_prefix(self, key: str) -> bool:
         """Whether any object's key starts with `key`."""
         *folder, start = parts_of(key) or [""]
-        directory = self._files.joinpath(*folder)
-        return directory.is_dir() and any(entry.name.startswith(start) for entry in directory.iterdir())
+        try:
+            return any(entry.name.startswith(start) for entry in self._files.joinpath(*folder).iterdir())
+        except OSError:  # no such directory, or a name too long for one
+            return False
 
     def names(self, folder: str) -> list[str]:
         """Every object below `folder`, its name relative to it, sorted."""
@@ -89,8 +91,10 @@ class Tree:
 
     def read(self, key: str) -> Iterator[bytes] | None:
         """The object's content in pieces."""
-        path = self._path(key)
-        return _pieces(path.open("rb")) if path.is_file() else None
+        try:
+            return _pieces(self._path(key).open("rb"))
+        except OSError:  # no such file, a directory, or a name too long for one
+            return None
 
     def count(self, key: str, what: str, amount: int = 1) -> None:
         """Add to the traffic of an object: `gets` (requests), `sent` (bytes), `puts` (times stored)."""

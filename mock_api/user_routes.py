@@ -29,6 +29,8 @@ def submit(
     raw: bool = False,
 ) -> dict[str, int]:
     """Queue a job. `raw`: any JSON at all, handed out as it is to whoever asks first."""
+    if isinstance(spec, bytes):  # what a body becomes that does not say it is JSON
+        raise HTTPException(400, "the body must be application/json")
     needs = HardwareSpec()
     if not raw:
         try:

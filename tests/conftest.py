@@ -11,9 +11,23 @@ from collections.abc import Iterator
 import docker
 import pytest
 
+from tests.fault_rows import Table
 from tests.support import services
 
 _GRACE_S = 5.0  # a thread that was told to stop, and an engine that is removing a container, get this long
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--faults-table`, which `make faults` uses."""
+    parser.addoption(
+        "--faults-table", action="store_true", help="run the tests that carry a row of the contract; print them by row"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The table is a plugin of its own."""
+    if config.getoption("--faults-table"):
+        config.pluginmanager.register(Table())
 
 
 @pytest.fixture(scope="session")

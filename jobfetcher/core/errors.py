@@ -41,6 +41,8 @@ class JobReason(StrEnum):
     REMOVED_OUTSIDE = "removed_outside"
     BAD_OUTPUT = "bad_output"
     OUTPUT_TOO_LARGE = "output_too_large"
+    DISK_FILLED = "disk_filled"
+    CRASHES_WORKER = "crashes_worker"
 
 
 class WorkerReason(StrEnum):
@@ -62,12 +64,14 @@ class WorkerReason(StrEnum):
 
 
 class StopReason(StrEnum):
-    """Why a running job must end before its own end."""
+    """Why a job in hand must be let go of before its own end. DETACH: by this process only; the next one goes on."""
 
     CANCELLED = "cancelled"
     LOST = "lost"
     SHUTDOWN = "shutdown"
     HEARTBEAT = "heartbeat"
+    SILENCE = "silence"
+    DETACH = "detach"
 
 
 class JobfetcherError(Exception):

@@ -4,7 +4,8 @@ The journal stores these words; what a server is told is the adapter's business 
 
     CLAIMED -> STAGING_IN -> RUNNING -> STAGING_OUT -> SETTLING -> (record forgotten)
 
-Every phase may also go straight to SETTLING: that is how a job fails, is given back, or is dropped.
+Every phase may also go straight to SETTLING: that is how a job fails, is given back, or is dropped. RUNNING may go back
+to STAGING_IN, once: a run that this machine interrupted is repeated from a clean state (FAULTS.md J5, E1, A10).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Phase(StrEnum):
 ALLOWED: dict[Phase, frozenset[Phase]] = {
     Phase.CLAIMED: frozenset({Phase.STAGING_IN, Phase.SETTLING}),
     Phase.STAGING_IN: frozenset({Phase.RUNNING, Phase.SETTLING}),
-    Phase.RUNNING: frozenset({Phase.STAGING_OUT, Phase.SETTLING}),
+    Phase.RUNNING: frozenset({Phase.STAGING_OUT, Phase.STAGING_IN, Phase.SETTLING}),
     Phase.STAGING_OUT: frozenset({Phase.SETTLING}),
     Phase.SETTLING: frozenset(),
 }

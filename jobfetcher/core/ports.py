@@ -93,8 +93,12 @@ class JobSource(Protocol):
         """
         ...
 
-    def resume(self, token: str, job_id: JobId) -> Lease:
-        """The lease of a job that was handed out earlier, from its token. Sends nothing."""
+    def resume(self, token: str, job_id: JobId, *, cut_off: Phase | None = None) -> Lease:
+        """The lease of a job that was handed out earlier, from its token. Sends nothing.
+
+        `cut_off`: an earlier process died in that phase, so that an update of its may still be on its way, and the job
+        may have been taken back or handed on since: the source is asked before anything is said.
+        """
         ...
 
     def close(self) -> None: ...
@@ -175,6 +179,14 @@ class Container(Protocol):
         """
         ...
 
+    def is_paused(self) -> bool:
+        """Whether a person paused it (FAULTS.md E11)."""
+        ...
+
+    def written_bytes(self) -> int:
+        """What it wrote to its own layer on the engine's disk, in bytes; slow, for when the disk fills up."""
+        ...
+
     def stop(self, grace_s: float) -> None:
         """TERM, and KILL after `grace_s`. Safe from any thread, when it has ended, and when it is gone."""
         ...
@@ -214,8 +226,15 @@ class Engine(Protocol):
         """This worker's container of that job, running or not."""
         ...
 
-    def reap(self, known: frozenset[JobId]) -> list[str]:
-        """Remove this worker's containers of jobs that are not in `known`; returns their names."""
+    def reap(self, known: frozenset[JobId], *, older_than_s: float = 0.0) -> list[str]:
+        """Remove this worker's containers of jobs not in `known` that are at least so old; returns their names."""
+        ...
+
+    def forget_image(self, image_id: str, reference: str) -> bool:
+        """Remove an image that this worker pulled, if `reference` still means it and nothing uses it; never forced.
+
+        False: it is in use, or it is not ours any more (somebody gave it other names); True: it is gone.
+        """
         ...
 
     def own(self, image_id: str, host_path: str) -> None:

@@ -14,7 +14,8 @@ from jobfetcher.core.job import JobId
 class Image:
     """An image that is on this machine and was checked; `id` is what is run, so no tag can move in between.
 
-    `digest` is the registry's (`repo@sha256:...`), or None for an image that never was in one.
+    `digest` is the registry's (`repo@sha256:...`), or None for an image that never was in one. `pulled`: this worker
+    brought it just now, so it may remove it again one day (FAULTS.md D7).
     """
 
     id: str
@@ -22,6 +23,7 @@ class Image:
     digest: str | None
     architecture: str
     size_bytes: int = 0
+    pulled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Exit:
 
     `genuine` is False when the engine cannot vouch for the exit code (it restarted meanwhile): such an exit is
     *interrupted*, never a success, whatever the code (FAULTS.md E1). Times are the engine's own (RFC 3339 text).
+    `stopped_for`: this worker stopped it for that reason, and `error` is the sentence that says so.
     """
 
     code: int
@@ -67,6 +70,7 @@ class Exit:
     started_at: str = ""
     finished_at: str = ""
     error: str = ""
+    stopped_for: JobReason | WorkerReason | None = None
 
 
 class Ending(Enum):

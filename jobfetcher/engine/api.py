@@ -1,18 +1,21 @@
 """The one door to the container engine: a client with deadlines, and foreign exceptions turned into our own.
 
 Used by the other rooms of `engine`. Promises: nothing from the docker SDK, requests or urllib3 leaves a `calling`
-block, and every call that does not stream ends within its deadline. One client serves all threads: it is a
-`requests.Session` whose only state that changes after construction is the connection pools, which lock.
+block, and every call that does not stream ends within its deadline, whatever other threads wait for (FAULTS.md E2,
+E3). One client serves all threads: it is a `requests.Session` whose only state that changes after construction is the
+connection pools, which lock. `one_line` is for questions whose answers must come from one and the same engine process.
 """
 
 from __future__ import annotations
 
 import http.client
+import json
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
+from urllib.parse import urlencode
 
 import docker
 import requests
@@ -24,8 +27,17 @@ from jobfetcher.core.text import clean
 
 DEFAULT_URL = "unix:///var/run/docker.sock"
 
-#: Longest wait for one call, in seconds: the SDK's and the docker client's usual one.
-CALL_TIMEOUT_S = 60
+#: Longest wait for what an engine only has to look up, in seconds (FAULTS.md E2).
+LOOK_UP_S = 15.0
+
+#: Longest wait for what an engine has to do (create, start, remove), in seconds: the docker client's usual one.
+WORK_S = 60.0
+
+#: Longest answer that a `Line` reads, in bytes. The longest it asks for is 256 events, each with a container's labels.
+_ANSWER_MAX = 16 * 1024 * 1024
+
+#: Longest complaint that is read out of one, in bytes.
+_SAID_MAX = 2000
 
 #: What can come out of the SDK and the libraries below it when the engine does not answer properly.
 #: ValueError: an answer that is not the JSON it should be.
@@ -50,27 +62,36 @@ class Unreachable(WorkerFault):
 class EngineApi:
     """The engine at `url`: `unix:///path` or `tcp://host:port`. Connects on first use. Thread-safe.
 
+    `look_up_s` and `work_s`: see LOOK_UP_S and WORK_S; the SDK's own calls have the first one.
+
     Raises ConfigError for another kind of address. An engine on another host (ssh://, TLS) is no use: a job's
     directory is mounted from the engine's own disk.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: int = CALL_TIMEOUT_S) -> None:
+    def __init__(self, url: str = DEFAULT_URL, *, look_up_s: float = LOOK_UP_S, work_s: float = WORK_S) -> None:
         if not url.startswith(("unix:///", "tcp://")):
             raise ConfigError(
                 f"{clean(url)} is not an engine on this machine: unix:///PATH or tcp://HOST:PORT is needed"
             )
         self.url = url
-        self.timeout_s = timeout_s
+        self.look_up_s = look_up_s
+        self.work_s = work_s
         self._lock = threading.Lock()
         self._client: docker.APIClient | None = None
 
     @property
     def client(self) -> docker.APIClient:
         """The SDK's client, speaking the engine's own API version. Use it inside `calling` only."""
+        if (client := self._client) is not None:
+            return client
+        # It asks the engine for its version: not under the lock, where a frozen engine would make threads queue.
+        # The SDK hands its timeout, which it calls an int of seconds, on to requests, which takes a fraction.
+        made = docker.APIClient(self.url, version="auto", timeout=self.look_up_s)  # type: ignore[arg-type]
         with self._lock:
-            if self._client is None:
-                self._client = docker.APIClient(self.url, version="auto", timeout=self.timeout_s)
-            return self._client
+            client = self._client = self._client or made
+        if client is not made:
+            made.close()
+        return client
 
     @contextmanager
     def calling(self, doing: str) -> Iterator[docker.APIClient]:
@@ -79,7 +100,7 @@ class EngineApi:
         Raises Unreachable when there was no answer. Errors of our own tree pass unchanged.
         """
         try:
-            self.line(self.timeout_s).close()  # the SDK forgets to close the socket of a connection that was refused
+            self.line(self.look_up_s).close()  # the SDK forgets to close the socket of a connection that was refused
             yield self.client
         except APIError as error:
             raise WorkerFault(
@@ -109,6 +130,12 @@ class EngineApi:
                 return None
             return found
 
+    @contextmanager
+    def one_line(self, doing: str) -> Iterator[Line]:
+        """`calling`, with a connection made now and kept for the block: one engine process gives all its answers."""
+        with self.calling(doing) as client, closing(self.line(self.look_up_s)) as connection:
+            yield Line(connection, client.api_version, self.look_up_s)
+
     def ask(
         self,
         method: str,
@@ -121,7 +148,7 @@ class EngineApi:
     ) -> requests.Response:
         """One call that the SDK has no deadline or no types for. For use inside `calling`.
 
-        `timeout_s` bounds each read. Raises what the SDK raises (NotFound, APIError).
+        `timeout_s` bounds each read; None: `look_up_s`. Raises what the SDK raises (NotFound, APIError).
         """
         client = self.client
         answer = client.request(
@@ -130,7 +157,7 @@ class EngineApi:
             params=params,
             json=body,
             stream=stream,
-            timeout=(self.timeout_s, timeout_s or self.timeout_s),
+            timeout=(self.look_up_s, timeout_s or self.look_up_s),
         )
         try:
             answer.raise_for_status()
@@ -140,7 +167,8 @@ class EngineApi:
 
     def create(self, config: Mapping[str, Any], name: str) -> str:
         """Create a container, of the API's own words (`box`); its id. For use inside `calling`."""
-        return str(self.ask("POST", "/containers/create", body=config, name=name).json()["Id"])
+        answer = self.ask("POST", "/containers/create", timeout_s=self.work_s, body=config, name=name)
+        return str(answer.json()["Id"])
 
     def line(self, timeout_s: float) -> http.client.HTTPConnection:
         """A connection of its own, connected: for a long call that another thread must be able to cut (by its `sock`).
@@ -182,6 +210,52 @@ class EngineApi:
         if timed_out(error):
             return Unreachable(f"the container engine at {self.url} did not {doing} in time; is it frozen?")
         return Unreachable(f"the container engine at {self.url} did not {doing}: {clean(str(error), 300)}")
+
+
+class Line:
+    """One connection to one engine process. Use it inside `EngineApi.one_line` only, which also turns its errors."""
+
+    def __init__(self, connection: http.client.HTTPConnection, api_version: str, look_up_s: float) -> None:
+        connection.auto_open = 0  # a connection that the engine closed must not become one to the next engine
+        self._connection = connection
+        self._api_version = api_version
+        self._look_up_s = look_up_s
+
+    def get(self, path: str, **query: str) -> Any | None:
+        """The JSON that the engine answers; None for 404."""
+        body = self._ask("GET", path, self._look_up_s, query)
+        return None if body is None else json.loads(body)
+
+    def events(self, **query: str) -> list[dict[str, Any]]:
+        """What the engine remembers of that kind (GET /events), oldest first; nothing if it is too much to read."""
+        body = self._ask("GET", "/events", self._look_up_s, query) or b""
+        return [json.loads(line) for line in body.splitlines()] if len(body) < _ANSWER_MAX else []
+
+    def wait(self, container: str, timeout_s: float) -> int | None:
+        """The exit code of a container when it is not running (any more); None: for so long it was.
+
+        After None the line is of no more use. Raises NotFound when there is no such container.
+        """
+        try:
+            body = self._ask("POST", f"/containers/{container}/wait", timeout_s, {})
+        except TimeoutError:
+            return None
+        if body is None:
+            raise NotFound("no such container")
+        return int(json.loads(body)["StatusCode"])
+
+    def _ask(self, method: str, path: str, timeout_s: float, query: Mapping[str, str]) -> bytes | None:
+        self._connection.sock.settimeout(timeout_s)
+        self._connection.request(method, f"/v{self._api_version}{path}?{urlencode(query)}")
+        with self._connection.getresponse() as answer:
+            body = answer.read(_ANSWER_MAX)
+            if answer.status == http.client.NOT_FOUND:
+                return None
+            if answer.status != http.client.OK:
+                raise APIError(
+                    f"{answer.status} {answer.reason}", explanation=body[:_SAID_MAX].decode(errors="replace")
+                )
+            return body
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -1,13 +1,15 @@
 """The Docker engine behind `core.ports.Engine`.
 
 Named by `build.py` only. Promises: create and start are safe to repeat, for a container is found again by its name and
-labels (FAULTS.md J2, A3); a container's end is noticed at once, in the engine's own wait call; an exit that happened
-while the engine was away is not vouched for (E1); nothing that is not ours, by name and label, is ever touched (E10).
+labels (FAULTS.md J2, A3); a container's end is noticed at once, in the engine's own wait call; an exit that an engine's
+restart may have caused is not genuine (E1: `vouch`); no call blocks for longer than its deadline (E2, E3); nothing that
+is not ours, by name and label, is ever touched (E10).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -17,32 +19,40 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import requests
 from docker.errors import APIError, NotFound
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, PullProgress
 from jobfetcher.core.run import Exit, Image, RunSpec
 from jobfetcher.core.text import clean
-from jobfetcher.engine.api import DEFAULT_URL, EngineApi, Unreachable, timed_out, words
+from jobfetcher.engine import vouch
+from jobfetcher.engine.api import DEFAULT_URL, LOOK_UP_S, WORK_S, EngineApi, Line, Unreachable, words
 from jobfetcher.engine.box import box, chown_box
 from jobfetcher.engine.images import ImagePolicy, Images
-from jobfetcher.engine.run_spec import LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK
+from jobfetcher.engine.run_spec import LABEL_ATTEMPT, LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK
 
 #: How often create and start are tried when the engine's answer is lost, and the pauses between, in seconds.
 _PAUSES_S = (0.5, 1.0, 2.0)
 
-#: Longest pause while waiting for an engine that went away, in seconds (FAULTS.md E1).
+#: How long a running job waits for an engine that went away, and the longest pause between tries (FAULTS.md E1, E3).
+RECONNECT_S = 1800.0
 _RECONNECT_PAUSE_S = 15.0
 
-#: FinishedAt must be this much before the engine went away for an exit code to be trusted, in seconds (FAULTS.md E1).
-_GENUINE_MARGIN_S = 1.0
+#: After so long a wait the engine is asked anew whether the container runs, in seconds (FAULTS.md E2).
+_CROSS_CHECK_S = 30.0
+
+#: `docker restart` starts a container again 0.3 s after its end. It is looked for so often, after so many seconds each
+#: time: the machine may be busy (FAULTS.md E11).
+_RESTART_LOOKS, _RESTART_PAUSE_S = 10, 0.5
+
+#: What an engine itself says for an exit code that it does not know.
+_UNKNOWN_CODE = 255
 
 #: How long giving back the files of one job may take, in seconds: generous, since a job may leave a million.
 _OWN_TIMEOUT_S = 600.0
@@ -99,6 +109,7 @@ class DockerEngine:
     """One engine, seen by one worker (`instance`). Thread-safe. Connects on first use.
 
     `reconnect_s`: how long a running job waits for an engine that went away before its worker is declared at fault.
+    `look_up_s`, `work_s`: see `EngineApi`. `clock`, `now` and `sleep`: time passing, the time of day, and a pause.
     """
 
     def __init__(
@@ -108,14 +119,20 @@ class DockerEngine:
         url: str = DEFAULT_URL,
         images: ImagePolicy | None = None,
         emit: Emit = lambda *_, **__: None,
-        reconnect_s: float = 300.0,
+        reconnect_s: float = RECONNECT_S,
+        look_up_s: float = LOOK_UP_S,
+        work_s: float = WORK_S,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.api = EngineApi(url)
+        self.api = EngineApi(url, look_up_s=look_up_s, work_s=work_s)
         self.instance = instance
         self.reconnect_s = reconnect_s
-        self._images = Images(self.api, images or ImagePolicy(), emit)
+        self.clock = clock
+        self.now = now
         self.sleep = sleep
+        self._images = Images(self.api, images or ImagePolicy(), emit)
         self._network_lock = threading.Lock()
         self._helpers: set[str] = set()
 
@@ -166,18 +183,35 @@ class DockerEngine:
 
     def find(self, job_id: JobId) -> DockerContainer | None:
         """See `Engine.find`. Of several attempts, the newest."""
-        ours = self._ours(job_id)
-        newest = max(ours, key=lambda summary: int(summary["Created"]), default=None)
+
+        def age(summary: Mapping[str, Any]) -> tuple[int, int]:
+            attempt = str(summary["Labels"].get(LABEL_ATTEMPT, ""))
+            return int(summary["Created"]), int(attempt) if attempt.isdecimal() else 0
+
+        newest = max(self._ours(job_id), key=age, default=None)
         return DockerContainer(self, str(newest["Id"])) if newest else None
 
-    def reap(self, known: frozenset[JobId]) -> list[str]:
-        removed = []
+    def reap(self, known: frozenset[JobId], *, older_than_s: float = 0.0) -> list[str]:
+        """See `Engine.reap`. One that cannot be removed does not save the others; its fault is raised after them."""
+        removed: list[str] = []
+        failed: WorkerFault | None = None
         for summary in self._ours():
             name = _name(summary)
-            if (summary.get("Labels") or {}).get(LABEL_JOB) not in known and name not in self._helpers:
+            if summary["Labels"].get(LABEL_JOB) in known or name in self._helpers:
+                continue
+            if older_than_s and self.now() - float(summary["Created"]) < older_than_s:
+                continue
+            try:
                 DockerContainer(self, str(summary["Id"])).remove()
                 removed.append(name)
+            except WorkerFault as fault:
+                failed = fault
+        if failed is not None:
+            raise failed
         return removed
+
+    def forget_image(self, image_id: str, reference: str) -> bool:
+        return self._images.forget(image_id, reference)
 
     def own(self, image_id: str, host_path: str) -> None:
         """See `Engine.own`. Raises WorkerFault(DISK) naming the directory that is left, WorkerFault(ENGINE)."""
@@ -218,13 +252,16 @@ class DockerEngine:
         return call()
 
     def _create(self, spec: RunSpec, config: dict[str, Any]) -> DockerContainer:
+        failpoint("before:create")
         with self.api.calling("create a container"):
             try:
-                return DockerContainer(self, self.api.create(config, spec.name))
+                created = self.api.create(config, spec.name)
             except APIError as error:
                 if error.status_code != 409:
                     raise _start_fault(words(error)) from error
-        return self._adopt(spec)
+                created = None
+        failpoint("after:create")
+        return self._adopt(spec) if created is None else DockerContainer(self, created)
 
     def _adopt(self, spec: RunSpec) -> DockerContainer:
         """The container that has our name already: an earlier create whose answer was lost, or a stranger."""
@@ -245,9 +282,9 @@ class DockerEngine:
             raise _removed()
         if found["State"]["Status"] != "created":
             return
-        with self.api.calling("start a container") as client:
+        with self.api.calling("start a container"):
             try:
-                client.start(container.id)
+                self.api.ask("POST", f"/containers/{container.id}/start", timeout_s=self.api.work_s)
             except APIError as error:
                 raise _start_fault(words(error)) from error
 
@@ -256,7 +293,8 @@ class DockerEngine:
         labels = [f"{LABEL_INSTANCE}={self.instance}"] + ([f"{LABEL_JOB}={job_id}"] if job_id else [])
         with self.api.calling("list containers") as client:
             found = client.containers(all=True, filters={"label": labels})
-        return [summary for summary in found if _name(summary).startswith(f"jobfetcher-{self.instance}-")]
+        prefix = f"jobfetcher-{self.instance}-{job_id}-" if job_id else f"jobfetcher-{self.instance}-"
+        return [summary for summary in found if _name(summary).startswith(prefix)]
 
     def _network_mode(self, network: str | None) -> str:
         if network is None:
@@ -290,11 +328,17 @@ class DockerEngine:
         return str(oldest["Id"])
 
 
-class _Break(NamedTuple):
-    """When the engine went away: on the wall clock, as the engine tells time, and on the monotonic one."""
+@dataclass(slots=True)
+class _Absence:
+    """An engine that does not answer: since when, when it is tried again, and after which pause the time after that."""
 
-    wall: float
     since: float
+    due: float = 0.0
+    pause_s: float = 1.0
+
+    def failed(self, now: float) -> None:
+        self.due = now + self.pause_s
+        self.pause_s = min(self.pause_s * 2, _RECONNECT_PAUSE_S)
 
 
 class DockerContainer:
@@ -304,7 +348,11 @@ class DockerContainer:
         self._engine = engine
         self._api = engine.api
         self._id = container_id
-        self._broken: _Break | None = None
+        self._absence: _Absence | None = None
+        self._stopped = False
+        #: When the run that is waited for was started, and its exit code if one connection saw it run and end.
+        self._started: str | None = None
+        self._seen_end: int | None = None
 
     @property
     def id(self) -> str:
@@ -313,56 +361,96 @@ class DockerContainer:
     def wait(self, timeout_s: float) -> Exit | None:
         """See `Container.wait`. While the engine is away it is tried again, for `reconnect_s` over all calls in a row.
 
-        `Exit.error` says so where the program was never run, because the image does not have it.
+        May take one look-up's deadline longer than `timeout_s` where the engine is frozen. `Exit.error` says so where
+        the program was never run, because the image does not have it.
         """
-        deadline = time.monotonic() + timeout_s
-        pause = 1.0
+        clock = self._engine.clock
+        deadline = clock() + timeout_s
         while True:
-            try:
-                end = self._wait(max(deadline - time.monotonic(), 0.01))
-                if end or time.monotonic() >= deadline:
-                    return end
-                continue
-            except Unreachable:
-                self._broken = self._broken or _Break(time.time(), time.monotonic())
-                now = time.monotonic()
-                if now - self._broken.since > self._engine.reconnect_s:
-                    raise
-                if now >= deadline:
+            if self._absence and (pause := self._absence.due - clock()) > 0:
+                self._engine.sleep(min(pause, max(deadline - clock(), 0)))
+                if clock() >= deadline:
                     return None
-            self._engine.sleep(min(pause, max(deadline - time.monotonic(), 0)))
-            pause = min(pause * 2, _RECONNECT_PAUSE_S)
+                continue
+            try:
+                end = self._wait(min(max(deadline - clock(), 0.01), _CROSS_CHECK_S))
+                self._absence = None
+            except WorkerFault:  # no answer, or an engine in such trouble that it answers with an error
+                end = None
+                self._absence = self._absence or _Absence(clock())
+                if clock() - self._absence.since > self._engine.reconnect_s:
+                    raise
+                self._absence.failed(clock())
+            if end or clock() >= deadline:
+                return end
 
     def _wait(self, timeout_s: float) -> Exit | None:
-        if self._broken and self._inspect()["State"]["Running"]:
-            self._broken = None  # it outlived the engine's absence: its end will be seen
-        with self._api.calling("wait for a container"):
-            try:
-                self._api.ask("POST", f"/containers/{self._id}/wait", timeout_s=timeout_s).json()
-            except NotFound:
-                raise _removed() from None
-            except requests.RequestException as error:
-                if timed_out(error):
+        """Its end; None while it runs. Whether it runs and how it ends is asked on one connection: see `vouch`."""
+        with self._api.one_line("wait for a container") as line:
+            state = self._state(line)
+            if state["Running"] and not self._is_another_run(state):
+                try:
+                    self._seen_end = line.wait(self._id, timeout_s)
+                except NotFound:
+                    raise _removed() from None
+                if self._seen_end is None:
                     return None
-                raise
-        state = self._inspect()["State"]
-        return None if state["Running"] else self._exit(state)  # running: somebody restarted it meanwhile
+        return self._exit()
 
-    def _exit(self, state: Mapping[str, Any]) -> Exit:
-        if state["Status"] == "removing":
-            raise _removed()
-        code, finished = int(state["ExitCode"]), str(state["FinishedAt"])
-        genuine = self._broken is None or _seconds(finished) < self._broken.wall - _GENUINE_MARGIN_S
-        if state["Status"] == "created":  # never started: the 0 that the engine gives it means nothing
-            genuine = False
+    def _exit(self) -> Exit:
+        """How it ended, and whether that can be believed: asked on a connection made after the end was seen."""
+        with self._api.one_line("say how a container ended") as line:
+            state = self._state(line)
+            memory, older = self._witnesses(line, state)
+        looks = _RESTART_LOOKS if memory.signalled and not self._stopped else 0
+        while looks and not self._runs_again(state):  # the signal may have been the first half of a `docker restart`
+            looks -= 1
+            self._engine.sleep(_RESTART_PAUSE_S)
+            with self._api.one_line("say whether a container was started again") as line:
+                state = self._state(line)
+        if self._runs_again(state):
+            code = _UNKNOWN_CODE if self._seen_end is None else self._seen_end
+            return Exit(code, genuine=False, started_at=self._started or "", finished_at=str(state["FinishedAt"]))
+        # What the wait told comes first: the record is set to 0 while a container is started again.
+        code = int(state["ExitCode"]) if self._seen_end is None else self._seen_end
+        genuine = vouch.genuine(memory, code, present=self._seen_end is not None, older=older, by_us=self._stopped)
         return Exit(
             code=code,
             oom_killed=bool(state.get("OOMKilled")),
-            genuine=genuine,
+            # Never started: the 0 that the engine gives it means nothing.
+            genuine=genuine and state["Status"] != "created",
             started_at=str(state["StartedAt"]),
-            finished_at=finished,
+            finished_at=str(state["FinishedAt"]),
             error=clean(str(state.get("Error") or ""), 300) or self._init_error(code),
         )
+
+    def _witnesses(self, line: Line, state: Mapping[str, Any]) -> tuple[vouch.Memory, bool]:
+        """What the engine remembers of it, and whether it runs since before it."""
+        info: Any = line.get("/info")
+        bridge = line.get("/networks/bridge")
+        # Up to this moment, by the engine's own clock: so it answers at once, and does not wait for more to happen.
+        until = f"{vouch.when(info['SystemTime']).timestamp():.6f}"
+        events = line.events(since="0", until=until, filters=json.dumps(vouch.FILTERS))
+        older = bridge is not None and vouch.engine_is_older(
+            bridge["Created"], bool(info["LiveRestoreEnabled"]), state["StartedAt"], state["FinishedAt"]
+        )
+        return vouch.Memory.of(events, self._id), older
+
+    def _state(self, line: Line) -> Mapping[str, Any]:
+        found = line.get(f"/containers/{self._id}/json")
+        if found is None or found["State"]["Status"] in {"removing", "dead"}:
+            raise _removed()
+        state: Mapping[str, Any] = found["State"]
+        if self._started is None and state["Status"] != "created":
+            self._started = str(state["StartedAt"])
+        return state
+
+    def _runs_again(self, state: Mapping[str, Any]) -> bool:
+        """Of a container whose end was seen: whether a person started it again (FAULTS.md E11)."""
+        return bool(state["Running"]) or self._is_another_run(state)
+
+    def _is_another_run(self, state: Mapping[str, Any]) -> bool:
+        return self._started not in {None, state["StartedAt"]}
 
     def _init_error(self, code: int) -> str:
         if code not in {1, 126, 127}:
@@ -372,15 +460,38 @@ class DockerContainer:
             return _cannot_run(failed["program"], failed["why"]) if failed else ""
         return ""
 
+    def is_paused(self) -> bool:
+        return bool(self._inspect()["State"]["Paused"])
+
+    def written_bytes(self) -> int:
+        with self._api.calling("measure a container"):
+            try:
+                found = self._api.ask("GET", f"/containers/{self._id}/json", timeout_s=self._api.work_s, size="1")
+            except NotFound:
+                raise _removed() from None
+            return int(found.json().get("SizeRw") or 0)
+
     def stop(self, grace_s: float) -> None:
-        """See `Container.stop`. Raises WorkerFault(ENGINE) when it could not be killed."""
-        with self._api.calling("stop a container") as client:
+        """See `Container.stop`. Raises WorkerFault(ENGINE) when it runs on, KILL or not (FAULTS.md E5)."""
+        self._stopped = True
+        failed: WorkerFault | None = None
+        try:
+            self._stop(grace_s)
+        except WorkerFault as fault:
+            failed = fault
+        found = self._api.inspect(self._id)  # whatever was answered: an engine may give up on a process that cannot die
+        if found is not None and found["State"]["Running"]:
+            why = f"the container {found['Name'].removeprefix('/')} was told to end and still runs"
+            raise WorkerFault(WorkerReason.ENGINE, f"{why}: {failed}" if failed else why) from failed
+
+    def _stop(self, grace_s: float) -> None:
+        with self._api.calling("stop a container"):
             try:
                 # It answers when the container has ended: after the grace and a KILL. Not running: nothing is done.
                 self._api.ask(
                     "POST",
                     f"/containers/{self._id}/stop",
-                    timeout_s=grace_s + client.timeout,
+                    timeout_s=grace_s + self._api.work_s,
                     t=str(math.ceil(grace_s)),
                 )
             except NotFound:
@@ -408,16 +519,17 @@ class DockerContainer:
         return "\n".join(text.splitlines()[-count:])
 
     def remove(self) -> None:
-        with self._api.calling("remove a container") as client:
+        work_s = self._api.work_s
+        with self._api.calling("remove a container"):
             try:
-                client.remove_container(self._id, v=True, force=True)
+                self._api.ask("DELETE", f"/containers/{self._id}", timeout_s=work_s, v="1", force="1")
             except NotFound:
                 return
             except APIError as error:
                 if error.status_code != 409:
                     raise
                 with contextlib.suppress(NotFound):  # somebody else is removing it: see it gone
-                    client.wait(self._id, condition="removed", timeout=client.timeout)
+                    self._api.ask("POST", f"/containers/{self._id}/wait", timeout_s=work_s, condition="removed")
 
     def _inspect(self) -> Mapping[str, Any]:
         found = self._api.inspect(self._id)
@@ -427,12 +539,12 @@ class DockerContainer:
 
     def _printed(self, tail: str) -> Iterator[bytes]:
         """What it printed, stdout and stderr in order, piece by piece."""
-        with self._api.calling("read a container's log") as client:
+        with self._api.calling("read a container's log"):
             try:
                 answer = self._api.ask(
                     "GET",
                     f"/containers/{self._id}/logs",
-                    timeout_s=client.timeout,
+                    timeout_s=self._api.work_s,
                     stream=True,
                     stdout="1",
                     stderr="1",
@@ -491,7 +603,3 @@ def _removed() -> JobFault:
 
 def _name(summary: Mapping[str, Any]) -> str:
     return str((summary.get("Names") or ["/"])[0]).removeprefix("/")
-
-
-def _seconds(timestamp: str) -> float:
-    return datetime.fromisoformat(timestamp).timestamp()

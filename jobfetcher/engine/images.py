@@ -23,9 +23,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 from docker import auth
-from docker.errors import DockerException, NotFound
+from docker.errors import APIError, DockerException, NotFound
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.ports import Emit, PullProgress
 from jobfetcher.core.run import Image
@@ -35,6 +36,9 @@ from jobfetcher.engine.references import Reference, allowed, parse_reference
 
 #: Longest line of progress that is read, in bytes: one is a small JSON object.
 _LINE_MAX = 1024 * 1024
+
+#: So much of what a registry says is read, in characters: searching a MiB that it wrote for that can take minutes.
+_SAID_MAX = 4096
 
 #: Longest pause between two tries at a registry, in seconds (FAULTS.md J8).
 _PAUSE_MAX_S = 60.0
@@ -114,10 +118,36 @@ class Images:
         wanted = self._parse(reference)
         with self._alone(str(wanted), halt):
             cached = self._find(wanted)
-            found = self._refresh(wanted, cached, halt, progress) if self._asks(wanted, cached is not None) else cached
-            if found is None:
+            if self._asks(wanted, cached is not None):
+                before = self._ids()
+                found = self._refresh(wanted, cached, halt, progress)
+                return self._check(wanted, found, pulled=found["Id"] not in before)
+            if cached is None:
                 raise WorkerFault(WorkerReason.POLICY, f"image {wanted} is not on this machine, and PULL_POLICY=never")
-            return self._check(wanted, found)
+            return self._check(wanted, cached)
+
+    def forget(self, image_id: str, reference: str) -> bool:
+        """See `Engine.forget_image`; `reference` is what `prepare` named it.
+
+        One whose tag has moved on has no name left, and goes as well: nobody else names it. The engine itself refuses
+        what a container uses, running or not, and what other images stand on.
+        """
+        wanted = parse_reference(reference)
+        with self._api.calling("remove an image"):
+            try:
+                found = self._api.ask("GET", f"/images/{image_id}/json").json()
+                names = [*(found.get("RepoTags") or ()), *(found.get("RepoDigests") or ())]
+                if not all(_means(wanted, str(name)) for name in names):
+                    return False
+                # noprune: what it was built on, if it was built here after all, is not ours.
+                self._api.ask("DELETE", f"/images/{image_id}", timeout_s=self._api.work_s, noprune="1")
+            except NotFound:
+                return True
+            except APIError as error:
+                if error.status_code == http.client.CONFLICT:
+                    return False
+                raise
+            return True
 
     def _asks(self, wanted: Reference, here: bool) -> bool:
         """Whether the registry is asked."""
@@ -160,13 +190,18 @@ class Images:
                 return None
             return found
 
+    def _ids(self) -> set[str]:
+        """The images on this machine, those without a name too: what is among them was not pulled by us."""
+        with self._api.calling("list images"):
+            return {str(image["Id"]) for image in self._api.ask("GET", "/images/json", all="1").json()}
+
     def _found(self, wanted: Reference) -> Mapping[str, Any]:
         found = self._find(wanted)
         if found is None:
             raise WorkerFault(WorkerReason.ENGINE, f"image {wanted} was pulled, but is not on this machine any more")
         return found
 
-    def _check(self, wanted: Reference, found: Mapping[str, Any]) -> Image:
+    def _check(self, wanted: Reference, found: Mapping[str, Any], *, pulled: bool = False) -> Image:
         with self._api.calling("say its architecture") as client:
             ours = str(client.version()["Arch"])
         # An image that does not say what it is for is an old import, made on this machine.
@@ -181,6 +216,7 @@ class Images:
             digest=_digest(wanted, found),
             architecture=theirs,
             size_bytes=int(found.get("Size") or 0),
+            pulled=pulled,
         )
 
     def _refresh(
@@ -189,6 +225,7 @@ class Images:
         """Pull, again while the registry is out of reach and the budget lasts; then what is cached, if anything."""
         try:
             self._pull(wanted, halt, progress)
+            failpoint("after:pull")
         except JobFault as fault:
             if cached is None:
                 raise
@@ -264,6 +301,8 @@ def _follow(wanted: Reference, answer: http.client.HTTPResponse, progress: PullP
         if not line.strip():
             continue
         report = json.loads(line)
+        if not isinstance(report, dict):
+            raise ValueError("a line of progress is no object")
         if "error" in report:
             raise _fault(wanted, str(report["error"]))
         if _note(layers, report):
@@ -272,10 +311,11 @@ def _follow(wanted: Reference, answer: http.client.HTTPResponse, progress: PullP
 
 def _note(layers: dict[str, tuple[int, int]], report: Mapping[str, Any]) -> bool:
     """Enter one line into the bytes known of each layer; True if it changed them. Unpacking is not counted again."""
-    layer, detail = str(report.get("id", "")), report.get("progressDetail") or {}
+    layer, detail = str(report.get("id", "")), report.get("progressDetail")
+    current, total = (detail.get("current", 0), detail.get("total")) if isinstance(detail, dict) else (0, None)
     match report.get("status"):
-        case "Downloading" if isinstance(detail.get("total"), int):
-            layers[layer] = (int(detail.get("current", 0)), detail["total"])
+        case "Downloading" if isinstance(current, int) and isinstance(total, int):
+            layers[layer] = (current, total)
         case "Download complete" if layer in layers:
             layers[layer] = (layers[layer][1], layers[layer][1])
         case _:
@@ -292,11 +332,21 @@ def _message(body: bytes) -> str:
 
 def _fault(wanted: Reference, said: str) -> JobFault | WorkerFault:
     """What a failed pull means. What nobody here has seen before is the registry's trouble: it is tried again."""
+    said = said[:_SAID_MAX]
     for pattern, reason, sentence in _SAYINGS:
         if pattern.search(said):
             message = f"{sentence.format(image=wanted)}: {clean(said, 300)}"
             return JobFault(reason, message) if isinstance(reason, JobReason) else WorkerFault(reason, message)
     return WorkerFault(WorkerReason.REGISTRY, f"image {wanted} cannot be pulled now: {clean(said, 300)}")
+
+
+def _means(wanted: Reference, name: str) -> bool:
+    """Whether a name that an image has came with `wanted`: itself, or the digest that the engine notes with a pull."""
+    try:
+        known = parse_reference(name)
+    except ValueError:
+        return False
+    return known == wanted or (wanted.digest is None and known.tag is None and known.repository == wanted.repository)
 
 
 def _digest(wanted: Reference, found: Mapping[str, Any]) -> str | None:

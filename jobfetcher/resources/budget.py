@@ -7,7 +7,8 @@ never add up to more than the machine less its reserve, and that no GPU is held 
     free = inventory - reserve - memory that other programs use - shares held
 
 Memory of others is read only while nothing is held, and that last idle reading is kept while jobs run: what a running
-job really uses is part of its share and must not be counted twice.
+job really uses is part of its share and must not be counted twice. Until the first idle moment of a process that came
+back to running jobs, those are taken to use all that they hold.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Budget:
         self._memory_mib = max(0, inventory.memory_mib - reserve_memory_mib)
         self._gpus = tuple(inventory.gpus)
         self._others_mib = 0
+        self._seen_idle = False
         self._probe_memory = memory_in_use_mib
         self._probe_gpus = read_gpus
         self._held: set[Reservation] = set()
@@ -94,15 +96,16 @@ class Budget:
     def offer(self) -> Offer | None:
         """What a job could have now; None while all slots are taken or too little is free to be of use."""
         with self._lock:
-            idle = not self._held
+            probing = not (self._held and self._seen_idle)
             if len(self._held) >= self.slots:
                 return None
         gpus = tuple(self._probe_gpus())
-        others_mib = self._probe_memory() if idle else None
+        in_use_mib = self._probe_memory() if probing else None
         with self._lock:
             self._gpus = gpus
-            if others_mib is not None and not self._held:
-                self._others_mib = others_mib
+            if in_use_mib is not None and not (self._held and self._seen_idle):
+                self._seen_idle = not self._held
+                self._others_mib = max(0, in_use_mib - sum(one.share.memory_mib for one in self._held))
             free = self._free()
             if len(self._held) >= self.slots or not _useful(free):
                 return None
@@ -127,6 +130,13 @@ class Budget:
             reservation = Reservation(share, self._release)
             self._held.add(reservation)
             return reservation
+
+    def hold(self, share: Share) -> Reservation:
+        """Hold exactly `share`, free or not: a container that an earlier process started has it already."""
+        reservation = Reservation(share, self._release)
+        with self._lock:
+            self._held.add(reservation)
+        return reservation
 
     def wait_for_change(self, timeout_s: float) -> bool:
         """Wait until something was released or `wake` was called since the last wait; False after `timeout_s`."""

@@ -1,13 +1,13 @@
 """What this machine has: cores and memory as the kernel limits them, GPUs as NVML lists them.
 
-Used by `build` (once at start, and as the probes of `budget`) and by `jobfetcher resources`. Reads /proc, the cgroup
-files and NVML; changes nothing. All memory in MiB.
+Used by `build` (once at start, and as the probes of `budget` and the runner) and by `jobfetcher resources`. Reads
+/proc, the cgroup files and NVML; changes nothing. All memory in MiB.
 
 A worker in a container without limits sees the whole host, which is right: jobs are its siblings, not its children. A
 worker with limits offers no more than its own limits say.
 
-Not done: an NVML call that hangs (a GPU that fell off the bus can do that) hangs its caller, and a GPU that is
-partitioned with MIG is offered as one whole.
+A GPU that fell off the bus can make an NVML call hang for ever, so NVML is asked in a thread of its own, with a
+deadline (FAULTS.md E14). Not done: a GPU that is partitioned with MIG is offered as one whole.
 """
 
 from __future__ import annotations
@@ -15,14 +15,24 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
 from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.machine import Gpu, Inventory
+from jobfetcher.core.ports import Emit
 
 _MIB = 1024 * 1024
+
+#: How long the NVIDIA driver may take to list its GPUs, in seconds. Without persistence mode it wakes them up first.
+_NVML_DEADLINE_S = 10.0
+
+_NO_DRIVER = "no NVIDIA driver here (libnvidia-ml.so.1 is not found): no GPU is offered"
+_NONE_WANTED = "GPUS=none: no GPU is offered"
 
 #: Docker names architectures as Go does; the kernel's other names (ppc64le, s390x, riscv64) are the same in both.
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
@@ -77,8 +87,8 @@ def read_gpus(gpus_allowed: str = "all") -> GpuReading:
     listed = [word.strip() for word in gpus_allowed.split(",") if word.strip()]
     everything = not listed or [word.lower() for word in listed] == ["all"]
     if [word.lower() for word in listed] == ["none"]:
-        return GpuReading((), ("GPUS=none: no GPU is offered",))
-    gpus, problems = _nvml_gpus()
+        return GpuReading((), (_NONE_WANTED,))
+    gpus, problems = _driver.read()
     if everything:
         return GpuReading(gpus, problems)
     present = {gpu.uuid for gpu in gpus}
@@ -89,14 +99,96 @@ def read_gpus(gpus_allowed: str = "all") -> GpuReading:
     )
 
 
-def _nvml_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+def gone(gpus: Sequence[Gpu]) -> str:
+    """What is wrong with GPUs that a job held, in one sentence; nothing when all of them answer."""
+    if not gpus:
+        return ""
+    reading = read_gpus()
+    answering = {gpu.uuid for gpu in reading.gpus}
+    lost = ", ".join(f"{gpu.model} ({gpu.uuid})" for gpu in gpus if gpu.uuid not in answering)
+    return f"GPU {lost} does not answer any more: {_joined(reading.problems)}" if lost else ""
+
+
+class GpuProbe:
+    """The GPUs for jobs, read anew at each call; for one thread.
+
+    `emit` hears `gpu_trouble` when there are fewer than there were, or one does not answer, and `gpu_well` when that is
+    over: once per change, not per reading.
+    """
+
+    def __init__(self, gpus_allowed: str, emit: Emit) -> None:
+        self._allowed = gpus_allowed
+        self._emit = emit
+        self._known: dict[str, Gpu] = {}
+        self._trouble = ""
+
+    def __call__(self) -> tuple[Gpu, ...]:
+        reading = read_gpus(self._allowed)
+        self._known.update((gpu.uuid, gpu) for gpu in reading.gpus)
+        trouble = self._trouble_in(reading)
+        if trouble and trouble != self._trouble:
+            self._emit("gpu_trouble", level="error", message=f"{trouble}; jobs get only the GPUs that answer")
+        elif self._trouble and not trouble:
+            self._emit("gpu_well", message="all GPUs answer again")
+        self._trouble = trouble
+        return reading.gpus
+
+    def _trouble_in(self, reading: GpuReading) -> str:
+        answering = {gpu.uuid for gpu in reading.gpus}
+        lost = [f"GPU {gpu.model} ({uuid}) is gone" for uuid, gpu in self._known.items() if uuid not in answering]
+        # A machine that never had a GPU has no trouble.
+        usual = set() if lost else {_NO_DRIVER, _NONE_WANTED}
+        return "; ".join([*lost, *(problem for problem in reading.problems if problem not in usual)])
+
+
+_Answer = tuple[tuple[Gpu, ...], tuple[str, ...]]
+
+
+class _Driver:
+    """Asks NVML in a thread of its own. While one question hangs no other is asked, and nobody waits for it again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked: Future[_Answer] | None = None
+        self._asked_at = 0.0
+
+    def read(self) -> _Answer:
+        """All GPUs, and what is wrong; callers at the same time share one answer. Ends within the deadline."""
+        with self._lock:
+            if self._asked is None or self._asked.done():
+                self._asked, self._asked_at = Future(), time.monotonic()
+                # a daemon: a call that hangs must not keep the worker from ending
+                helper = threading.Thread(target=_answer, args=(self._asked,), name="nvml", daemon=True)
+                try:
+                    helper.start()
+                except RuntimeError as error:
+                    self._asked = None
+                    return (), (f"this machine lets the worker start no more threads ({error}): no GPU is offered",)
+            asked, waited = self._asked, time.monotonic() - self._asked_at
+        try:
+            return asked.result(timeout=max(0.0, _NVML_DEADLINE_S - waited))
+        except TimeoutError:
+            return (), (f"the NVIDIA driver does not answer within {_NVML_DEADLINE_S:g} s: no GPU is offered",)
+
+
+_driver = _Driver()
+
+
+def _answer(asked: Future[_Answer]) -> None:
+    try:
+        asked.set_result(_nvml_gpus())
+    except BaseException as error:
+        asked.set_exception(error)
+
+
+def _nvml_gpus() -> _Answer:
     """All GPUs of the driver, and what went wrong while asking for them."""
     import pynvml  # here: a machine without GPUs, and `--help`, should not pay for it
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError_LibraryNotFound:
-        return (), ("no NVIDIA driver here (libnvidia-ml.so.1 is not found): no GPU is offered",)
+        return (), (_NO_DRIVER,)
     except pynvml.NVMLError as error:
         return (), (f"the NVIDIA driver does not answer ({error}): no GPU is offered",)
     gpus: list[Gpu] = []
@@ -199,6 +291,10 @@ def _own_cgroups(root: Path, controller: str) -> Iterator[Path]:
             while directory != top:
                 yield directory
                 directory = directory.parent
+
+
+def _joined(problems: Sequence[str]) -> str:
+    return "; ".join(problems) or "the driver does not list it"
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jobfetcher.core.errors import JobFault, JobfetcherError, JobReason, WorkerFault, WorkerReason
@@ -24,7 +25,8 @@ class Script:
     """What one container does: calls `acts` with the job directory, prints `prints`, and ends as `exit`.
 
     `held`: it runs until `FakeContainer.release`, `stop` or a removal. `ignores_term`: a `stop` takes its whole grace
-    and ends it with 137, where others end at once with 143. `start_error`: it does not start.
+    and ends it with 137, where others end at once with 143. `start_error`: it does not start. `written`: bytes that it
+    writes to its own layer. `stuck`: not even KILL ends it.
     """
 
     exit: Exit = field(default_factory=lambda: Exit(0))
@@ -33,14 +35,19 @@ class Script:
     held: bool = False
     ignores_term: bool = False
     start_error: JobfetcherError | None = None
+    written: int = 0
+    stuck: bool = False
 
 
 class FakeContainer:
-    """A container that runs a `Script`. Beyond `core.ports.Container`: `release` and `remove_outside`."""
+    """A container that runs a `Script`. Beyond `core.ports.Container`: `release`, and what people do: `remove_outside`
+    and `paused`, which is theirs to set."""
 
-    def __init__(self, engine: FakeEngine, spec: RunSpec, script: Script) -> None:
+    def __init__(self, engine: FakeEngine, spec: RunSpec, script: Script, created_at: float) -> None:
         self.spec = spec
         self.stopped_with: list[float] = []
+        self.created_at = created_at
+        self.paused = False
         self._engine = engine
         self._script = script
         self._changed = threading.Condition()
@@ -55,9 +62,20 @@ class FakeContainer:
         self._engine.check()
         with self._changed:
             self._changed.wait_for(lambda: self._exit is not None or self._removed, timeout_s)
-            if self._removed:
-                raise JobFault(JobReason.REMOVED_OUTSIDE, "container removed from outside")
+            self._check_there()
             return self._exit
+
+    def is_paused(self) -> bool:
+        self._engine.check()
+        with self._changed:
+            self._check_there()
+            return self.paused
+
+    def written_bytes(self) -> int:
+        self._engine.check()
+        with self._changed:
+            self._check_there()
+            return self._script.written
 
     def stop(self, grace_s: float) -> None:
         self._engine.check()
@@ -65,6 +83,8 @@ class FakeContainer:
             if self._exit is not None or self._removed:
                 return
             self.stopped_with.append(grace_s)
+            if self._script.stuck:
+                raise WorkerFault(WorkerReason.ENGINE, f"the container {self.spec.name} was told to end and still runs")
             if self._script.ignores_term:
                 self._changed.wait_for(lambda: self._exit is not None or self._removed, grace_s)
         self._end(Exit(137 if self._script.ignores_term else 143))
@@ -99,6 +119,10 @@ class FakeContainer:
         if not self._script.held:
             self._end(self._script.exit)
 
+    def _check_there(self) -> None:
+        if self._removed:
+            raise JobFault(JobReason.REMOVED_OUTSIDE, "container removed from outside")
+
     def _end(self, end: Exit) -> None:
         with self._changed:
             if self._exit is None:
@@ -109,19 +133,24 @@ class FakeContainer:
 class FakeEngine:
     """An engine whose containers do what `script(spec)` says.
 
-    `images`: what `prepare` answers, by reference; None: every reference is an image. `specs`, `prepared` and `owned`
-    record what was asked. While `fault` is set, every call raises it (an engine that is away).
+    `images`: what `prepare` answers, by reference; None: every reference is an image, pulled the first time. `specs`,
+    `prepared`, `owned` and `forgotten` record what was asked; `here` are the images on the machine, by id, and their
+    names. While `fault` is set, every call raises it (an engine that is away). `clock`: in seconds, for ages.
     """
 
     def __init__(
         self,
         script: Callable[[RunSpec], Script] | None = None,
         images: Mapping[str, Image | JobfetcherError] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.specs: list[RunSpec] = []
         self.prepared: list[str] = []
         self.owned: list[tuple[str, str]] = []
+        self.forgotten: list[tuple[str, str]] = []
+        self.here: dict[str, set[str]] = {}
         self.fault: JobfetcherError | None = None
+        self._clock = clock
         self._script = script
         self._images = images
         self._lock = threading.Lock()
@@ -153,7 +182,10 @@ class FakeEngine:
         if isinstance(found, JobfetcherError):
             raise found
         progress(found.size_bytes, found.size_bytes)
-        return found
+        with self._lock:
+            first = found.id not in self.here
+            self.here.setdefault(found.id, {reference})
+        return replace(found, pulled=first) if self._images is None else found
 
     def _known(self, reference: str) -> Image | JobfetcherError:
         if self._images is None:
@@ -173,7 +205,7 @@ class FakeEngine:
             self.specs.append(spec)
             if script.start_error is not None:
                 raise script.start_error
-            container = self._containers[spec.name] = FakeContainer(self, spec, script)
+            container = self._containers[spec.name] = FakeContainer(self, spec, script, self._clock())
         container.run()
         return container
 
@@ -182,12 +214,23 @@ class FakeEngine:
         ours = [container for container in self.containers if container.spec.job_id == job_id]
         return ours[-1] if ours else None
 
-    def reap(self, known: frozenset[JobId]) -> list[str]:
+    def reap(self, known: frozenset[JobId], *, older_than_s: float = 0.0) -> list[str]:
         self.check()
-        strays = [container for container in self.containers if container.spec.job_id not in known]
+        born = self._clock() - older_than_s
+        strays = [one for one in self.containers if one.spec.job_id not in known and one.created_at <= born]
         for container in strays:
             container.remove()
         return [container.spec.name for container in strays]
+
+    def forget_image(self, image_id: str, reference: str) -> bool:
+        self.check()
+        with self._lock:
+            used = any(container.spec.image_id == image_id for container in self._containers.values())
+            if used or self.here.get(image_id, set()) - {reference}:
+                return False
+            self.here.pop(image_id, None)
+            self.forgotten.append((image_id, reference))
+            return True
 
     def own(self, image_id: str, host_path: str) -> None:
         self.check()

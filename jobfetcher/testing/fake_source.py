@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from jobfetcher.core.errors import JobFault, JobReason, SourceError
+from jobfetcher.core.errors import JobFault, JobReason, SourceError, Stopped, StopReason
 from jobfetcher.core.job import FileRef, Job, JobId, OutputKind
 from jobfetcher.core.machine import Offer
 from jobfetcher.core.phases import Phase
@@ -61,8 +61,15 @@ class FakeSource:
             job = self._queue.popleft()
         return Claim(self.resume("fake", job.id), job)
 
-    def resume(self, token: str, job_id: JobId) -> FakeLease:
-        return FakeLease(self, token, job_id, self.said.setdefault(job_id, Said()))
+    def resume(self, token: str, job_id: JobId, *, cut_off: Phase | None = None) -> FakeLease:
+        """With `cut_off`, a job that has ended meanwhile is lost, unless it was its end that was being told.
+
+        What is said here arrives at once, so no update of a dead process can still be on its way.
+        """
+        said = self.said.setdefault(job_id, Said())
+        if cut_off not in {None, Phase.SETTLING} and said.words and said.words[-1] in TERMINAL:
+            said.gone = said.gone or Standing.LOST
+        return FakeLease(self, token, job_id, said)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -102,6 +109,8 @@ class FakeLease:
         return self._source.sign(ref, Method.GET)
 
     def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:  # noqa: ARG002 - what is signed here never expires
+        if self._said.gone is not None:
+            raise Stopped(StopReason.LOST if self._said.gone is Standing.LOST else StopReason.CANCELLED)
         return self._source.sign("/".join(part for part in (self.job_id, kind, folder, name) if part), Method.PUT)
 
     def _say(self, word: str, details: str) -> Standing:
@@ -118,8 +127,15 @@ class FakeLease:
                 if answer is not Standing.KEEP:
                     said.gone = answer
                     return answer
-                said.words.append(word)
+                said.words.append(_not_back(said.words, word))
                 said.details.append(details)
                 return Standing.KEEP
             finally:
                 self._source.changed.notify_all()
+
+
+def _not_back(words: list[str], word: str) -> str:
+    """`word`, or the last one said where that is further on: a job that is run again does not go backwards."""
+    way = [phase.value for phase in Phase]
+    last = words[-1] if words else ""
+    return last if word in way and last in way and way.index(last) > way.index(word) else word

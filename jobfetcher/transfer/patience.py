@@ -51,25 +51,36 @@ class Patience:
         """Something was reached: the budget and the fast tries begin anew."""
         self._failures, self._since = 0, self._rules.clock()
 
-    def again(self, why: str, retry_after_s: float | None = None, reason: WorkerReason = WorkerReason.STORAGE) -> None:
+    def again(self, why: str, retry_after_s: float | None = None) -> None:
         """Wait until the next try is due, or raise WorkerFault when the budget is spent. Ends early with the batch."""
         spent = self._rules.clock() - self._since
         if spent > self._budget_s:
             raise WorkerFault(
-                reason, f"{self._what} could not be moved for {spent / 3600:.1f} hours, given up: {clean(why, 300)}"
+                WorkerReason.STORAGE,
+                f"{self._what} could not be moved for {spent / 3600:.1f} hours, given up: {clean(why, 300)}",
             )
+        self._pause(retry_after_s)
+
+    def signed(self, sign: Callable[[], T]) -> T:
+        """What `sign` gives, asked again while the source is out of reach; its other errors are final.
+
+        That costs nothing of the budget: a source that is away for a day takes no job back (FAULTS.md B2, B3).
+        """
+        began = self._rules.clock()
+        while True:
+            try:
+                signed = sign()
+            except (SourceUnavailable, SourceRefused) as error:
+                if self._ended.is_set():
+                    raise
+                self._pause(getattr(error, "retry_after_s", None))
+            else:
+                self._since += self._rules.clock() - began
+                return signed
+
+    def _pause(self, retry_after_s: float | None) -> None:
         self._failures += 1
         backoff = min(_CAP_S, 2.0 ** min(self._failures - _FAST_TRIES, 10)) if self._failures > _FAST_TRIES else 0.0
         delay = max(self._rules.dice() * backoff, retry_after_s or 0.0)
         if delay:
             self._rules.sleep(self._ended, delay)
-
-    def signed(self, sign: Callable[[], T]) -> T:
-        """What `sign` gives, asked again while the source is out of reach; its other errors are final."""
-        while True:
-            try:
-                return sign()
-            except (SourceUnavailable, SourceRefused) as error:
-                if self._ended.is_set():
-                    raise
-                self.again(str(error), getattr(error, "retry_after_s", None), WorkerReason.SOURCE)

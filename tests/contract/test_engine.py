@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -13,13 +14,16 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.run import Exit, Image, RunSpec
 from jobfetcher.testing.fake_engine import FakeEngine, Script
-from tests.support.boxes import LONG_S, Bench, docker_bench, no_progress
+from tests.support.boxes import LONG_S, DockerBench, FakeBench, docker_bench, no_progress, short_pause
+
+Bench = FakeBench | DockerBench
 
 SLEEPS = "sleep 60"
 IGNORES_TERM = "trap '' TERM; echo ready; while :; do sleep 1; done"
 # Two pipes: the engine sees lines of the same moment in any order, so there is a moment between them.
 PRINTS = "echo one; sleep 0.2; echo two >&2; sleep 0.2; echo three"
 WRITES = "echo out > /files/out"
+FILLS = "head -c 3000000 /dev/zero > /layer"
 
 
 def _write(directory: Path) -> None:
@@ -32,6 +36,7 @@ SCRIPTS = {
     IGNORES_TERM: Script(held=True, ignores_term=True, prints="ready\n"),
     PRINTS: Script(prints="one\ntwo\nthree\n"),
     WRITES: Script(acts=_write),
+    FILLS: Script(written=3_000_000),
     "true": Script(),
 }
 
@@ -45,12 +50,12 @@ def _script(spec: RunSpec) -> Script:
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     files = tmp_path / "files"
     if request.param == "docker":
-        with docker_bench(request.getfixturevalue("busybox"), files) as real:
+        with docker_bench(request.getfixturevalue("busybox"), files, sleep=short_pause) as real:
             yield real
     else:
         files.mkdir()
         image = Image("sha256:1", "here", None, "amd64")
-        yield Bench(FakeEngine(_script, {"here": image}), image, files, "fake")
+        yield FakeBench(FakeEngine(_script, {"here": image}), image, files, "fake")
 
 
 def test_the_exit_code_comes_back(bench: Bench) -> None:
@@ -140,6 +145,7 @@ def test_a_container_removed_by_somebody_else_is_the_jobs_fault(bench: Bench) ->
 
 @pytest.mark.fault("A3")
 @pytest.mark.fault("E10")
+@pytest.mark.fault("J2")
 def test_starting_the_same_job_again_adopts_its_container(bench: Bench) -> None:
     spec = bench.spec(SLEEPS)
     first, second = bench.engine.start(spec), bench.engine.start(spec)
@@ -176,6 +182,70 @@ def test_reap_removes_what_no_journal_knows(bench: Bench) -> None:
     assert found is not None
     assert found.id == kept.id
     kept.remove()
+
+
+@pytest.mark.fault("E10")
+def test_reap_leaves_what_is_young(bench: Bench) -> None:
+    stray = bench.engine.start(bench.spec(SLEEPS))
+    assert bench.engine.reap(frozenset(), older_than_s=300) == []
+    assert stray.wait(0.1) is None
+    assert bench.engine.reap(frozenset(), older_than_s=0) == [f"jobfetcher-{bench.instance}-1-1"]
+
+
+def test_of_several_attempts_the_newest_is_found(bench: Bench) -> None:
+    containers = [bench.engine.start(bench.spec("true", attempt=attempt)) for attempt in (1, 2)]
+    for expected in reversed(containers):
+        found = bench.engine.find(JobId("1"))
+        assert found is not None
+        assert found.id == expected.id
+        found.remove()
+    assert bench.engine.find(JobId("1")) is None
+
+
+@pytest.mark.fault("E11")
+def test_a_pause_by_a_person_is_seen(bench: Bench) -> None:
+    container = bench.engine.start(bench.spec(SLEEPS))
+    assert not container.is_paused()
+    bench.pause(container)
+    assert container.is_paused()
+    assert container.wait(0.1) is None
+    container.stop(10)  # works all the same
+    end = container.wait(LONG_S)
+    assert end is not None
+    assert end.code in {137, 143}
+    container.remove()
+    with pytest.raises(JobFault, match="removed from outside"):
+        container.is_paused()
+
+
+@pytest.mark.fault("D3")
+def test_what_it_wrote_to_its_own_layer_is_measured(bench: Bench) -> None:
+    container = bench.engine.start(bench.spec(FILLS))
+    assert container.wait(LONG_S) is not None
+    assert 3_000_000 <= container.written_bytes() < 4_000_000
+    container.remove()
+    with pytest.raises(JobFault, match="removed from outside"):
+        container.written_bytes()
+
+
+@pytest.mark.fault("D7")
+def test_an_image_is_forgotten_only_when_nobody_else_wants_it(bench: Bench) -> None:
+    mine, theirs = (f"jobfetcher-test/{uuid4().hex[:8]}:1" for _ in range(2))
+    image = bench.make_image(mine, theirs)
+    reference = image.reference
+    assert not bench.engine.forget_image(image.id, reference), "somebody gave it another name"
+    bench.untag(theirs)
+    container = bench.engine.start(bench.spec(SLEEPS, image=image))
+    assert not bench.engine.forget_image(image.id, reference), "a container runs on it"
+    container.stop(0)
+    assert not bench.engine.forget_image(image.id, reference), "a container stands on it"
+    container.remove()
+    assert bench.engine.forget_image(image.id, reference)
+    assert bench.engine.forget_image(image.id, reference), "it is gone already"
+
+
+def test_what_is_here_is_not_pulled(bench: Bench) -> None:
+    assert not bench.engine.prepare(bench.image.reference, Halt(), no_progress).pulled
 
 
 def test_what_it_printed_can_be_read_and_saved(bench: Bench, tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from jobfetcher.core.errors import JobFault, JobReason, SourceUnavailable
+from jobfetcher.core.errors import JobFault, JobReason, SourceUnavailable, Stopped
 from jobfetcher.core.job import JobId, OutputKind, parse_file_ref
 from jobfetcher.core.machine import Offer
 from jobfetcher.core.phases import Phase
@@ -56,6 +56,10 @@ class World(Protocol):
         """The next update is not delivered."""
         ...
 
+    def wait(self, seconds: float) -> None:
+        """Let time pass for the source."""
+        ...
+
 
 class FakeWorld:
     ref = "s3://bucket/known"
@@ -81,12 +85,16 @@ class FakeWorld:
     def break_once(self, job_id: JobId) -> None:
         self.source.said[job_id].answers.append(SourceUnavailable("down"))
 
+    def wait(self, seconds: float) -> None:
+        """It has no clock."""
+
 
 class ApiWorld:
     def __init__(self, server: MockServer, client: Client) -> None:
         self.server = server
+        self.now = 10_000.0
         policy = UrlPolicy(parse_origin(server.url))
-        self.source = WorkerApi(client, policy, wanted=Filter(), emit=Emitted())
+        self.source = WorkerApi(client, policy, wanted=Filter(), emit=Emitted(), clock=lambda: self.now)
         self.ref = server.put_input("known", b"content")
 
     def submit(self) -> JobId:
@@ -101,6 +109,9 @@ class ApiWorld:
 
     def break_once(self, job_id: JobId) -> None:
         self.server.set_faults({"method": "PUT", "path": f"/jobs/{job_id}/status", "drop": "before", "times": 1})
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
 
 
 @pytest.fixture(params=["fake", "worker_api"])
@@ -202,6 +213,91 @@ def test_a_lease_can_be_rebuilt_from_its_token(world: World) -> None:
     third = world.source.resume(first.token, job_id)
     assert third.settle(FINISHED) is Standing.KEEP
     assert world.heard(job_id) == [*PATH, "finished"]
+
+
+def patiently(world: World, tell: Callable[[], Standing]) -> Standing:
+    """What `tell` returns, once the source does not ask to wait any more."""
+    while True:
+        try:
+            return tell()
+        except SourceUnavailable as error:
+            if not error.retry_after_s:
+                raise
+            world.wait(error.retry_after_s)
+
+
+@pytest.mark.fault("A2")
+@pytest.mark.parametrize("cut_off", PHASES)
+def test_a_job_goes_on_where_a_process_died(world: World, cut_off: Phase) -> None:
+    job_id = world.submit()
+    first = claim(world).lease
+    done = PHASES.index(cut_off) + 1
+    for phase in PHASES[:done]:
+        first.beat(phase)
+    again = world.source.resume(first.token, job_id, cut_off=cut_off)
+    for phase in PHASES[done - 1 :]:
+        assert again.beat(phase) is Standing.KEEP
+    assert patiently(world, lambda: again.settle(FINISHED)) is Standing.KEEP
+    assert world.heard(job_id) == [*PATH, "finished"]
+
+
+@pytest.mark.fault("A7")
+@pytest.mark.parametrize("heard", [True, False])
+@pytest.mark.parametrize("end", ["settle", "release"])
+def test_an_end_cut_off_is_told_unless_it_was_heard(world: World, end: str, heard: bool) -> None:
+    job_id = world.submit()
+    first = claim(world).lease
+    for phase in PHASES:
+        first.beat(phase)
+    if heard:
+        assert (first.settle(FAILED) if end == "settle" else first.release("x")) is Standing.KEEP
+    again = world.source.resume(first.token, job_id, cut_off=Phase.SETTLING)
+    told = patiently(world, lambda: again.settle(FAILED) if end == "settle" else again.release("x"))
+    assert told is Standing.KEEP
+    assert world.heard(job_id) == [*PATH, "error" if end == "settle" else "queued"]
+
+
+@pytest.mark.parametrize("how", ["beat", "settle", "release"])
+def test_a_job_that_ended_while_no_process_was_there_is_lost(world: World, how: str) -> None:
+    job_id = world.submit()
+    first = claim(world).lease
+    first.beat(Phase.RUNNING)
+    first.settle(FAILED)
+    again = world.source.resume(first.token, job_id, cut_off=Phase.RUNNING)
+    tell = {
+        "beat": lambda: again.beat(Phase.RUNNING),
+        "settle": lambda: again.settle(FINISHED),
+        "release": lambda: again.release("x"),
+    }
+    for word in (how, *tell):
+        assert patiently(world, tell[word]) is Standing.LOST
+    with pytest.raises(Stopped):
+        again.sign_output(OutputKind.OUTPUT, "out", "result.csv")
+    assert world.heard(job_id) == ["running", "error"]
+
+
+def test_a_job_taken_back_while_no_process_was_there_is_cancelled(world: World) -> None:
+    job_id = world.submit()
+    first = claim(world).lease
+    first.beat(Phase.RUNNING)
+    world.cancel(job_id)
+    again = world.source.resume(first.token, job_id, cut_off=Phase.RUNNING)
+    for _ in range(2):
+        assert again.beat(Phase.RUNNING) is Standing.CANCEL
+    with pytest.raises(Stopped):
+        again.sign_output(OutputKind.OUTPUT, "out", "result.csv")
+    assert world.heard(job_id) == ["running"]
+
+
+def test_a_job_that_is_run_again_does_not_go_backwards(world: World) -> None:
+    job_id = world.submit()
+    lease = claim(world).lease
+    for phase in (Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_IN):
+        lease.beat(phase)
+    again = world.source.resume(lease.token, job_id, cut_off=Phase.STAGING_IN)
+    for phase in (Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_OUT):
+        assert again.beat(phase) is Standing.KEEP
+    assert world.heard(job_id) == PATH
 
 
 def test_an_input_is_signed_and_an_unknown_one_is_the_jobs_fault(world: World) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.server
 import io
 import itertools
 import json
@@ -10,6 +11,8 @@ import socket
 import tarfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from jobfetcher.engine.images import ImagePolicy, Images, PullPolicy
 from tests.support import services
 from tests.support.boxes import docker_bench, no_progress
 from tests.support.engine_proxy import ENGINE_SOCKET, engine_proxy
+from tests.support.fault_proxy import Fault, FaultProxy
 
 pytestmark = [pytest.mark.docker, pytest.mark.registry]
 
@@ -120,6 +124,52 @@ def prepare() -> Iterator[Callable[[ImagePolicy], Prepare]]:
 
 
 @contextlib.contextmanager
+def busy_registry(registry: services.Registry) -> Iterator[tuple[str, threading.Event]]:
+    """A registry that passes everything on to that one, and says "too many requests" until the event is set."""
+    rested = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, headers, body = self._answer()
+            self.send_response(status)
+            for name in ("Content-Type", "Docker-Content-Digest"):
+                if name in headers:
+                    self.send_header(name, headers[name])
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def _answer(self) -> tuple[int, dict[str, str], bytes]:
+            if not rested.is_set() and "/manifests/" in self.path:
+                said = {"errors": [{"code": "TOOMANYREQUESTS", "message": "You have reached your pull rate limit."}]}
+                return 429, {"Content-Type": "application/json"}, json.dumps(said).encode()
+            accept = {"Accept": ", ".join(self.headers.get_all("Accept", []))}
+            asked = urllib.request.Request(f"http://{registry.address}{self.path}", headers=accept)
+            try:
+                with urllib.request.urlopen(asked) as answer:  # noqa: S310
+                    return answer.status, dict(answer.headers), answer.read()
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, dict(error.headers), error.read()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer((services.LOOPBACK, 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"{services.LOOPBACK}:{server.server_address[1]}", rested
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextlib.contextmanager
 def black_hole(registry: services.Registry) -> Iterator[threading.Event]:
     """In the place of the registry, something that accepts and never answers; the event: somebody came."""
     registry.stop()
@@ -172,7 +222,8 @@ def test_if_not_present_asks_nobody_when_it_is_here(
     first = careful(name)
     registry.stop()
     try:
-        assert careful(name) == first
+        assert first.pulled
+        assert careful(name) == replace(first, pulled=False)
         assert careful(str(first.digest)).id == first.id
         assert prepare(AWAY)(str(first.digest)).id == first.id  # a digest cannot change: `always` asks nobody either
     finally:
@@ -223,6 +274,57 @@ def test_two_jobs_that_want_the_same_image_pull_it_one_after_the_other(
     assert len({image.id for image in found}) == 1
     assert len(found) == 4
     assert sum(b"/images/create" in request for request in proxy.requests) == 1
+
+
+# -- whose image it is (D7) --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("D7")
+def test_only_an_image_that_was_not_here_before_counts_as_pulled(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    kept = shelf.pushed(registry, keep=True)
+    always = prepare(AWAY)
+    assert not always(kept).pulled, "the registry was asked, and had nothing newer"
+    shelf.engine.tag(kept, "jobfetcher-test/somebodys", "1")
+    shelf.names.add("jobfetcher-test/somebodys:1")
+    shelf.engine.remove_image(kept)
+    image = always(kept)
+    assert not image.pulled, "it was here under another name"
+    assert not always.images.forget(image.id, image.reference)
+
+
+@pytest.mark.fault("D7")
+def test_what_was_pulled_is_removed_with_all_its_names(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    always = prepare(AWAY)
+    name = shelf.pushed(registry)
+    by_tag = always(name)
+    assert by_tag.pulled
+    assert not always.images.forget(by_tag.id, str(by_tag.digest)), "somebody pulled it by its tag"
+    assert always.images.forget(by_tag.id, by_tag.reference)
+    by_digest = always(str(by_tag.digest))
+    assert by_digest.pulled
+    assert always.images.forget(by_digest.id, by_digest.reference)
+    assert by_tag.id not in {image["Id"] for image in shelf.engine.images()}
+
+
+@pytest.mark.fault("D7")
+def test_an_older_image_whose_tag_moved_on_is_removed_and_the_newer_one_stays(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    always = prepare(AWAY)
+    name = shelf.pushed(registry)
+    older = always(name)
+    shelf.local(name)
+    shelf.push(registry, name)
+    shelf.engine.remove_image(name)
+    newer = always(name)
+    assert newer.pulled
+    assert newer.id != older.id
+    assert always.images.forget(older.id, older.reference)
+    assert always(name).id == newer.id
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -372,6 +474,44 @@ def test_a_registry_that_is_down_is_tried_again(
     thread.join()
     assert [image.reference for image in found] == [name]
     api.close()
+
+
+@pytest.mark.fault("E7")
+def test_a_registry_that_has_had_too_many_requests_is_asked_again_later(
+    registry: services.Registry, shelf: Shelf
+) -> None:
+    pushed = shelf.pushed(registry)
+    with busy_registry(registry) as (address, rested), contextlib.closing(EngineApi()) as api:
+        name = pushed.replace(registry.address, address)
+        shelf.names.add(name)
+        said: list[str] = []
+
+        def hear(_event: str, **fields: object) -> None:
+            said.append(str(fields["message"]))
+            rested.set()
+
+        image = Images(api, ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=60), hear).prepare(
+            name, Halt(), no_progress
+        )
+    assert image.pulled
+    assert len(said) == 1
+    assert "asks to come later" in said[0]
+    assert "pull rate limit" in said[0]
+
+
+@pytest.mark.fault("E7")
+def test_a_pull_that_is_cut_in_the_middle_of_a_layer_ends_well(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    """The engine itself asks for the rest, 5 s later."""
+    pushed = shelf.pushed(registry)
+    with FaultProxy(f"http://{registry.address}") as proxy:
+        name = pushed.replace(registry.address, proxy.url.removeprefix("http://"))
+        shelf.names.add(name)
+        proxy.then(*[Fault(cut_answer=LAYER_BYTES // 3)] * 6)  # it opens five for small things first
+        image = prepare(AWAY)(name)
+        assert image.size_bytes >= LAYER_BYTES
+        assert any(one.answered == LAYER_BYTES // 3 for one in proxy.connections), "it was cut"
 
 
 @pytest.mark.fault("E7")

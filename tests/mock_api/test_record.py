@@ -1,14 +1,21 @@
 """The judge of the record, on made-up records: what it flags, and what it must leave alone."""
 
+import httpx
 import pytest
 
-from mock_api.record import Entry, violations
+from mock_api.record import Entry, Tally, tallies, violations
+from tests.mock_api.calls import pull, put, run_through
+from tests.support.mock_server import MockServer, job_spec
 
 RUN = ["preprocessing", "running", "postprocessing", "finished"]
 
 
 def entry(kind: str, state: str | None = None, *, code: int | None = None, who: str = "one", text: str = "") -> Entry:
     return Entry(0, 0.0, kind, 1, who, state, text or None, code, None)
+
+
+def fault(note: str) -> Entry:
+    return Entry(0, 0.0, "fault", None, None, None, None, None, note)
 
 
 def updates(*states: str, code: int = 204, who: str = "one") -> list[Entry]:
@@ -67,6 +74,70 @@ def test_an_update_after_a_404_is_flagged_the_one_that_learnt_it_is_not() -> Non
     assert rules(*updates("preprocessing", code=404), *updates("error", code=500)) == [after]
     assert rules(entry("status", code=404), *updates("preprocessing", code=500)) == [after]
     assert rules(entry("status", "running", code=200), *updates("preprocessing")) == []
+
+
+def test_a_404_whose_answer_was_lost_told_nobody_to_stop() -> None:
+    lost = fault('PUT /jobs/1/status {"drop":"after"}')
+    assert rules(lost, *updates("running", code=404), *updates("running", code=500)) == []
+    asked = fault('GET /jobs/1/status {"drop":"after"}')
+    assert rules(asked, entry("status", code=404), *updates("running", code=404)) == []
+    after = "update after a 404 told the worker to stop"
+    assert rules(lost, *updates("running", "running", "running", code=404)) == [after]
+    for other in (fault('PUT /jobs/11/status {"drop":"after"}'), fault('PUT /jobs/1/status {"drop":"before"}')):
+        assert rules(other, *updates("running", "running", code=404)) == [after]
+
+
+def test_asking_for_the_state_is_right_at_any_time() -> None:
+    asked = [entry("status", state, code=200) for state in (*RUN, "queued", "error")]
+    assert rules(*asked, *updates(*RUN), *asked) == []
+    assert rules(entry("status", code=404), entry("status", code=404)) == []
+
+
+@pytest.mark.parametrize(
+    ("end", "name"), [("finished", "finished"), ("error", "error"), ("queued", "the release")], ids=str
+)
+def test_asking_where_to_upload_to_after_the_end_is_flagged(end: str, name: str) -> None:
+    asks = entry("sign_upload", code=201)
+    assert rules(*updates(*RUN[:3]), asks, asks, *updates(end)) == []
+    assert rules(*updates(*RUN[:3], end), asks) == [f"asked where to upload to after {name}"]
+    assert rules(*updates(*RUN[:3], end), entry("pull"), asks) == []
+    assert rules(*updates(*RUN[:3], end), entry("sign_upload", code=500, who="two")) == []
+
+
+def test_a_tally_counts_pulls_ends_and_what_came_after() -> None:
+    asks = entry("sign_upload", code=201)
+    record = [
+        entry("pull"),
+        *updates(*RUN[:3]),
+        asks,
+        *updates("queued"),
+        entry("pull", who="two"),
+        *updates("running", who="two"),
+        *updates("error", code=500, who="two"),  # not accepted, so no end
+        *updates("error", who="two"),
+        entry("status", "error", code=200, who="two"),  # a question is no late request
+        *updates("running", code=404),
+        entry("pull"),
+        *updates(*RUN, "postprocessing"),
+        asks,
+        entry("pull", who="three"),
+    ]
+    assert tallies(record) == [
+        Tally(1, "one", 2, ["queued", "finished"], 3),
+        Tally(1, "two", 1, ["error"], 0),
+        Tally(1, "three", 1, [], 0),
+    ]
+
+
+def test_the_server_tells_its_tally(mock: MockServer, worker: httpx.Client) -> None:
+    first, second = mock.submit(job_spec()), mock.submit(job_spec())
+    assert pull(worker, limit=2) == [first, second]
+    run_through(worker, first)
+    assert put(worker, first, "running") == 204
+    assert mock.tally() == [
+        {"job_id": first, "account": "worker", "pulls": 1, "ends": ["finished"], "late_requests": 1},
+        {"job_id": second, "account": "worker", "pulls": 1, "ends": [], "late_requests": 0},
+    ]
 
 
 def test_another_workers_404_is_not_ours() -> None:

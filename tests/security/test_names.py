@@ -267,8 +267,7 @@ _names = (
 )
 
 
-@pytest.mark.fault("T1")
-@pytest.mark.fault("T2")
+@pytest.mark.fault("T1", "T2", "N10")
 @settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_names)
 @example("a/../../b")

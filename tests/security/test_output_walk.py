@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -243,6 +246,36 @@ def test_names_that_are_no_text_are_told_not_lost(workspace: Workspace) -> None:
         send(workspace)
 
 
+@pytest.mark.fault("T4", "N10")
+@pytest.mark.parametrize("seed", range(60))
+def test_a_tree_of_everything_gives_its_honest_files_only(workspace: Workspace, outside: Path, seed: int) -> None:
+    dice = random.Random(seed)  # noqa: S311 - a game, the same in every run
+    folders, honest = [workspace.files / "out"], dict[str, bytes]()
+    for number in range(30):
+        at = dice.choice(folders)
+        match dice.choice(["file", "empty", "folder", "hard", "villain", "villain"]):
+            case "folder" if len(at.parts) < 40:
+                folders.append(at / f"folder{number}")
+                folders[-1].mkdir(mode=dice.choice([0o700, 0o755, 0o777]))
+            case "hard" if honest:
+                name = dice.choice(sorted(honest))
+                os.link(next(workspace.files.rglob(name)), at / f"hard{number}")
+                honest[f"hard{number}"] = honest[name]
+            case "villain":
+                (fresh := at / f"villains{number}").mkdir()  # some of them need a second name beside their own
+                dice.choice(VILLAINS)(fresh, outside)
+                folders.append(fresh)
+            case kind:
+                honest[f"file{number}"] = b"" if kind == "empty" else dice.randbytes(100)
+                (at / f"file{number}").write_bytes(honest[f"file{number}"])
+    before = open_descriptors()
+    stored, _ = send(workspace)
+    assert stored == honest
+    assert open_descriptors() == before
+    workspace.remove()
+    assert names_in(workspace.path.parent) == ["outside"]
+
+
 # -- swapped while it is read ----------------------------------------------------------------------------------------
 
 
@@ -318,6 +351,48 @@ def test_a_folder_swapped_for_a_link_is_never_entered(workspace: Workspace, outs
             assert steady == 20  # a name that comes and goes hides no other one
     assert flips[0] >= _FLIPS // 2
     assert walks
+    assert turned_away
+
+
+#: Exchanges two names for ever, or until it is killed: the kernel does it at once, so that neither is ever missing.
+_EXCHANGE = """
+import ctypes, os, sys
+exchange = ctypes.CDLL(None, use_errno=True).renameat2
+one, other = map(os.fsencode, sys.argv[1:3])
+for _ in range(int(sys.argv[3])):
+    if exchange(-100, one, -100, other, 2):  # AT_FDCWD, RENAME_EXCHANGE
+        raise OSError(ctypes.get_errno(), "renameat2")
+"""
+
+
+@pytest.mark.fault("T5", "N10")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_hundred_thousand_exchanges_with_a_link_leak_nothing(workspace: Workspace, outside: Path, kind: str) -> None:
+    """By another process, as a container that lives on would do it: between any two calls of ours."""
+    out = workspace.files / "out"
+    swapped, link = out / "swapped", out / "link"
+    if kind == "file":
+        swapped.write_bytes(b"result")
+        link.symlink_to(outside / "canary")
+    else:
+        swapped.mkdir()
+        (swapped / "honest").write_bytes(b"result")
+        link.symlink_to(outside)
+    good = turned_away = 0
+    command = [sys.executable, "-c", _EXCHANGE, str(swapped), str(link), "100000"]
+    with subprocess.Popen(command) as exchanging:
+        while exchanging.poll() is None:
+            for item in tree.walk(workspace.files, ("out",)):
+                try:
+                    if isinstance(item, Skipped):
+                        raise Changed(item.why)
+                    with tree.open_file(workspace.files, item) as file:
+                        assert file.read() == b"result"
+                    good += 1
+                except Changed:
+                    turned_away += 1
+    assert exchanging.returncode == 0
+    assert good
     assert turned_away
 
 

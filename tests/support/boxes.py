@@ -1,27 +1,38 @@
 """What the engine's tests share: an engine (real or fake), an image on it, a job directory, specs made from them."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Gpu, Share
-from jobfetcher.core.ports import Engine
+from jobfetcher.core.ports import Container, Engine
 from jobfetcher.core.run import Exit, Image, RunSpec
 from jobfetcher.engine.docker import DockerEngine
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
 from jobfetcher.engine.run_spec import BoxPolicy, build_run_spec
+from jobfetcher.testing.fake_engine import FakeContainer, FakeEngine
 
 LOCAL = ImagePolicy(pull=PullPolicy.NEVER)
 NO_NETWORK = BoxPolicy(network=None)
 LONG_S = 60.0  # what a container of a test needs at most on a busy machine; a wait ends when the container does
 
 
+_MADE = "jobfetcher-test.made-by"  # the label of images that a bench made
+
+
 def no_progress(_done: int, _total: int) -> None:
     """For who does not look at a pull's progress."""
+
+
+def short_pause(seconds: float) -> None:
+    """A `sleep` for engines: none is waited out. Whoever waits for something looks at the clock again."""
+    time.sleep(min(seconds, 0.1))
 
 
 @dataclass(frozen=True)
@@ -69,21 +80,71 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class FakeBench(Bench):
+    """A Bench on the engine in memory, and what people do there."""
+
+    engine: FakeEngine
+
+    def pause(self, container: Container) -> None:
+        """`docker pause`"""
+        assert isinstance(container, FakeContainer)
+        container.paused = True
+
+    def make_image(self, *names: str) -> Image:
+        """An image that nobody else uses, by those names; `reference` is the first."""
+        image = Image(f"sha256:{uuid4().hex}", names[0], None, self.image.architecture)
+        self.engine.here[image.id] = set(names)
+        return image
+
+    def untag(self, *names: str) -> None:
+        """`docker rmi` of those names"""
+        for known in self.engine.here.values():
+            known.difference_update(names)
+
+
+@dataclass(frozen=True)
 class DockerBench(Bench):
-    """A Bench on the real engine."""
+    """A Bench on the real engine, and what people do there, as in FakeBench."""
 
     engine: DockerEngine
 
+    def pause(self, container: Container) -> None:
+        with self.engine.api.calling("pause") as client:
+            client.pause(container.id)
+
+    def make_image(self, *names: str) -> Image:
+        """A copy of the bench's image, gone with the bench."""
+        api = self.engine.api
+        with api.calling("make an image") as client:
+            copied = api.create({"Image": self.image.id}, f"jobfetcher-{self.instance}-copied")
+            for name in names:
+                repository, tag = name.rsplit(":", 1)
+                if name == names[0]:
+                    client.commit(copied, repository, tag, changes=f"LABEL {_MADE}={self.instance}")
+                else:
+                    client.tag(names[0], repository, tag)
+            client.remove_container(copied)
+        return self.engine.prepare(names[0], Halt(), no_progress)
+
+    def untag(self, *names: str) -> None:
+        with self.engine.api.calling("remove images") as client:
+            for name in names:
+                client.remove_image(name)
+
 
 @contextmanager
-def docker_bench(busybox: str, files: Path) -> Iterator[DockerBench]:
-    """A worker of its own on the engine that answers here. Its containers are gone at the end."""
+def docker_bench(busybox: str, files: Path, **options: Any) -> Iterator[DockerBench]:
+    """A worker of its own on the engine that answers here; `options` of DockerEngine. Its containers are gone at the
+    end."""
     instance = f"test{uuid4().hex[:8]}"
-    engine = DockerEngine(instance, images=LOCAL)
+    engine = DockerEngine(instance, images=LOCAL, **options)
     files.mkdir(mode=0o777, exist_ok=True)
     files.chmod(0o777)
     try:
         yield DockerBench(engine, engine.prepare(busybox, Halt(), no_progress), files, instance)
     finally:
         engine.reap(frozenset())
+        with engine.api.calling("remove images") as client:
+            for image in client.images(filters={"label": f"{_MADE}={instance}"}):
+                client.remove_image(image["Id"], force=True)
         engine.close()

@@ -1,4 +1,4 @@
-"""A unix socket before the engine's own, for what happens between an engine and its client: lost answers, absence."""
+"""A unix socket before an engine's own, for what happens between it and its client: lost answers, absence, silence."""
 
 import contextlib
 import socket
@@ -13,8 +13,9 @@ ENGINE_SOCKET = "/var/run/docker.sock"
 class EngineProxy:
     """Passes bytes to and from the engine at `url`. `requests` has the first line of each request.
 
-    `lose(text)`: the answer to the next request that begins so is not passed. `away()`: every connection is cut and new
-    ones are refused, until `back()`. Containers notice nothing of it.
+    `lose(text)`: the answer to the next request that begins so is not passed. `swallow(text)`: requests that begin so
+    do not arrive and get no answer, until `swallow(None)`. `away()`: every connection is cut and new ones are refused,
+    until `back()`. Containers notice nothing of it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -23,6 +24,7 @@ class EngineProxy:
         self.lost: list[bytes] = []
         self.requests: list[bytes] = []
         self._losing: bytes | None = None
+        self._swallowing: bytes | None = None
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._listener: socket.socket | None = None
@@ -52,6 +54,10 @@ class EngineProxy:
     def lose(self, request: str) -> None:
         """The engine acts on the next request that begins with `request`, and its answer gets lost."""
         self._losing = request.encode()
+
+    def swallow(self, request: str | None) -> None:
+        """Requests that begin so are not passed on, and get no answer: an engine that hangs in them."""
+        self._swallowing = request.encode() if request is not None else None
 
     def close(self) -> None:
         """Cut all and wait for the threads."""
@@ -84,6 +90,8 @@ class EngineProxy:
             while data := source.recv(65536):
                 if asking:
                     self.requests.append(data.partition(b"\r\n")[0])
+                if asking and self._swallowing and data.startswith(self._swallowing):
+                    continue
                 if asking and self._losing and data.startswith(self._losing):
                     self.lost.append(self._losing)
                     self._losing = None

@@ -89,6 +89,10 @@ class MockServer:
         """What a correct worker never does and this one did; empty is good."""
         return list(self._call("GET", "/_mock/violations"))
 
+    def tally(self) -> list[Json]:
+        """Of each account with each job that it pulled: `pulls`, accepted `ends`, and `late_requests` after an end."""
+        return list(self._call("GET", "/_mock/tally"))
+
     def outbox(self) -> list[Json]:
         """The e-mails sent to users (PROTOCOL.md S11)."""
         return list(self._call("GET", "/_mock/outbox"))

@@ -35,15 +35,17 @@ class PrivateEngine:
     """An engine at `url`. Made by `private_engine`; the methods are for one thread.
 
     `live_restore`: containers go on while dockerd is away. Without it dockerd ends them when it is stopped, or when it
-    is started after a kill: by TERM, and 10 s later by KILL, so one that obeys has the exit code it chooses.
+    is started after a kill: by TERM, and 10 s later by KILL, so one that obeys has the exit code it chooses. It is read
+    at each start. `bridge`: with the default network `bridge`, which engines have unless told otherwise.
     """
 
-    def __init__(self, directory: Path, *, live_restore: bool) -> None:
+    def __init__(self, directory: Path, *, live_restore: bool, bridge: bool = False) -> None:
         self.directory = directory
+        self.live_restore = live_restore
+        self._bridge = bridge
         self._name = f"jobfetcher-{secrets.token_hex(4)}"
         self._socket = directory / "engine.sock"
         self._containerd_socket = directory / "containerd.sock"
-        self._live_restore = live_restore
         self._containerd: subprocess.Popen[bytes] | None = None
         self._dockerd: subprocess.Popen[bytes] | None = None
         self._clients = contextlib.ExitStack()
@@ -105,8 +107,9 @@ class PrivateEngine:
         self._end(signal.SIGKILL)
 
     def freeze(self) -> None:
-        """SIGSTOP: calls are taken by the kernel and not answered, until `thaw`."""
+        """SIGSTOP: calls are taken by the kernel and not answered, until `thaw`. Returns when every thread stands."""
         os.kill(self.pid, signal.SIGSTOP)
+        wait_until(lambda: self._thread_states() == {"T"}, "the private engine is frozen", _START_S)
 
     def thaw(self) -> None:
         """SIGCONT."""
@@ -171,13 +174,15 @@ class PrivateEngine:
             "data-root": self.directory / "data",
             "exec-root": self.directory / "exec",
             "pidfile": self.directory / "engine.pid",
-            "bridge": "none",
+            "bridge": "" if self._bridge else "none",
+            "ip-forward": "false",
+            "ip-masq": "false",
             "iptables": "false",
             "ip6tables": "false",
             "cgroup-parent": f"/{self._name}",
             "add-runtime": f"kata={require_program('runc', 'runc')}",
             "config-file": self.directory / "daemon.json",  # not the machine's own
-            "live-restore": str(self._live_restore).lower(),
+            "live-restore": str(self.live_restore).lower(),
         }
         (self.directory / "daemon.json").write_text("{}")
         return [f"--{name}={value}" for name, value in flags.items()]
@@ -186,6 +191,11 @@ class PrivateEngine:
         if self._dockerd is not None and self._dockerd.poll() is not None:
             raise AssertionError(f"the private dockerd ended with code {self._dockerd.returncode}")
         return self.answers()
+
+    def _thread_states(self) -> set[str]:
+        """Of dockerd's threads. It is the field after the name in parentheses (proc_pid_stat(5)); T: stopped."""
+        threads = Path(f"/proc/{self.pid}/task").iterdir()
+        return {(thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in threads}
 
     def _end(self, number: signal.Signals) -> None:
         if self._dockerd is not None:
@@ -220,15 +230,15 @@ class PrivateEngine:
 
 
 @contextlib.contextmanager
-def private_engine(*, live_restore: bool = False) -> Iterator[PrivateEngine]:
-    """An engine without images and without a network, up when the block begins; nothing of it is left after it.
+def private_engine(*, live_restore: bool = False, bridge: bool = False) -> Iterator[PrivateEngine]:
+    """An engine without images and without a way out, up when the block begins; nothing of it is left after it.
 
     Jobs on it need JOB_NETWORK=none; images come by `copy_image`. Skips (in CI fails) where the tests are not root.
     """
     require("root" if os.geteuid() == 0 else None, "root rights, which an engine of the tests' own needs")
     # a short path: a unix socket's has room for 107 bytes
     directory = Path(tempfile.mkdtemp(prefix="jf-engine-"))
-    engine = PrivateEngine(directory, live_restore=live_restore)
+    engine = PrivateEngine(directory, live_restore=live_restore, bridge=bridge)
     try:
         engine.start()
         yield engine

@@ -151,6 +151,11 @@ class Command:
         """Whether it has not ended yet."""
         return self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Its process id; a program that was to run it (`prefix`) has the same, having become it."""
+        return self._process.pid
+
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
         self._process.send_signal(number)
@@ -319,7 +324,8 @@ def assert_clean(lab: Lab, before: Held) -> None:
     """Assert that no worker runs here any more and that all it did is in order (FAULTS.md, "the same oracle").
 
     No violation in the server's record; one end for each time a job was handed out, and none where its user deleted
-    it; one mail for each end; no container, directory, journal row, descriptor or thread left.
+    it or the server took it back for good; one mail for each end; no container, directory, journal row, descriptor or
+    thread left.
     """
     _assert_nothing_left(lab)
     _assert_ends(lab.server)
@@ -337,11 +343,28 @@ def _assert_ends(server: MockServer) -> None:
     pulls = Counter((event["job_id"], event["account"]) for event in events if event["kind"] == "pull")
     ends = [event for event in events if event["kind"] == "update" and event["code"] == 204 and event["state"] in _ENDS]
     counted = Counter((event["job_id"], event["account"]) for event in ends)
-    wanted = {owner: count for owner, count in pulls.items() if owner[0] not in deleted}
+    wanted = {owner: count for owner, count in (pulls - _lost(events)).items() if owner[0] not in deleted}
     assert counted == wanted, f"ends by (job, account): {dict(counted)}, but wanted {wanted}"
     told = Counter(event["job_id"] for event in ends if event["state"] != "queued")
     mails = Counter(mail["job_id"] for mail in server.outbox())
     assert mails == told, f"mails by job: {dict(mails)}, but ends {dict(told)}"
+
+
+def _lost(events: Sequence[Mapping[str, Any]]) -> Counter[tuple[int, str]]:
+    """How often the server took a job back from an account that was silent (PROTOCOL.md S4) and never took it again by
+    a word of its own (S5), by (job, account)."""
+    lost: Counter[tuple[int, str]] = Counter()
+    silent: set[tuple[int, str]] = set()
+    for event in events:
+        owner = (event["job_id"], event["account"])
+        if event["kind"] == "requeue":
+            silent.add(owner)
+        elif event["kind"] == "pull" and owner in silent:
+            lost[owner] += 1
+            silent.discard(owner)
+        elif event["kind"] == "update" and event["code"] == 204:
+            silent.discard(owner)
+    return lost + Counter(silent)
 
 
 def _assert_nothing_left(lab: Lab) -> None:

@@ -184,11 +184,7 @@ def test_a_redirect_is_never_followed_and_the_token_stays(api: ScriptedApi, sour
     assert all(asked.headers["authorization"] == f"Bearer {TOKEN}" for asked in api.asked)
 
 
-def test_cookies_are_not_kept_and_proxies_of_the_environment_not_used(
-    api: ScriptedApi, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+def test_cookies_are_not_kept(api: ScriptedApi, client: Client) -> None:
     api.default = reply(200, set_cookie="session=1; Path=/")
     for _ in range(3):
         client.request("GET", "/x")
@@ -205,6 +201,7 @@ def test_a_connection_that_was_never_made_was_not_sent() -> None:
 
 
 @pytest.mark.fault("B11")
+@pytest.mark.fault("T23")
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
@@ -331,15 +328,67 @@ def test_a_job_with_a_bad_id_is_not_spoken_of(api: ScriptedApi, source: WorkerAp
 
 @pytest.mark.fault("B15")
 @pytest.mark.parametrize(
-    "body", [b'{"7": {"a": 1, "a": 2}}', b'{"7": {"a": NaN}}', b'{"7": {}, "7": {}}', b'{"7": {"hardware": Infinity}}']
+    ("body", "why"),
+    [
+        (b'{"7": {"a": 1, "a": 2}}', "the same key twice"),
+        (b'{"7": {"a": NaN}}', "NaN is not JSON"),
+        (b' {\n"7" : {}, "7": {}}', "the same key twice"),
+        (b'{"7": {"hardware": Infinity}}', "Infinity is not JSON"),
+        (b'{"7": ' + b"[" * 10_000, "nested too deeply"),
+        (b'{"7": ' + b'{"a":' * 10_000, "nested too deeply"),
+        (b'{"7": ' + b"9" * 5000 + b"}", "integer string"),
+        (b'{"7": [' + b"0," * 60_000 + b"0]}", "too many values"),
+        (b'{"7": "' + b"x" * BODY_BYTES + b'"}', "larger than 4 MiB"),
+        (b'{"7": {"handler": {"files_down": {' + b'"a/b": "c",' * 10**6 + b'"z": "z"}}}}', "larger than 4 MiB"),
+    ],
+    ids=["key", "nan", "id", "infinity", "arrays", "objects", "digits", "values", "size", "files"],
 )
-def test_a_job_in_ambiguous_json_is_reported_if_its_id_can_be_read(
-    api: ScriptedApi, source: WorkerApi, body: bytes
+def test_a_job_in_json_that_nobody_can_use_is_reported_if_its_id_can_be_read(
+    api: ScriptedApi, source: WorkerApi, body: bytes, why: str
 ) -> None:
     api.then(reply(200, body))
-    with pytest.raises(UnreadableJob, match="not unambiguous") as error:
+    with pytest.raises(UnreadableJob, match=f"worker cannot read the job: .*{why}") as error:
         source.fetch(OFFER, 0.0)
     assert error.value.lease.job_id == "7"
+    assert error.value.lease.settle(FAILED) is Standing.KEEP
+    assert [(asked.path, dict(asked.query).get("status")) for asked in api.asked[1:]] == [("/jobs/7/status", "error")]
+
+
+@pytest.mark.fault("B15")
+@pytest.mark.parametrize(
+    "body", [b"[" * 10_000, b"[NaN]", b'{"../7": NaN}', b'{"7', b'{"7": {"app": ', b'{"7": "\xff"}']
+)
+def test_what_was_torn_or_names_no_job_is_asked_for_again(api: ScriptedApi, source: WorkerApi, body: bytes) -> None:
+    """An answer that a network cut short is no fault of the job, even where its id can be read."""
+    api.then(reply(200, body))
+    with pytest.raises(SourceUnavailable, match="not the JSON expected"):
+        source.fetch(OFFER, 0.0)
+
+
+@pytest.mark.fault("B15")
+def test_a_huge_refusal_is_still_a_refusal(api: ScriptedApi, client: Client) -> None:
+    api.then(reply(404, b"x" * (BODY_BYTES + 1)))
+    answer = client.request("PUT", "/jobs/7/status")
+    assert answer.status == 404
+    assert len(answer.words) == 300
+    assert len(answer.body) < 200_000
+
+
+@pytest.mark.fault("T15")
+def test_a_job_that_must_not_run_here_is_reported_and_not_run(client: Client, api: ScriptedApi, emit: Emitted) -> None:
+    checked: list[tuple[str, Any]] = []
+
+    def verify(job_id: str, specs: Any) -> None:
+        checked.append((job_id, specs))
+        raise ValueError("it is not signed")
+
+    policy = UrlPolicy(parse_origin(client.base_url))
+    source = WorkerApi(client, policy, wanted=Filter(), emit=emit, verify=verify)
+    api.then(reply(200, json.dumps({"7": GOOD}).encode()))
+    with pytest.raises(UnreadableJob, match="it is not signed") as error:
+        source.fetch(OFFER, 0.0)
+    assert error.value.lease.job_id == "7"
+    assert checked == [("7", GOOD)]
 
 
 # -- a lease: beats ---------------------------------------------------------------------------------------------------
@@ -387,6 +436,81 @@ def test_an_undecided_answer_asks_how_the_job_stands(api: ScriptedApi, lease: Ap
 
 
 @pytest.mark.fault("B10")
+def test_the_words_of_an_undecided_answer_are_logged_once_and_cleaned(
+    api: ScriptedApi, lease: ApiLease, emit: Emitted
+) -> None:
+    said = b"conflict\x1b[2J\n" + b"y" * 5000
+    for _ in range(3):
+        api.then(reply(409, said), reply(200, b'"running"'))
+        with pytest.raises(SourceUnavailable, match="answered 409"):
+            lease.beat(Phase.RUNNING)
+    [event] = emit.named("update_refused")
+    message = str(event["message"])
+    assert r"conflict\x1b[2J\x0ay" in message
+    assert len(message.encode()) <= 1024
+    assert lease.beat(Phase.RUNNING) is Standing.KEEP  # heartbeats go on
+    api.then(reply(409, said), reply(200, b'"running"'))
+    with pytest.raises(SourceUnavailable):
+        lease.beat(Phase.RUNNING)
+    assert len(emit.named("update_refused")) == 2  # a new change of state
+
+
+@pytest.mark.fault("B10")
+@pytest.mark.parametrize("status", [409, 412, 500])
+def test_an_end_that_was_heard_in_spite_of_its_answer_is_not_repeated(
+    api: ScriptedApi, lease: ApiLease, status: int
+) -> None:
+    lease.beat(Phase.STAGING_OUT)
+    api.then(status, reply(200, b'"finished"'))
+    if status == 500:  # one alone decides nothing
+        with pytest.raises(SourceUnavailable):
+            lease.settle(FINISHED)
+    assert lease.settle(FINISHED) is Standing.KEEP
+    assert lease.settle(FINISHED) is Standing.KEEP
+    assert api.said == ["postprocessing", "finished", "GET"]
+
+
+@pytest.mark.fault("B10")
+def test_a_heartbeat_refused_because_the_job_has_ended_ends_it_here(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(409, reply(200, b'"error"'))
+    assert lease.beat(Phase.RUNNING) is Standing.LOST
+    assert lease.settle(FINISHED) is Standing.LOST
+    assert api.said == ["running", "GET"]
+
+
+@pytest.mark.fault("B10")
+def test_an_end_without_words_whose_answer_was_lost_is_in_doubt(
+    api: ScriptedApi, lease: ApiLease, clock: Clock
+) -> None:
+    api.then(422, hang_up)
+    with pytest.raises(SourceUnavailable):
+        lease.settle(FAILED)
+    with pytest.raises(SourceUnavailable, match="on its way"):
+        lease.settle(FAILED)
+    clock.now += 31
+    api.then(reply(200, b'"error"'))
+    assert lease.settle(FAILED) is Standing.KEEP
+    assert api.said == ["error", "error", "GET"]
+
+
+def test_an_update_that_a_gateway_gave_up_may_still_arrive(api: ScriptedApi, lease: ApiLease) -> None:
+    lease.beat(Phase.STAGING_OUT)
+    api.then(504)
+    with pytest.raises(SourceUnavailable, match="answered 504"):
+        lease.beat(Phase.STAGING_OUT)
+    with pytest.raises(SourceUnavailable, match="on its way") as wait:
+        lease.settle(FINISHED)
+    assert wait.value.retry_after_s == pytest.approx(30.0)
+
+
+@pytest.mark.fault("S6")
+def test_no_heartbeat_follows_the_end(api: ScriptedApi, lease: ApiLease) -> None:
+    lease.settle(FAILED)
+    assert lease.beat(Phase.RUNNING) is Standing.KEEP
+    assert api.said == ["error"]
+
+
+@pytest.mark.fault("B10")
 def test_a_422_to_our_words_is_met_without_them(api: ScriptedApi, lease: ApiLease) -> None:
     api.then(422, 204)
     assert lease.settle(FAILED) is Standing.KEEP
@@ -394,6 +518,12 @@ def test_a_422_to_our_words_is_met_without_them(api: ScriptedApi, lease: ApiLeas
         {"status": "error", "runtime_details": "exit code 3"},
         {"status": "error"},
     ]
+
+
+def test_a_job_that_is_run_again_does_not_go_backwards(api: ScriptedApi, lease: ApiLease) -> None:
+    for phase in (Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_OUT):
+        lease.beat(phase)
+    assert api.said == ["preprocessing", "running", "running", "running", "postprocessing"]
 
 
 @pytest.mark.fault("B4")
@@ -406,6 +536,8 @@ def test_a_refusal_never_cancels(api: ScriptedApi, lease: ApiLease, status: int)
     assert lease.beat(Phase.RUNNING) is Standing.KEEP
 
 
+@pytest.mark.fault("J3")
+@pytest.mark.fault("S9")
 def test_two_threads_never_send_two_updates_at_once(api: ScriptedApi, lease: ApiLease) -> None:
     inside, overlaps, lock = [0], [0], threading.Lock()
 
@@ -568,11 +700,12 @@ def test_a_refused_end_was_not_heard_and_is_told_again_at_once(api: ScriptedApi,
     assert api.said == ["error", "error"]
 
 
+@pytest.mark.fault("J4")
 @pytest.mark.parametrize(("age_s", "asked"), [(299.0, []), (301.0, ["GET"])])
 def test_an_old_lease_asks_first(
     api: ScriptedApi, lease: ApiLease, clock: Clock, age_s: float, asked: list[str]
 ) -> None:
-    """J4. The lease counts from the question that brought the job, and from each accepted update (S4)."""
+    """The lease counts from the question that brought the job, and from each accepted update (S4)."""
     clock.now += age_s
     api.then(*[reply(200, b'"queued"') for _ in asked])
     lease.settle(FAILED)
@@ -702,14 +835,16 @@ def test_a_form_serves_its_folder_and_is_renewed_in_time(api: ScriptedApi, lease
     lease.sign_output(OutputKind.OUTPUT, "out/deep", "a")
     lease.sign_output(OutputKind.LOG, "out", "a")
     assert len(api.asked) == 3
-    clock.now += 479
+    clock.now += 240
+    lease.beat(Phase.STAGING_OUT)
+    clock.now += 239
     lease.sign_output(OutputKind.OUTPUT, "out", "d")
-    assert len(api.asked) == 3
+    assert api.said == ["POST"] * 3 + ["postprocessing"]
     clock.now += 2
     lease.sign_output(OutputKind.OUTPUT, "out", "e")
-    assert len(api.asked) == 4
-    lease.sign_output(OutputKind.OUTPUT, "out", "e", renew=True)
     assert len(api.asked) == 5
+    lease.sign_output(OutputKind.OUTPUT, "out", "e", renew=True)
+    assert len(api.asked) == 6
 
 
 def test_a_put_is_for_one_object(api: ScriptedApi, lease: ApiLease) -> None:
@@ -720,16 +855,26 @@ def test_a_put_is_for_one_object(api: ScriptedApi, lease: ApiLease) -> None:
     assert dict(api.asked[0].query)["base_path"] == ""
 
 
+@pytest.mark.fault("S8")
 @pytest.mark.parametrize("status", [500, 404])
 def test_an_upload_refused_for_a_lost_lease_ends_the_job(api: ScriptedApi, lease: ApiLease, status: int) -> None:
-    api.then(status, 404)  # S8
+    api.then(status, 404)
     with pytest.raises(Stopped):
         lease.sign_output(OutputKind.OUTPUT, "out", "a")
     assert lease.settle(FINISHED) is Standing.CANCEL
     assert api.said == ["POST", "GET"]
 
 
+@pytest.mark.fault("S8")
+def test_an_upload_refused_because_another_account_has_the_job_ends_it(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(500, reply(200, b'"running"'), 404)  # its state may be asked for by anyone
+    with pytest.raises(Stopped):
+        lease.sign_output(OutputKind.OUTPUT, "out", "a")
+    assert api.said == ["POST", "GET", "postprocessing"]
+
+
 def test_an_upload_refused_by_a_server_in_trouble_may_be_tried_again(api: ScriptedApi, lease: ApiLease) -> None:
     api.then(500, reply(200, b'"postprocessing"'))
-    with pytest.raises(SourceUnavailable):
+    with pytest.raises(SourceUnavailable, match="answered 500"):
         lease.sign_output(OutputKind.OUTPUT, "out", "a")
+    assert api.said == ["POST", "GET", "postprocessing"]

@@ -106,6 +106,25 @@ def test_while_the_service_is_down_the_old_token_is_kept_and_few_tries_are_made(
     assert auth.token() == "token-6"
 
 
+@pytest.mark.fault("B5")
+def test_a_service_that_hangs_is_not_asked_again_at_once() -> None:
+    """Else every heartbeat of a job would wait for it."""
+    service = Service()
+    auth = service.auth()
+    auth.token()
+    service.now += 0.8 * 3600
+
+    def hang(question: dict[str, Any]) -> tuple[int, bytes]:
+        service.now += 31
+        raise SourceUnavailable("no answer in time")
+
+    service.fault = hang
+    for _ in range(29):
+        assert auth.token() == "token-1"
+        service.now += 1
+    assert len(service.asked) == 2
+
+
 @pytest.mark.fault("B4")
 def test_a_refused_token_is_replaced_once_however_many_notice() -> None:
     service = Service()

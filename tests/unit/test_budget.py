@@ -128,6 +128,40 @@ def test_gpus_are_read_at_every_offer() -> None:
         assert offer.gpus == ()
 
 
+@pytest.mark.fault("A4")
+def test_a_share_that_is_in_use_already_is_held_whatever_is_free() -> None:
+    others = Others(gpus=(SMALL, LARGE))
+    of = budget(4.0, 4_000, (SMALL, LARGE), slots=2, others=others)
+    kept = of.hold(Share(3.0, 3_000, (LARGE,)))
+    assert kept.share == Share(3.0, 3_000, (LARGE,))
+    assert of.free() == Offer(1.0, 1_000, (SMALL,))
+    # The machine shrank while the worker was away, and there are more containers than slots: free is never negative.
+    more = [of.hold(Share(2.0, 2_000)), of.hold(Share(1.0, 1_000))]
+    assert of.free() == Offer(0.0, 0, (SMALL,))
+    assert of.offer() is None
+    assert "all 2 job slots are taken" in refused(of, Needs())
+    for one in (kept, *more):
+        one.release()
+        one.release()
+    assert of.free() == Offer(4.0, 4_000, (SMALL, LARGE))
+
+
+@pytest.mark.fault("A4")
+def test_what_others_use_is_guessed_while_a_process_comes_back_to_running_jobs() -> None:
+    others = Others(5_000)  # 2,000 of them are the container's own
+    of = budget(slots=2, others=others)
+    kept = of.hold(Share(1.0, 2_000))
+    assert of.offer() == Offer(7.0, 10_000 - 3_000 - 2_000)
+    others.memory_mib = 1_000  # it does not use all that it holds
+    assert of.offer() == Offer(7.0, 8_000)
+    kept.release()
+    others.memory_mib = 3_000
+    assert of.offer() == Offer(8.0, 7_000)
+    of.hold(Share(1.0, 2_000))
+    others.memory_mib = 9_000  # an idle moment was seen: that reading stays
+    assert of.offer() == Offer(7.0, 5_000)
+
+
 # -- what a job gets --------------------------------------------------------------------------------------------------
 
 

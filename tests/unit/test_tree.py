@@ -1,6 +1,10 @@
 """tree: placing, walking, reading and removing, on ordinary trees. Hostile ones are in tests/security."""
 
 import os
+import shutil
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +164,81 @@ def test_removing_what_is_missing_or_a_single_file_or_link_is_fine(tmp_path: Pat
     tree.remove(tmp_path, "file")
     tree.remove(tmp_path, "link")
     assert names_in(tmp_path) == ["kept"]
+
+
+def du(root: Path) -> int:
+    """What du(1) says of a folder's content, in bytes: an independent count, hard links once."""
+    said = subprocess.run(["du", "-s", "-x", "--block-size=1", str(root)], capture_output=True, text=True, check=True)
+    return int(said.stdout.split()[0]) - root.stat().st_blocks * 512
+
+
+def test_disk_usage_is_what_du_counts(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/file").write_bytes(b"x" * 100_000)
+    (tmp_path / "small").write_bytes(b"x")
+    with (tmp_path / "sparse").open("wb") as sparse:
+        sparse.truncate(1 << 40)  # a terabyte that takes nothing
+    for number in range(3):
+        os.link(tmp_path / "a/file", tmp_path / f"a/b/link{number}")
+    (tmp_path / "to-the-outside").symlink_to("/usr")
+    os.mkfifo(tmp_path / "fifo")
+    assert 100_000 < tree.disk_usage(tmp_path) < 200_000
+    assert tree.disk_usage(tmp_path) == du(tmp_path)
+
+
+def test_disk_usage_sees_what_lies_deeper_than_the_walk_goes(tmp_path: Path) -> None:
+    descend(tmp_path, "d", 3 * MAX_DEPTH + 7, b"x" * 1_000_000)
+    before = open_descriptors()
+    assert tree.disk_usage(tmp_path) > 1_000_000
+    assert tree.disk_usage(tmp_path) == du(tmp_path)
+    assert open_descriptors() == before
+
+
+def test_disk_usage_bears_that_everything_vanishes(tmp_path: Path) -> None:
+    assert tree.disk_usage(tmp_path / "missing") == 0
+    (tmp_path / "link").symlink_to("/usr")
+    assert tree.disk_usage(tmp_path / "link") == 0
+    root = tmp_path / "root"
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            for number in range(20):
+                (root / str(number) / "x").mkdir(parents=True, exist_ok=True)
+                (root / str(number) / "x/file").write_bytes(b"x" * 5000)
+            shutil.rmtree(root)
+
+    churning = threading.Thread(target=churn)
+    churning.start()
+    try:
+        sizes, deadline = [0], time.monotonic() + 20
+        while (len(sizes) < 300 or len(set(sizes)) < 5) and time.monotonic() < deadline:
+            sizes.append(tree.disk_usage(root))
+    finally:
+        done.set()
+        churning.join()
+    assert len(set(sizes)) >= 5  # it did change under the count
+    assert max(sizes) < 3 * 20 * (8192 + 2 * 4096)  # and nothing was counted that was never there
+
+
+def test_a_link_to_an_open_file_is_the_file_that_was_read(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old/file").write_bytes(b"content")
+    (tmp_path / "old/file").chmod(0o4755)
+    with (tmp_path / "old/file").open("rb") as file:
+        (tmp_path / "old/file").unlink()
+        (tmp_path / "old/file").symlink_to("/etc/passwd")
+        (tmp_path / "old/again").write_bytes(b"other")
+        with pytest.raises(FileNotFoundError):  # it has no name any more, so it can have no second one
+            tree.link(file, tmp_path / "new", ("file",))
+    with (tmp_path / "old/again").open("rb") as file:
+        (tmp_path / "old/again").rename(tmp_path / "old/moved")
+        tree.link(file, tmp_path / "new", ("deep", "file"))
+    assert (tmp_path / "new/deep/file").read_bytes() == b"other"
+    assert (tmp_path / "new/deep/file").samefile(tmp_path / "old/moved")
+    modes = [oct((tmp_path / "new" / name).stat().st_mode & 0o7777) for name in ("deep", "deep/file")]
+    assert modes == ["0o777", "0o666"]
 
 
 def test_descriptors_are_closed_after_half_a_walk_too(tmp_path: Path) -> None:

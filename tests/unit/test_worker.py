@@ -26,12 +26,14 @@ from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Claim, Standing
 from jobfetcher.core.run import Ending, Exit, Outcome, RunSpec
 from jobfetcher.engine.run_spec import BoxPolicy, build_run_spec
+from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
 from jobfetcher.resources.budget import Budget
 from jobfetcher.runner import Rules, Runner
 from jobfetcher.testing.fake_engine import FakeEngine, Script
 from jobfetcher.testing.fake_source import FakeSource
 from jobfetcher.testing.fake_transfer import FakeTransfer
+from jobfetcher.watching import Limits
 from jobfetcher.worker import Leaving, Polling, Worker
 from jobfetcher.workspace import Base
 from tests.support.jobs import Emitted, make_job
@@ -101,7 +103,7 @@ class Bench:
             transfer=self.transfer,
             engine=self.engine,
             build_spec=partial(build_run_spec, attempt=1, instance="i", policy=BoxPolicy()),
-            rules=Rules(beat_interval_s=3600.0, stop_grace_s=0.1),
+            rules=Rules(beat_interval_s=3600.0, limits=Limits(stop_grace_s=0.1)),
             emit=self.emit,
             sleep=lambda _: None,
         )
@@ -112,6 +114,7 @@ class Bench:
             base=self.base,
             journal=journal,
             runner=runner,
+            housekeeper=Housekeeper(self.engine, self.base, journal, self.emit),
             polling=Polling(30.0, lambda taken, idle_s: self.stop_when(taken, idle_s), idle_limit_s),
             emit=self.emit,
             clock=self.budget.clock,
@@ -425,14 +428,8 @@ def test_a_job_that_cannot_be_journaled_is_not_run_and_the_worker_lives(bench: B
 
 def test_no_room_on_the_disk_stops_polling_and_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.put(make_job("1"))
-    real, refusals = Base.check_room, iter(range(3))
-
-    def check_room(self: Base) -> None:
-        if next(refusals, None) is not None:
-            raise WorkerFault(WorkerReason.DISK, "make room")
-        real(self)
-
-    monkeypatch.setattr(Base, "check_room", check_room)
+    asked = iter(range(8))  # twice a round: is it full, and is it still full after making room
+    monkeypatch.setattr(Base, "is_full", lambda self: "make room" if next(asked, None) is not None else "")
     bench.worker.run()
     assert [event["message"] for event in bench.emit.named("not_polling")] == ["no job can be taken: make room"]
     assert bench.ends("1") == ["finished"]
@@ -471,32 +468,6 @@ def test_an_end_that_stays_unheard_is_kept_for_the_next_start(bench: Bench) -> N
 
 
 # -- starting again ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("phase", [Phase.CLAIMED, Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_OUT])
-def test_a_job_of_an_earlier_process_is_given_back_before_the_first_question(bench: Bench, phase: Phase) -> None:
-    job = make_job("1")
-    bench.journal.claim(job.id, "t", job)
-    for step in (Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_OUT):
-        if list(Phase).index(step) <= list(Phase).index(phase):
-            bench.journal.advance(job.id, step)
-    bench.base.job(job.id).create()
-    bench.source.put(make_job("2"))
-    bench.jobs = 1
-    asked_before: list[int] = []
-    real = bench.source.resume
-
-    def resume(token: str, job_id: JobId) -> object:
-        asked_before.append(bench.source.asked)
-        return real(token, job_id)
-
-    bench.source.resume = resume  # type: ignore[method-assign,assignment]  # notes when it was called
-    bench.worker.run()
-    assert asked_before[0] == 0
-    assert bench.words("1") == ["released"]
-    assert "stopped" in bench.source.said[job.id].details[0]
-    assert bench.ends("2") == ["finished"]
-    assert bench.nothing_is_left()
 
 
 @pytest.mark.fault("A7")
@@ -576,22 +547,29 @@ def test_the_second_signal_stops_the_jobs_and_gives_them_back(two: Bench) -> Non
     assert two.nothing_is_left()
 
 
-def test_a_config_error_ends_running_jobs_first(bench: Bench) -> None:
-    bench.scripts["1"] = Script(held=True)
-    bench.put(make_job("1"))
-    bench.stop_when = lambda taken, idle_s: False
-    boom = ConfigError("a person must look")
+def test_what_only_a_person_can_mend_waits_for_jobs_of_an_earlier_process(two: Bench) -> None:
+    """A wrong password at the restart must not cost the job that runs on."""
+    two.scripts["1"] = Script(held=True)
+    job = make_job("1")
+    two.journal.claim(job.id, "t", job)
+    two.source.replies = [ConfigError("a person must look")] * 1000
+    two.stop_when = lambda taken, idle_s: False
+    raised: list[ConfigError] = []
 
-    def check_room() -> None:
-        if bench.engine.containers:
-            bench.worker.welcomed = False
-            raise boom
+    def run() -> None:
+        try:
+            two.worker.run()
+        except ConfigError as error:
+            raised.append(error)
 
-    bench.base.check_room = check_room  # type: ignore[method-assign]  # fails once the job runs
-    with pytest.raises(ConfigError, match="a person must look"):
-        bench.worker.run()
-    assert bench.ends("1") == ["released"]
-    assert bench.nothing_is_left()
+    thread = beside(run)
+    until(lambda: two.engine.containers != [] and two.emit.named("not_polling") != [])
+    assert raised == []
+    two.engine.containers[0].release()
+    thread.join(20)
+    assert [str(error) for error in raised] == ["a person must look"]
+    assert two.ends("1") == ["finished"]
+    assert two.nothing_is_left()
 
 
 def test_many_jobs_in_two_slots_with_outages_each_end_exactly_once(two: Bench) -> None:

@@ -162,6 +162,7 @@ class CognitoAuth:
                 result = self._initiate(self._pool, refresh=False)
         except (SourceUnavailable, SourceRefused) as error:
             self._last_error = error
+            self._not_before = self._clock() + _PAUSE_S  # from its end: a service that hangs took half a minute
             raise
         assert result is not None  # noqa: S101 - refresh=False returns a result or raises
         self._last_error = None

@@ -20,10 +20,16 @@ from jobfetcher.core.errors import SourceError, SourceRefused, SourceUnavailable
 from jobfetcher.core.text import clean
 from jobfetcher.core.urls import Origin, parse_origin
 from jobfetcher.sources.worker_api.auth import Auth
-from jobfetcher.sources.worker_api.deadline import NOT_SENT, TRANSPORT_ERRORS, DeadlineTransport, deadline
+from jobfetcher.sources.worker_api.deadline import NOT_SENT, TRANSPORT_ERRORS, DeadlineTransport, Proxy, deadline
 
 #: DESIGN.md rule 9: connect 5 s, whole call 30 s, body 4 MiB.
 CONNECT_S, CALL_S, BODY_BYTES = 5.0, 30.0, 4 * 1024 * 1024
+
+#: FAULTS.md B15: 4 MiB of `[],` are 1.4 million objects. A job with MAX_FILES inputs has a fifth of this.
+_VALUES = 50_000
+
+#: Of an answer that is no success no more is read; and of any body, so much is kept for messages (B10).
+_ERROR_BYTES, _WORDS_BYTES = 65_536, 1024
 
 #: FAULTS.md J8: worth another try later.
 _TRY_LATER = frozenset({408, 425, 429})
@@ -34,6 +40,18 @@ _RETRY_AFTER_MAX_S = 600.0
 Params = Sequence[tuple[str, str]]
 
 
+class UnusableAnswer(SourceUnavailable):
+    """An answer that came whole, or would never end, and that nobody should act upon (FAULTS.md B15).
+
+    Unlike one that was torn on its way, the next one will be the same. `start` is its first KiB, `why` what is wrong.
+    """
+
+    def __init__(self, message: str, start: bytes, why: str) -> None:
+        super().__init__(message)
+        self.start = start
+        self.why = why
+
+
 class Reply(NamedTuple):
     """Status, body and headers of an answer."""
 
@@ -42,20 +60,30 @@ class Reply(NamedTuple):
     headers: Mapping[str, str]
 
     def json(self) -> Any:
-        """The body as JSON: duplicate keys, NaN and absurd nesting refused. Raises SourceUnavailable."""
+        """The body as JSON. Raises SourceUnavailable for what is none, and UnusableAnswer for what JSON permits and a
+        server has no reason for: duplicate keys, NaN, endless digits, absurd nesting, too many values."""
+        start = clean(self.body[:80].decode(errors="replace"), 80)
         try:
+            if sum(map(self.body.count, (b",", b"[", b"{"))) > _VALUES:
+                raise ValueError("too many values")
             return json.loads(self.body, object_pairs_hook=_distinct, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            start = clean(self.body[:80].decode(errors="replace"), 80)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise SourceUnavailable(
                 f"the server's answer is not the JSON expected ({type(error).__name__}: it begins {start!r}); "
                 "is API_URL the address of a worker API?"
             ) from None
+        except RecursionError:
+            why = "it is nested too deeply"
+        except ValueError as error:
+            why = clean(str(error), 120)
+        raise UnusableAnswer(
+            f"the server's answer is not the JSON expected ({why}: it begins {start!r})", self.body[:_WORDS_BYTES], why
+        )
 
     @property
     def words(self) -> str:
         """The start of the body as one harmless line, for messages."""
-        return clean(self.body[:1024].decode(errors="replace"), 300)
+        return clean(self.body[:_WORDS_BYTES].decode(errors="replace"), 300)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,13 +98,18 @@ def _no_constant(name: str) -> Any:
 
 
 class Client:
-    """Requests to one base URL. Thread-safe; close it when done."""
+    """Requests to one base URL. Thread-safe; close it when done.
 
-    def __init__(self, base_url: str, *, ca_file: str | None = None) -> None:
+    `proxy`: the address of an HTTP proxy for all of them, a name and password in it if it wants some. Without one none
+    is used, whatever the environment says. Raises ConfigError for one that cannot be read.
+    """
+
+    def __init__(self, base_url: str, *, ca_file: str | None = None, proxy: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self.origin: Origin = parse_origin(base_url)
+        self._proxy = None if proxy is None else Proxy.parse(proxy)
         self._http = httpx.Client(
-            transport=DeadlineTransport(ca_file=ca_file),
+            transport=DeadlineTransport(ca_file=ca_file, proxy=self._proxy),
             timeout=httpx.Timeout(CALL_S, connect=CONNECT_S),
             trust_env=False,
             follow_redirects=False,
@@ -119,26 +152,36 @@ class Client:
                 response = self._http.send(request, stream=True)
                 try:
                     body = bytearray()
+                    most = BODY_BYTES if response.status_code < 300 else _ERROR_BYTES
                     for piece in response.iter_raw():
                         body += piece
-                        if len(body) > BODY_BYTES:
-                            raise SourceUnavailable(
-                                f"the server's answer to {method} {request.url.path} is larger than "
-                                f"{BODY_BYTES >> 20} MiB; it was cut off"
-                            )
+                        if len(body) > most:
+                            break
                 finally:
                     response.close()
         except TRANSPORT_ERRORS as error:
-            where = f"{self.origin.host}:{self.origin.port}" if url.startswith(self.base_url) else url
             raise SourceUnavailable(
-                f"no answer from {clean(where, 200)}: {clean(str(error) or type(error).__name__, 200)}",
+                f"no answer from {self._where(url)}: {clean(str(error) or type(error).__name__, 200)}",
                 sent=not isinstance(error, NOT_SENT),
             ) from error
+        if response.status_code < 300 and len(body) > BODY_BYTES:
+            size = f"larger than {BODY_BYTES >> 20} MiB"
+            raise UnusableAnswer(
+                f"the server's answer to {method} {request.url.path} is {size}; it was cut off",
+                bytes(body[:_WORDS_BYTES]),
+                f"it is {size}",
+            )
         return Reply(response.status_code, bytes(body), response.headers)
 
     def close(self) -> None:
         """Close all connections."""
         self._http.close()
+
+    def _where(self, url: str) -> str:
+        """Who did not answer, for a person: nothing of it is a secret."""
+        host = f"[{self.origin.host}]" if ":" in self.origin.host else self.origin.host
+        where = f"{host}:{self.origin.port}" if url.startswith(self.base_url) else clean(url, 200)
+        return where if self._proxy is None else f"{where} through the proxy {self._proxy.name}"
 
 
 def is_definite(reply: Reply) -> bool:

@@ -7,15 +7,21 @@ call ends on time. Name resolution is the operating system's and has its own lim
 
 from __future__ import annotations
 
+import socket
 import ssl
+import struct
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
 
 import httpcore
 import httpx
+
+from jobfetcher.core.errors import ConfigError
 
 #: What httpcore raises; it has no root class of its own.
 TRANSPORT_ERRORS = (
@@ -30,7 +36,18 @@ TRANSPORT_ERRORS = (
 )
 
 #: Errors that certainly came before the first byte of the request was sent.
-NOT_SENT = (httpcore.ConnectError, httpcore.ConnectTimeout, httpcore.PoolTimeout, httpcore.UnsupportedProtocol)
+NOT_SENT = (
+    httpcore.ConnectError,
+    httpcore.ConnectTimeout,
+    httpcore.PoolTimeout,
+    httpcore.ProxyError,  # the proxy would not open the tunnel that the request was to go through
+    httpcore.UnsupportedProtocol,
+)
+
+#: A connection that we close is gone with all that it still held. Else the kernel goes on delivering the request of a
+#: call that was given up, or of a process that was killed, for minutes: a heartbeat sent into a network that is down
+#: would arrive after the job's end and open it again (PROTOCOL.md S6).
+_NO_LINGER = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 #: End of the current call on time.monotonic(), per thread (a call runs in the thread that makes it).
 _ends_at: ContextVar[float | None] = ContextVar("ends_at", default=None)
@@ -88,7 +105,8 @@ class _Backend(httpcore.SyncBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
         left = _left(timeout, httpcore.ConnectTimeout)
-        return _Stream(super().connect_tcp(host, port, left, local_address, socket_options))
+        options = [*(socket_options or ()), _NO_LINGER]
+        return _Stream(super().connect_tcp(host, port, left, local_address, options))
 
 
 class _Body(httpx.SyncByteStream):
@@ -102,19 +120,52 @@ class _Body(httpx.SyncByteStream):
         self._inner.close()
 
 
-class DeadlineTransport(httpx.BaseTransport):
-    """Kept-alive HTTP/1.1 connections whose every operation respects `deadline`. Thread-safe."""
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy: `name` is host and port, for people; its URL, and its user and password if it has some."""
 
-    def __init__(self, *, ca_file: str | None = None) -> None:
-        context = ssl.create_default_context(cafile=ca_file)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=context,
-            max_connections=32,
-            max_keepalive_connections=16,
-            keepalive_expiry=60.0,
-            network_backend=_Backend(),
-        )
+    name: str
+    url: str
+    login: tuple[bytes, bytes] | None = field(repr=False)
+
+    @classmethod
+    def parse(cls, address: str) -> Self:
+        """`http://[USER:PASSWORD@]HOST:PORT`, or https; user and password percent-encoded. Raises ConfigError."""
+        try:
+            parts = urlsplit(address)
+            port = parts.port
+            if parts.scheme not in {"http", "https"} or not parts.hostname or port is None:
+                raise ValueError
+        except ValueError:  # its words may have the password in them
+            raise ConfigError("PROXY must be an address with a port, such as http://proxy.example.org:3128") from None
+        name = f"[{parts.hostname}]:{port}" if ":" in parts.hostname else f"{parts.hostname}:{port}"
+        login = None
+        if parts.username is not None:
+            login = (unquote(parts.username).encode(), unquote(parts.password or "").encode())
+        return cls(name, f"{parts.scheme}://{name}", login)
+
+
+class DeadlineTransport(httpx.BaseTransport):
+    """Kept-alive HTTP/1.1 connections whose every operation respects `deadline`. Thread-safe.
+
+    Through `proxy`, an https call is a tunnel (CONNECT), so that the proxy sees host and port; an http call is not.
+    """
+
+    def __init__(self, *, ca_file: str | None = None, proxy: Proxy | None = None) -> None:
+        context = _tls(ca_file)
+        options: dict[str, Any] = {
+            "ssl_context": context,
+            "max_connections": 32,
+            "max_keepalive_connections": 16,
+            "keepalive_expiry": 60.0,
+            "network_backend": _Backend(),
+        }
+        self._pool: httpcore.ConnectionPool
+        if proxy is None:
+            self._pool = httpcore.ConnectionPool(**options)
+        else:
+            to_proxy = _tls(ca_file) if proxy.url.startswith("https") else None
+            self._pool = httpcore.HTTPProxy(proxy.url, proxy.login, proxy_ssl_context=to_proxy, **options)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         response = self._pool.handle_request(
@@ -137,3 +188,9 @@ class DeadlineTransport(httpx.BaseTransport):
 
     def close(self) -> None:
         self._pool.close()
+
+
+def _tls(ca_file: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=ca_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from jobfetcher.core.errors import (
     StopReason,
     UnreadableJob,
 )
+from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.job import FileRef, JobId, OutputKind, parse_job_id
 from jobfetcher.core.machine import Gpu, Offer
 from jobfetcher.core.phases import Phase
@@ -27,8 +27,26 @@ from jobfetcher.core.ports import Claim, Emit, Standing
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.core.text import clean, details
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy
-from jobfetcher.sources.worker_api.client import CALL_S, Client, Params, Reply, failure, is_definite
-from jobfetcher.sources.worker_api.wire import ERROR, FINISHED, POSTPROCESSING, QUEUED, STATUS_OF_PHASE, parse_specs
+from jobfetcher.sources.worker_api.client import (
+    CALL_S,
+    Client,
+    Params,
+    Reply,
+    UnusableAnswer,
+    failure,
+    is_definite,
+)
+from jobfetcher.sources.worker_api.wire import (
+    ERROR,
+    FINISHED,
+    POSTPROCESSING,
+    QUEUED,
+    STATUS_OF_PHASE,
+    first_key,
+    is_behind,
+    later,
+    parse_specs,
+)
 
 #: PROTOCOL.md S4: a job silent for longer is handed on.
 LEASE_S = 300.0
@@ -36,8 +54,11 @@ LEASE_S = 300.0
 #: FAULTS.md J3: short, so that ten heartbeats fit into one lease.
 BEAT_WITHIN_S = 10.0
 
-#: So long after it was sent an update that got no answer may still arrive at the server: the length of a whole call.
+#: So long after we gave it up an update that got no answer may still arrive at the server: the length of a whole call.
 IN_DOUBT_S = CALL_S
+
+#: FAULTS.md B10: what a server may answer to an update without saying whether the job is still ours.
+_UNDECIDED = frozenset({409, 410, 412, 422})
 
 #: PROTOCOL.md: a form is valid for 600 s; two minutes are kept for the upload that uses it last.
 FORM_S = 480.0
@@ -51,6 +72,9 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+_ENDS = frozenset({FINISHED, ERROR})
+
+
 @dataclass(frozen=True, slots=True)
 class Filter:
     """Which jobs to ask for: only of these groups, only those that waited at least `older_than_s`."""
@@ -60,7 +84,10 @@ class Filter:
 
 
 class WorkerApi:
-    """The JobSource. `client.auth` must be set."""
+    """The JobSource. `client.auth` must be set. `verify` raises ValueError for a job that must not run here (T15).
+
+    `beat_within_s`: the deadline of one heartbeat, in seconds.
+    """
 
     max_hold_s = LEASE_S
 
@@ -71,12 +98,16 @@ class WorkerApi:
         *,
         wanted: Filter,
         emit: Emit,
+        verify: Callable[[JobId, Any], None] | None = None,
+        beat_within_s: float = BEAT_WITHIN_S,
         clock: Callable[[], float] = boottime,
     ) -> None:
         self._client = client
+        self._beat_within_s = beat_within_s
         self._policy = policy
         self._wanted = wanted
         self._emit = emit
+        self._verify = verify
         self._clock = clock
 
     def fetch(self, offer: Offer, wait_s: float) -> Claim | None:  # noqa: ARG002 - this server has no long poll
@@ -87,31 +118,34 @@ class WorkerApi:
         """
         for gpu in _one_per_model(offer.gpus) or [None]:
             asked_at = self._clock()
-            reply = self._client.request("GET", "/jobs", self._question(offer, gpu))
-            if reply.status == 404:
-                raise SourceUnavailable(
-                    f"{self._client.base_url} has no /jobs (404): is API_URL the address of a worker API?"
-                )
-            if reply.status != 200:
-                raise failure(reply, "the request for a job")
             try:
+                reply = self._client.request("GET", "/jobs", self._question(offer, gpu))
+                if reply.status == 404:
+                    raise SourceUnavailable(
+                        f"{self._client.base_url} has no /jobs (404): is API_URL the address of a worker API?"
+                    )
+                if reply.status != 200:
+                    raise failure(reply, "the request for a job")
                 handed_out = reply.json()
-            except SourceUnavailable as error:
-                raise self._unreadable(reply, asked_at) or error from None
+            except UnusableAnswer as error:
+                raise self._unreadable(error, asked_at) or error from None
             if not isinstance(handed_out, dict):
                 raise SourceUnavailable("the server's answer to the request for a job is not an object")
             if handed_out:
                 return self._take_first(handed_out, asked_at)
         return None
 
-    def resume(self, token: str, job_id: JobId) -> ApiLease:
-        """Raises ConfigError for a job of another server: its words would mean another job here."""
+    def resume(self, token: str, job_id: JobId, *, cut_off: Phase | None = None) -> ApiLease:
+        """Raises ConfigError for a job of another server: its words would mean another job here.
+
+        Without `cut_off` other processes may speak of the job, too (jobfetcher.steps): only its end is asked for first.
+        """
         if token != self._client.base_url:
             raise ConfigError(
                 f"PATH_BASE holds job {job_id} of {clean(token, 200)}, but API_URL is {self._client.base_url}; start "
                 "once more with the old API_URL to bring the job to its end, or use another PATH_BASE"
             )
-        return self._lease(job_id, accepted_at=None)
+        return self._lease(job_id, accepted_at=None, cut_off=cut_off)
 
     def close(self) -> None:
         self._client.close()
@@ -147,25 +181,38 @@ class WorkerApi:
                 self._emit("release_failed", level="warning", job=extra.job_id, message=str(error))
         lease, specs = leases[0]
         try:
+            if self._verify is not None:
+                self._verify(lease.job_id, specs)
             return Claim(lease, parse_specs(lease.job_id, specs))
         except ValueError as error:
             raise UnreadableJob(lease, str(error)) from None
 
-    def _unreadable(self, reply: Reply, asked_at: float) -> UnreadableJob | None:
-        """A job whose JSON is refused (a key twice, NaN), if its id can be read all the same (FAULTS.md B15)."""
+    def _unreadable(self, error: UnusableAnswer, asked_at: float) -> UnreadableJob | None:
+        """A job in an answer that nobody can use, if its id can be read all the same (FAULTS.md B15)."""
         try:
-            [key] = json.loads(reply.body)
-            job_id = parse_job_id(key)
-        except (ValueError, TypeError, RecursionError):
+            job_id = parse_job_id(first_key(error.start))
+        except ValueError:
             return None
-        return UnreadableJob(self._lease(job_id, accepted_at=asked_at), "its JSON is not unambiguous")
+        return UnreadableJob(self._lease(job_id, accepted_at=asked_at), error.why)
 
-    def _lease(self, job_id: JobId, accepted_at: float | None) -> ApiLease:
-        return ApiLease(self._client, self._policy, job_id, accepted_at=accepted_at, emit=self._emit, clock=self._clock)
+    def _lease(self, job_id: JobId, accepted_at: float | None, cut_off: Phase | None = None) -> ApiLease:
+        return ApiLease(
+            self._client,
+            self._policy,
+            job_id,
+            accepted_at=accepted_at,
+            cut_off=cut_off,
+            emit=self._emit,
+            beat_within_s=self._beat_within_s,
+            clock=self._clock,
+        )
 
 
 class ApiLease:
-    """One job of the worker API. All updates go through one lock, in order (S9: two at once may fail)."""
+    """One job of the worker API. All updates go through one lock, in order (S9: two at once may fail).
+
+    What is said of a job never goes backwards: while it is run again, the server goes on hearing `running`.
+    """
 
     def __init__(
         self,
@@ -174,33 +221,45 @@ class ApiLease:
         job_id: JobId,
         *,
         accepted_at: float | None,
+        cut_off: Phase | None,
         emit: Emit,
+        beat_within_s: float = BEAT_WITHIN_S,
         clock: Callable[[], float] = boottime,
     ) -> None:
         self.job_id = job_id
+        self._beat_within_s = beat_within_s
         self.token = client.base_url
         self._client = client
         self._policy = policy
         self._emit = emit
         self._clock = clock
         self._door = threading.Lock()
-        #: Latched: after the first 404 the job is never spoken of again (S7).
+        #: Latched: after the first 404 the job is never spoken of again (S7), nor after somebody else ended it.
         self._gone: Standing | None = None
         #: Send time of the last accepted update; None when this process never had one accepted (S4).
         self._accepted_at = accepted_at
-        #: The last word that was accepted, as far as this process knows.
+        #: Nobody else speaks of this job, so that it is this lease's business to know whether it is still ours (J4).
+        self._alone = accepted_at is not None or cut_off is not None
+        #: How far the job is, in the server's words: what it accepted from us, or was seen to know already.
         self._heard = ""
         self._server_errors = 0
-        #: An update got no answer: until then it may still be on its way, and arrive after one sent later.
+        self._undecided = 0
+        #: Until then an update that got no answer may still be on its way, and arrive after one sent later.
         self._on_its_way_until = 0.0
+        if cut_off is not None:
+            self._on_its_way_until = clock() + (IN_DOUBT_S if cut_off is Phase.SETTLING else beat_within_s)
         #: The end may have been heard although no answer came: the server is asked before it is told again.
-        self._end_in_doubt = False
+        self._end_in_doubt = cut_off is Phase.SETTLING or not self._alone
         self._settled = False
         self._forms = _Forms(clock)
 
     def beat(self, phase: Phase) -> Standing:
         with self._door:
-            return self._gone or self._update(STATUS_OF_PHASE[phase], "", within_s=BEAT_WITHIN_S)
+            if self._gone or self._settled:
+                return self._gone or Standing.KEEP
+            if self._alone and self._is_unsure():
+                return self._confirm(STATUS_OF_PHASE[phase])
+            return self._update(later(STATUS_OF_PHASE[phase], self._heard), "", within_s=self._beat_within_s)
 
     def settle(self, outcome: Outcome) -> Standing:
         word = FINISHED if outcome.ending is Ending.FINISHED else ERROR
@@ -211,6 +270,7 @@ class ApiLease:
         return self._end(QUEUED, why)
 
     def sign_input(self, ref: FileRef) -> SignedRequest:
+        failpoint("before:sign_input")
         path = "/".join(quote(segment, safe="") for segment in ref.split("/"))
         reply = self._client.request("GET", f"/files/{path}/url")
         if reply.status == 404:
@@ -219,7 +279,17 @@ class ApiLease:
         return self._signed(reply, {200}, f"the request for a link to {clean(ref, 200)}", {Method.GET})
 
     def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:
-        """One form serves all files of its folder for 600 s, so it is kept; a PUT is for one file (PROTOCOL.md)."""
+        """One form serves all files of its folder for 600 s, so it is kept; a PUT is for one file (PROTOCOL.md).
+
+        Whoever stores a file of a job that was handed on overwrites what its new holder stored (FAULTS.md B18). So a
+        form at hand is not enough: once the lease is old, the server is asked before each file. Raises Stopped.
+        """
+        failpoint("before:sign_output")
+        if self._alone and self._is_unsure():  # else the door is left alone: a heartbeat that hangs stops no upload
+            with self._door:
+                if self._gone is None and self._is_unsure():  # no other file was quicker
+                    self._confirm(POSTPROCESSING)
+        self._check_not_gone()
         return self._forms.get((kind, folder), renew, lambda: self._sign_output(kind, folder, name))
 
     def _sign_output(self, kind: OutputKind, folder: str, name: str) -> SignedRequest:
@@ -229,12 +299,20 @@ class ApiLease:
             [("type", kind.value), ("base_path", folder), ("filename", name)],
         )
         if reply.status >= 500 or reply.status == 404:
-            # S8: a lost lease is answered with 500 here. The status tells which of the two it is.
+            # S8: a lost lease is answered with 500 here. The status of a job that somebody else has can be asked for,
+            # too: only an update tells.
             with self._door:
-                if self._gone or self._ask() is None:
-                    raise Stopped(StopReason.CANCELLED)
+                if not self._gone and self._alone:
+                    self._confirm(POSTPROCESSING)
+                elif not self._gone:
+                    self._look()
+                self._check_not_gone()
         self._check_not_refused(reply, JobReason.BAD_OUTPUT, f"output {clean(name, 100)}")
         return self._signed(reply, {200, 201}, f"the request to upload {clean(name, 100)}", {Method.POST, Method.PUT})
+
+    def _check_not_gone(self) -> None:
+        if self._gone is not None:
+            raise Stopped(StopReason.LOST if self._gone is Standing.LOST else StopReason.CANCELLED)
 
     def _check_not_refused(self, reply: Reply, reason: JobReason, what: str) -> None:
         """Raise JobFault for a definite no to this one file: asking again would get the same answer (J8, C7).
@@ -244,7 +322,8 @@ class ApiLease:
         if reply.status == 403:
             with self._door:
                 if self._gone is None:
-                    self._ask()  # raises SourceRefused
+                    self._look()  # raises SourceRefused
+                self._check_not_gone()
         elif not is_definite(reply):
             return
         raise JobFault(reason, f"the server refuses {what} with {reply.status}: {reply.words}")
@@ -259,48 +338,93 @@ class ApiLease:
             self._emit("request_fields_ignored", level="debug", job=self.job_id, fields=", ".join(request.ignored))
         return request
 
+    def _is_unsure(self) -> bool:
+        """J4: whether the server may have handed the job on by now without our knowing."""
+        return self._accepted_at is None or self._clock() - self._accepted_at > LEASE_S
+
+    def _confirm(self, word: str) -> Standing:
+        """Whether the job is still ours; the door is held. Raises SourceError when that cannot be had now.
+
+        Its state is asked for, which tells of a deletion (S7) and of an end. Then a word is said, which takes the job
+        back where it lies in the queue (S5), and is answered with 404 where another account has it.
+        """
+        state = self._look(within_s=self._beat_within_s)
+        if isinstance(state, Standing):
+            return state
+        if state in _ENDS:
+            self._settled = True  # our own end, in doubt until now
+            return Standing.KEEP
+        return self._update(later(word, self._heard), "", within_s=self._beat_within_s)
+
+    def _look(self, *, within_s: float = CALL_S) -> str | Standing:
+        """The server's own view of the job, or CANCEL or LOST, latched, where it is not ours any more. The door is
+        held."""
+        reply = self._client.request("GET", self._status_path, within_s=within_s)
+        if reply.status == 404:
+            self._gone = Standing.CANCEL
+            return self._gone
+        if reply.status != 200:
+            raise failure(reply, f"the question how job {self.job_id} stands")
+        state = reply.json()
+        if not isinstance(state, str):
+            raise SourceUnavailable(f"the server's answer to the question how job {self.job_id} stands is no state")
+        ended_without_us = state in _ENDS and not self._end_in_doubt
+        # Only another worker with our account can have brought it back (S2, B19). `queued` is no such sign: the job was
+        # silent for too long (S4), and a word of ours takes it back.
+        if ended_without_us or (self._is_unsure() and is_behind(state, self._heard)):
+            self._gone = Standing.LOST
+            return self._gone
+        self._heard = later(self._heard, state)
+        return state
+
     def _update(self, word: str, why: str, *, within_s: float = CALL_S) -> Standing:
         """Send one status update; the door is held. Raises SourceError when it was not accepted."""
         sent_at = self._clock()
         params = [("status", word)] + ([("runtime_details", details(why))] if why else [])
-        try:
-            reply = self._client.request("PUT", self._status_path, params, within_s=within_s)
-        except SourceUnavailable as error:
-            if error.sent:
-                self._on_its_way_until = sent_at + IN_DOUBT_S
-            raise
+        reply = self._put(params, within_s)
         if reply.status == 422 and why:  # FAULTS.md B10: perhaps it chokes on our words
-            reply = self._client.request("PUT", self._status_path, params[:1], within_s=within_s)
+            reply = self._put(params[:1], within_s)
         if 200 <= reply.status < 300:
-            self._accepted_at, self._server_errors, self._heard = sent_at, 0, word
+            self._accepted_at, self._server_errors, self._undecided = sent_at, 0, 0
+            self._heard = later(self._heard, word)
             return Standing.KEEP
         if reply.status == 404:
             self._gone = Standing.CANCEL
             return self._gone
+        error = failure(reply, f"the update of job {self.job_id} to {word!r}")
         self._server_errors = self._server_errors + 1 if reply.status >= 500 else 0
+        if reply.status in _UNDECIDED and reply.status != self._undecided:
+            self._emit("update_refused", level="warning", job=self.job_id, message=str(error))
+        self._undecided = reply.status if reply.status in _UNDECIDED else 0
         # S7: after its first 404 was lost, or when the server's sweep met the deletion first, only 500 ever comes.
-        undecided = reply.status in {409, 410, 412, 422}
-        if (self._server_errors >= 2 or undecided) and self._ask(within_s=within_s) is None:
-            return self._gone or Standing.CANCEL
-        raise failure(reply, f"the update of job {self.job_id} to {word!r}")
+        if self._server_errors >= 2 or self._undecided:
+            state = self._look(within_s=within_s)
+            if isinstance(state, Standing):
+                return state
+            if state == word and word in {*_ENDS, QUEUED}:
+                return Standing.KEEP  # it was heard, whatever the answer says
+        raise error
 
-    def _ask(self, *, within_s: float = CALL_S) -> str | None:
-        """The server's own view of the job; None when it is gone, which is then latched. The door is held."""
-        reply = self._client.request("GET", self._status_path, within_s=within_s)
-        if reply.status == 404:
-            self._gone = Standing.CANCEL
-            return None
-        if reply.status != 200:
-            raise failure(reply, f"the question how job {self.job_id} stands")
-        return str(reply.json())
+    def _put(self, params: Params, within_s: float) -> Reply:
+        failpoint("before:send_update")
+        try:
+            reply = self._client.request("PUT", self._status_path, params, within_s=within_s)
+        except SourceUnavailable as error:
+            if error.sent:
+                self._on_its_way_until = self._clock() + IN_DOUBT_S
+            raise
+        if reply.status == 504:  # a gateway gave up; the server behind it may still take it
+            self._on_its_way_until = self._clock() + IN_DOUBT_S
+        failpoint("after:send_update")
+        return reply
 
     def _end(self, word: str, why: str) -> Standing:
         """The one update after which this job is never mentioned again.
 
-        It must arrive once, and nothing after it (S6, S11). An update that got no answer may still be on its way, a
-        heartbeat as well as an earlier try of this one: nothing is sent before it can only have arrived. And when the
-        end may have been heard already, or the job may not be ours any more (lease older than 300 s, or taken over
-        from an earlier process), the server is asked first.
+        It must arrive once, and nothing after it (S6, S11). An update that got no answer, or the last one of a process
+        that died, may still be on its way, a heartbeat as well as an earlier try of this one: nothing is sent before it
+        can only have arrived. And when the end may have been heard already, or the job may not be ours any more (lease
+        older than 300 s, or taken over from an earlier process), the server is asked first.
         """
         with self._door:
             if self._gone or self._settled:
@@ -311,24 +435,24 @@ class ApiLease:
                 raise SourceUnavailable(
                     "waiting until no earlier update can be on its way any more", retry_after_s=left
                 )
-            unsure = self._accepted_at is None or now - self._accepted_at > LEASE_S
+            unsure = self._is_unsure()
             if unsure or self._end_in_doubt:
-                state = self._ask()
-                if state is None:
-                    return Standing.CANCEL
-                if state in {FINISHED, ERROR} or state == word:
+                state = self._look()
+                if isinstance(state, Standing):
+                    return state
+                if state in {*_ENDS, word}:
                     self._settled = True
                     return Standing.KEEP
-                self._heard = state
-            if word == FINISHED and self._heard != POSTPROCESSING:
+            if word == FINISHED and (unsure or self._heard != POSTPROCESSING):
                 # The server was away meanwhile. Its word also takes a job back that was put into the queue (S5).
                 standing = self._update(POSTPROCESSING, "")
                 if standing is not Standing.KEEP:
                     return standing
+            doubted, self._end_in_doubt = self._end_in_doubt, True
             try:
                 standing = self._update(word, why)
-            except SourceUnavailable as error:
-                self._end_in_doubt = self._end_in_doubt or error.sent
+            except SourceError as error:
+                self._end_in_doubt = doubted or (isinstance(error, SourceUnavailable) and error.sent)
                 raise
             self._settled = standing is Standing.KEEP
             return standing

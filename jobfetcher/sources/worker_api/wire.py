@@ -6,6 +6,7 @@ missing or of the wrong kind makes the job unreadable, with the path of the fiel
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +28,33 @@ STATUS_OF_PHASE = {
 
 #: The server's words for ends and for giving back (PROTOCOL.md, States and S10).
 FINISHED, ERROR, QUEUED = "finished", "error", "queued"
+
+#: A job's way through the hands of its worker.
+_WAY = ("pulled", "preprocessing", "running", POSTPROCESSING)
+
+_FIRST_KEY = re.compile(rb'\s*\{\s*"([A-Za-z0-9_-]{1,64})"\s*:')
+
+
+def later(one: str, other: str) -> str:
+    """Which of two states is further on a job's way; the first where they are equal, or neither is on it."""
+    return other if _rank(other) > _rank(one) else one
+
+
+def is_behind(state: str, other: str) -> bool:
+    """Whether both are on a job's way, and `state` comes before `other`."""
+    return 0 <= _rank(state) < _rank(other)
+
+
+def _rank(state: str) -> int:
+    return _WAY.index(state) if state in _WAY else -1
+
+
+def first_key(start: bytes) -> str:
+    """The first key of a JSON object of which only the `start` is at hand; ValueError if that is not how it starts."""
+    found = _FIRST_KEY.match(start)
+    if found is None:
+        raise ValueError("it does not start with an object and its first key")
+    return found[1].decode()
 
 
 class _App(BaseModel):

@@ -1,0 +1,109 @@
+"""How soon to ask for the next job: the usual interval, back-off while something is wrong, slower after bad jobs.
+
+Used by the worker, in its main thread; `ended` comes from the slots. Waits are spread, so that a thousand workers do
+not come back together (FAULTS.md J8), and every trouble is said once, not once per try (J10).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from jobfetcher.core.errors import JobfetcherError, SourceError, SourceUnavailable, WorkerReason
+from jobfetcher.core.ports import Emit
+from jobfetcher.core.run import Ending, Outcome
+
+#: FAULTS.md J8: longest pause between two polls of a server that does not answer.
+_CAP_S = 300.0
+
+#: FAULTS.md T23: so many bad ends within so many seconds, and no good one between, are no accident. From then on each
+#: further one doubles the pause before the next job, from the first figure to the second, until a job ends well.
+_BAD_ENDS, _BAD_WITHIN_S = 5, 600.0
+_SLOW_FROM_S, _SLOW_TO_S = 10.0, 300.0
+
+
+class Pace:
+    """When to poll. `interval_s`: seconds between two questions when there was no job."""
+
+    def __init__(
+        self,
+        interval_s: float,
+        emit: Emit,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = lambda: random.uniform(0.9, 1.1),  # noqa: S311 - spreads load only
+    ) -> None:
+        self.interval_s = interval_s
+        self._emit = emit
+        self._clock = clock
+        self._jitter = jitter
+        self._lock = threading.Lock()
+        self._trouble: str | None = None
+        self._failures = 0
+        self._not_before = 0.0
+        self._bad_ends: deque[float] = deque(maxlen=_BAD_ENDS)
+        self._slowed = 0
+
+    @property
+    def in_trouble(self) -> bool:
+        """Whether the last question was not answered, or could not be asked."""
+        return self._trouble is not None
+
+    def left_s(self) -> float:
+        """Seconds during which nothing may be asked, whatever gets free meanwhile."""
+        return max(0.0, self._not_before - self._clock())
+
+    def idle(self) -> float:
+        """How long to wait when there was no job."""
+        return self.interval_s * self._jitter()
+
+    def failed(self, error: JobfetcherError) -> float:
+        """Say once what is wrong, and how long to wait: full jitter up to a cap that doubles."""
+        self._failures += 1
+        message = str(error)
+        if message != self._trouble:
+            self._trouble = message
+            self._emit("not_polling", level="error", message=f"no job can be taken: {message}")
+        # At least as long as the server asks for, and never at once: `Retry-After: 0` must not make a busy loop.
+        asked = error.retry_after_s if isinstance(error, SourceUnavailable) and error.retry_after_s else 0.0
+        cap = min(_CAP_S, self.interval_s * 2.0 ** min(self._failures, 10))
+        wait_s = max(asked, random.uniform(min(1.0, cap), cap))  # noqa: S311 - spreads load only
+        if isinstance(error, SourceError):
+            self._wait_until(self._clock() + wait_s)  # a job that ends meanwhile makes the server no better
+        return wait_s
+
+    def well(self) -> None:
+        """The server answered and this machine is fit."""
+        if self._trouble is not None:
+            self._emit("polling_again", message="the server and this machine are fine again; taking jobs")
+        self._trouble, self._failures = None, 0
+
+    def ended(self, outcome: Outcome) -> None:
+        """A job ended: after many bad ends in a row, jobs are taken more slowly, and people are told (T23)."""
+        if outcome.ending is Ending.DROPPED or outcome.reason is WorkerReason.SHUTDOWN:
+            return
+        with self._lock:
+            now = self._clock()
+            if outcome.ending is Ending.FINISHED:
+                self._bad_ends.clear()
+                self._slowed = 0
+                return
+            self._bad_ends.append(now)
+            bad = sum(now - moment < _BAD_WITHIN_S for moment in self._bad_ends)
+            if not self._slowed and bad < _BAD_ENDS:
+                return
+            self._slowed += 1
+            pause_s = min(_SLOW_TO_S, _SLOW_FROM_S * 2.0 ** (self._slowed - 1))
+            self._not_before = max(self._not_before, now + pause_s)
+        message = (
+            f"{_BAD_ENDS + self._slowed - 1} jobs in a row ended badly, the first {_BAD_ENDS} within "
+            f"{_BAD_WITHIN_S / 60:g} min; the next one is taken in {pause_s:g} s"
+        )
+        self._emit("many_failures", level="error" if self._slowed == 1 else "warning", message=message)
+
+    def _wait_until(self, moment: float) -> None:
+        with self._lock:
+            self._not_before = max(self._not_before, moment)

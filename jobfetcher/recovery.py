@@ -1,0 +1,119 @@
+"""What an earlier process of this worker left, found at the start, before the first new job is taken.
+
+Used by the worker. Nothing is done here that takes long or speaks to the server: a job that is still open goes on in a
+slot of its own, at the phase that the journal says (runner.py), so that its first heartbeat leaves at once (N3).
+
+    decided end                 -> told, then cleaned up (outbox)
+    any earlier phase           -> goes on (A2 to A6), unless it has crashed the worker again and again (A9)
+    what cannot be read         -> its directory is put aside, its container removed (J1); nothing is said about it
+    container or directory of no job we know -> removed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobfetcher.core.errors import JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.job import Job
+from jobfetcher.core.machine import Share
+from jobfetcher.core.phases import Phase
+from jobfetcher.core.ports import Emit, Engine, JobSource, Lease
+from jobfetcher.core.run import Ending, Outcome
+from jobfetcher.journal import Journal, Record
+from jobfetcher.resources.budget import Budget, Reservation
+from jobfetcher.workspace import Base
+
+#: FAULTS.md A9: resumed more often than this within an hour and no step further, a job is not tried again.
+_MAX_RESUMES = 5
+
+#: Compute was given back already: what is left to do is to upload.
+_NO_SHARE = Reservation(Share(cpu_cores=0.0, memory_mib=0), lambda _: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """One job to bring to its end: by telling its `outcome` where it has one, else by going on with `job`."""
+
+    lease: Lease
+    job: Job | None
+    hold: Reservation | None
+    outcome: Outcome | None
+
+
+def open_jobs(journal: Journal, source: JobSource, budget: Budget, emit: Emit) -> list[Open]:
+    """All jobs of the journal; those whose container may run hold their share again before the others reserve theirs.
+
+    Raises ConfigError where the journal is of another server.
+    """
+    records = journal.records()
+    leases = {record.id: source.resume(record.token, record.id, cut_off=record.phase) for record in records}
+    running_first = sorted(records, key=lambda record: record.phase not in {Phase.RUNNING, Phase.STAGING_OUT})
+    return [_open(record, leases[record.id], journal, budget, emit) for record in running_first]
+
+
+def _open(record: Record, lease: Lease, journal: Journal, budget: Budget, emit: Emit) -> Open:
+    if record.outcome is not None:
+        return Open(lease, None, None, record.outcome)
+    resumes = journal.resuming(record.id)
+    where = record.phase.value.replace("_", " ")
+    if resumes > _MAX_RESUMES:
+        why = f"the worker crashed {resumes - 1} times in phase {where} of this job"
+        return Open(lease, None, None, Outcome(Ending.JOB_FAILED, JobReason.CRASHES_WORKER, why))
+    if record.job is None and record.phase is Phase.CLAIMED:
+        why = "worker cannot read the job"  # it could not at the claim, either; how it read is not on record
+        return Open(lease, None, None, Outcome(Ending.JOB_FAILED, JobReason.UNREADABLE_SPEC, why))
+    if record.job is None:
+        why = f"the worker was replaced by one that cannot read the job any more ({where})"
+        return Open(lease, None, None, Outcome(Ending.WORKER_FAILED, WorkerReason.RESTARTED, why))
+    try:
+        hold = _hold(record, record.job, budget)
+    except WorkerFault as error:
+        return Open(lease, None, None, Outcome(Ending.WORKER_FAILED, error.reason, str(error)))
+    emit("job_resumed", job=record.id, message=f"going on with it where it was left ({where})")
+    return Open(lease, record.job, hold, None)
+
+
+def _hold(record: Record, job: Job, budget: Budget) -> Reservation:
+    if record.phase is Phase.STAGING_OUT:
+        return _NO_SHARE
+    if record.phase is Phase.RUNNING:
+        if record.share is None:
+            raise WorkerFault(WorkerReason.RESTARTED, "the worker was replaced by a newer one while it ran")
+        return budget.hold(record.share)
+    return budget.reserve(job.needs)
+
+
+def clear_strays(journal: Journal, engine: Engine, base: Base, emit: Emit, *, older_than_s: float = 0.0) -> None:
+    """Remove this worker's containers that belong to no open job, and at the start also such directories.
+
+    Where the journal was damaged, a directory may be of a job whose row is lost: it is put aside, not deleted.
+    `older_than_s`: leave alone what is younger; above 0 only containers are looked at (FAULTS.md E10).
+    """
+    known = frozenset(record.id for record in journal.records())
+    try:
+        for name in engine.reap(known, older_than_s=older_than_s):
+            emit("container_reaped", level="warning", message=f"removed the leftover container {name}")
+    except WorkerFault as error:
+        emit("reap_failed", level="warning", message=f"leftover containers could not be looked for: {error}")
+    if older_than_s:
+        return
+    try:
+        leftovers = base.leftovers(known)
+    except OSError as error:
+        emit("directory_left", level="warning", message=f"leftovers cannot be looked for: {error}")
+        return
+    for name in leftovers:
+        try:
+            if journal.damage or name in journal.unreadable:
+                kept = base.quarantine(name, journal.damage or "the journal's row of this job was damaged")
+                emit("quarantined", level="error", message=f"job {name} is not on record any more; kept in {kept}")
+            else:
+                base.remove(name)
+        except OSError as error:
+            emit("directory_left", level="warning", message=f"leftover {name} cannot be deleted: {error}")
+
+
+def damage_of(journal: Journal) -> str:
+    """What is wrong with the journal that was found, as a sentence for the log; empty when nothing is."""
+    lost = f"; lost: job {', '.join(journal.unreadable)}" if journal.unreadable else ""
+    return f"{journal.damage}{lost}" if journal.damage or lost else ""

@@ -1,0 +1,192 @@
+"""The judgement: what was seen of a campaign in, what is wrong with it out. Pure.
+
+lost                 jobs that did not end as planned: no end, the wrong one (a false `finished` above all), objects
+                     missing, different or too many, or given back though the engine was well
+duplicate_terminals  ends told beyond the one, or mails to the user beyond the one
+late_requests        updates, questions where to upload, and uploads after the end was told
+orphans              containers, directories, files and journal rows that are left
+extra_starts         container starts beyond the one; where the engine was killed too, beyond two for each time that
+                     the job was taken
+violations           what the server's record calls a broken protocol
+crashes              ends of the worker that were its own doing
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tests.chaos.jobs import PROVENANCE, Planned
+
+#: N3: a held job's heartbeat comes so soon after a start, in seconds. A longer life without one counts as its length.
+BEAT_S = 10.0
+
+_ENDS = {"finished", "error"}
+_LATE = {"update", "sign_upload", "stored"}
+
+
+@dataclass(frozen=True)
+class Life:
+    """One process of the worker, in Unix time, and the jobs that the one before it left in its hands, unended."""
+
+    started: float
+    ended: float
+    held: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that was seen of a campaign. `starts`: the job of each container start; `objects`: job to name to SHA-256."""
+
+    kills: int
+    events: Sequence[Mapping[str, Any]]
+    states: Mapping[int, str]
+    details: Mapping[int, str]
+    objects: Mapping[int, Mapping[str, str]]
+    mails: Mapping[int, int]
+    starts: Sequence[int]
+    lives: Sequence[Life] = ()
+    orphans: Sequence[str] = ()
+    violations: Sequence[str] = ()
+    crashes: Sequence[str] = ()
+    engine_killed: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The counts, as they are printed, and for each job with something wrong what it is (job None: not of one job)."""
+
+    kills: int
+    jobs: int
+    lost: int
+    duplicate_terminals: int
+    late_requests: int
+    orphans: int
+    extra_starts: int
+    violations: int
+    crashes: int
+    restart_to_beat_p99_s: float | None
+    wrong: Mapping[int | None, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing at all is wrong."""
+        return not self.wrong
+
+    def numbers(self) -> dict[str, float | None]:
+        """What is printed."""
+        numbers = asdict(self)
+        del numbers["wrong"]
+        return numbers
+
+
+def judge(planned: Mapping[int, Planned], seen: Seen) -> Verdict:
+    """Hold what was seen against what was planned."""
+    wrong: dict[int | None, list[str]] = defaultdict(list)
+    lost = duplicates = late = extra = 0
+    releases = _releases(seen.events)
+    starts = Counter(seen.starts)
+    ends = Counter(
+        event["job_id"]
+        for event in seen.events
+        if event["kind"] == "update" and event["code"] == 204 and event["state"] in _ENDS
+    )
+    requests_after = _late(seen.events)
+    for job, plan in planned.items():
+        losses = [*_loss(job, plan, seen)]
+        if releases[job] and not seen.engine_killed:
+            losses.append(f"given back {releases[job]} times")
+        if not seen.engine_killed and job in seen.states and not starts[job]:
+            losses.append("the engine never started it")
+        lost += bool(losses)
+        wrong[job] += losses
+        if (twice := max(ends[job], seen.mails.get(job, 0)) - 1) > 0:
+            duplicates += twice
+            wrong[job].append(f"{ends[job]} ends and {seen.mails.get(job, 0)} mails")
+        late += len(requests_after[job])
+        wrong[job] += requests_after[job]
+        allowed = 2 * (1 + releases[job]) if seen.engine_killed else 1
+        if starts[job] > allowed:
+            extra += starts[job] - allowed
+            wrong[job].append(f"{starts[job]} container starts")
+    wrong[None] += [
+        *(f"left over: {what}" for what in seen.orphans),
+        *(f"protocol: {what}" for what in seen.violations),
+        *(f"the worker ended by itself: {what}" for what in seen.crashes),
+    ]
+    return Verdict(
+        kills=seen.kills,
+        jobs=len(planned),
+        lost=lost,
+        duplicate_terminals=duplicates,
+        late_requests=late,
+        orphans=len(seen.orphans),
+        extra_starts=extra,
+        violations=len(seen.violations),
+        crashes=len(seen.crashes),
+        restart_to_beat_p99_s=_p99(_restart_to_beat(seen)),
+        wrong={job: reasons for job, reasons in wrong.items() if reasons},
+    )
+
+
+def _loss(job: int, plan: Planned, seen: Seen) -> list[str]:
+    state, details = seen.states.get(job, "gone"), seen.details.get(job, "")
+    wanted = "error" if plan.exit_code else "finished"
+    losses = []
+    if state != wanted:
+        losses.append(f"{plan.kind}: is {state}, not {wanted} ({details})")
+    elif plan.exit_code and f"exit code {plan.exit_code}" not in details:
+        losses.append(f"{plan.kind}: failed for another reason: {details}")
+    found = dict(seen.objects.get(job, {}))
+    if found.pop(PROVENANCE, None) is None:
+        losses.append(f"{plan.kind}: no {PROVENANCE}")
+    for name in sorted(plan.objects.keys() | found.keys()):
+        if found.get(name) != plan.objects.get(name):
+            what = "missing" if name not in found else "too many" if name not in plan.objects else "different"
+            losses.append(f"{plan.kind}: object {name} is {what}")
+    return losses
+
+
+def _releases(events: Sequence[Mapping[str, Any]]) -> Counter[int]:
+    return Counter(
+        event["job_id"]
+        for event in events
+        if event["kind"] == "update" and event["code"] == 204 and event["state"] == "queued"
+    )
+
+
+def _late(events: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
+    """Requests for a job between its end (or its release) and the next time it is taken."""
+    late: dict[int, list[str]] = defaultdict(list)
+    over: dict[int, str] = {}
+    for event in events:
+        job = event["job_id"]
+        if event["kind"] == "pull":
+            over.pop(job, None)
+        elif event["kind"] in _LATE and job in over:
+            late[job].append(f"{event['kind']} {event['state'] or event['note'] or ''} after {over[job]}")
+        if event["kind"] == "update" and event["code"] == 204 and event["state"] in {*_ENDS, "queued"}:
+            over.setdefault(job, event["state"])
+    return late
+
+
+def _restart_to_beat(seen: Seen) -> list[float]:
+    """For each job held at a start: seconds to the first update by that process."""
+    told: dict[int, list[float]] = defaultdict(list)
+    for event in seen.events:
+        if event["kind"] == "update":
+            told[event["job_id"]].append(event["time"])
+    found = []
+    for life in seen.lives:
+        for job in life.held:
+            first = next((time for time in told[job] if life.started <= time <= life.ended), None)
+            if first is not None:
+                found.append(first - life.started)
+            elif life.ended - life.started >= BEAT_S:
+                found.append(life.ended - life.started)
+    return found
+
+
+def _p99(values: Sequence[float]) -> float | None:
+    return round(sorted(values)[math.ceil(0.99 * len(values)) - 1], 2) if values else None

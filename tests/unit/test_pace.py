@@ -1,0 +1,106 @@
+"""pace: how soon the next question is asked, and what is said about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobfetcher.core.errors import JobReason, SourceUnavailable, WorkerFault, WorkerReason
+from jobfetcher.core.run import Ending, Outcome
+from jobfetcher.pace import Pace
+from tests.support.jobs import Emitted
+
+BAD = Outcome(Ending.JOB_FAILED, JobReason.EXIT_CODE, "exit code 1")
+GOOD = Outcome(Ending.FINISHED, None, "")
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def emit() -> Emitted:
+    return Emitted()
+
+
+@pytest.fixture
+def pace(clock: Clock, emit: Emitted) -> Pace:
+    return Pace(30.0, emit, clock=clock, jitter=lambda: 1.0)
+
+
+@pytest.mark.fault("T23")
+def test_after_five_bad_ends_jobs_are_taken_ever_more_slowly_and_people_are_told(
+    pace: Pace, clock: Clock, emit: Emitted
+) -> None:
+    pauses = []
+    for _ in range(12):
+        pace.ended(BAD)
+        pauses.append(pace.left_s())
+        clock.now += pauses[-1] + 1
+    assert pauses == [0, 0, 0, 0, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert emit.levels("many_failures") == ["error"] + ["warning"] * 7
+    first = emit.named("many_failures")[0]
+    assert "5 jobs in a row ended badly, the first 5 within 10 min" in str(first["message"])
+
+
+@pytest.mark.fault("T23")
+def test_a_good_end_or_ten_minutes_make_it_forget(pace: Pace, clock: Clock) -> None:
+    for _ in range(4):
+        pace.ended(BAD)
+    pace.ended(GOOD)
+    for _ in range(4):
+        pace.ended(BAD)
+    assert pace.left_s() == 0
+    clock.now += 601
+    pace.ended(BAD)
+    assert pace.left_s() == 0
+
+
+@pytest.mark.fault("T23")
+@pytest.mark.parametrize(
+    "outcome",
+    [Outcome(Ending.DROPPED, None, "taken back"), Outcome(Ending.WORKER_FAILED, WorkerReason.SHUTDOWN, "shut down")],
+    ids=["taken back", "shut down"],
+)
+def test_ends_that_are_nobodys_fault_do_not_count(pace: Pace, outcome: Outcome) -> None:
+    for _ in range(20):
+        pace.ended(outcome)
+    assert pace.left_s() == 0
+
+
+@pytest.mark.fault("J8")
+def test_an_idle_worker_waits_at_most_five_minutes_and_never_not_at_all(pace: Pace) -> None:
+    waits = [pace.failed(SourceUnavailable("no answer", retry_after_s=0.0)) for _ in range(200)]
+    assert min(waits) >= 1.0
+    assert max(waits) <= 300.0
+    assert max(waits[10:]) > 60.0
+
+
+@pytest.mark.fault("J8")
+def test_what_the_server_asks_for_is_waited_whatever_gets_free(pace: Pace) -> None:
+    assert pace.failed(SourceUnavailable("busy", retry_after_s=500.0)) == 500.0
+    assert pace.left_s() == 500.0
+
+
+def test_trouble_of_this_machine_is_looked_at_again_as_soon_as_something_changes(pace: Pace) -> None:
+    assert pace.failed(WorkerFault(WorkerReason.DISK, "the disk is full")) > 0
+    assert pace.left_s() == 0
+
+
+@pytest.mark.fault("J10")
+def test_trouble_is_said_once_per_change(pace: Pace, emit: Emitted) -> None:
+    for _ in range(5):
+        pace.failed(SourceUnavailable("no answer"))
+    pace.failed(SourceUnavailable("another answer"))
+    pace.well()
+    pace.well()
+    assert len(emit.named("not_polling")) == 2
+    assert len(emit.named("polling_again")) == 1
+    assert not pace.in_trouble
