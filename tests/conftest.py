@@ -13,21 +13,31 @@ import pytest
 
 from tests.fault_rows import Table
 from tests.support import services
+from tests.without import RULES
 
 _GRACE_S = 5.0  # a thread that was told to stop, and an engine that is removing a container, get this long
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--faults-table`, which `make faults` uses."""
+    """`--faults-table`, which `make faults` uses, and `--without RULE`."""
     parser.addoption(
         "--faults-table", action="store_true", help="run the tests that carry a row of the contract; print them by row"
     )
+
+    parser.addoption("--without", choices=sorted(RULES), help="drop one standing rule from the product (tests/without)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The table is a plugin of its own."""
     if config.getoption("--faults-table"):
         config.pluginmanager.register(Table())
+
+
+@pytest.fixture(autouse=True)
+def without_a_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drop the rule that `--without` names."""
+    if rule := request.config.getoption("--without"):
+        RULES[rule].drop(monkeypatch)
 
 
 @pytest.fixture(scope="session")
