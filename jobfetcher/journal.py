@@ -121,6 +121,7 @@ class Journal:
                 _record(row, "")
             except (TypeError, ValueError):
                 found.jobs.remove(row)
+                found.files = [file for file in found.files if file.job != row.id]
                 found.unreadable.append(row.id)
         self.unreadable = found.unreadable
         damage = found.damage or ("a record has words that this version does not know" if found.unreadable else "")

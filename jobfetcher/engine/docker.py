@@ -195,9 +195,10 @@ class DockerEngine:
         """See `Engine.reap`. One that cannot be removed does not save the others; its fault is raised after them."""
         removed: list[str] = []
         failed: WorkerFault | None = None
+        working = set(self._helpers)  # some of them may be done, and gone, when the list is gone through
         for summary in self._ours():
             name = _name(summary)
-            if summary["Labels"].get(LABEL_JOB) in known or name in self._helpers:
+            if summary["Labels"].get(LABEL_JOB) in known or name in working | self._helpers:
                 continue
             if older_than_s and self.now() - float(summary["Created"]) < older_than_s:
                 continue

@@ -58,12 +58,12 @@ def _trivial(number: int, chance: random.Random) -> Planned:
 
 
 def _copies(number: int, chance: random.Random) -> Planned:
-    """Copies its input, then spoils it."""
+    """Copies its input, then spoils it; most keep their size."""
     index = chance.randrange(len(INPUT_SIZES))
     half = _seconds(chance) / 2
     command = (
         f"{_CLEAN} sleep {half:.2f}; cp /files/data/in.bin /files/out/copy.bin;"
-        f" echo spoiled >> /files/data/in.bin; sleep {half:.2f}"
+        f" printf spoiled | dd of=/files/data/in.bin conv=notrunc 2> /dev/null; sleep {half:.2f}"
     )
     files = {"output/out/began": b"", "output/out/copy.bin": input_content(index)}
     return Planned("copies", command, _objects(files), reads={"data/in.bin": index}, writes=_OUT)

@@ -1,16 +1,20 @@
 """Clocks that jump, and too little CPU time: no job is lost, and nobody is asked too often (FAULTS.md F6, F9, C10, N4).
 
-First the shim that turns a process's clock, by itself; then the worker under it; last the worker on the real clock, on a
-machine with far more to do than it can.
+First the shim that turns a process's clock, by itself; then the worker under it; last the worker on the real clock, on
+a machine with far more to do than it can.
 """
 
 import json
+import math
+import os
+import re
 import select
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -213,7 +217,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(wire: Wired) -> None:
         wire.server.wait_for_state(job, "running")
         for jump_s in (HOUR, -2 * HOUR, 10 * YEAR, -20 * YEAR, 10 * YEAR):
             wire.clock.jump_realtime(jump_s)
-            wire.pass_time(70, BRISK)
+            wire.pass_time(40, BRISK)
         wire.lab.let_go(job)
         wait_until(lambda: bool(wire.server.events("sign_upload")), "the upload begins", DEADLINE_S)
         wire.clock.jump_realtime(-HOUR)
@@ -236,10 +240,12 @@ def test_a_wrong_clock_is_named_where_the_storage_refuses_it(wire: Wired) -> Non
     refusal = {"status": 403, "body": skewed, "content_type": "application/xml"}
     wire.server.set_faults({"method": "POST", "path": "^/_storage", **refusal})
     with wire.running():
+        wire.server.wait_for_state(job, "postprocessing")
         assert wire.ends(job, "queued") == "queued"
-    details = wire.lab.ended(job)[1]
-    assert "check the clock of this machine: it is 7" in details
-    assert "behind the storage's" in details
+    assert re.search(r"check the clock of this machine: it is 7[12]\d\d s behind the storage's", wire.lab.ended(job)[1])
+    quarantine = wire.lab.base / "quarantine"
+    assert [path.read_text() for path in quarantine.rglob("out/result")] == ["result\n"]  # nothing is lost (J9)
+    shutil.rmtree(quarantine)
 
 
 @contextmanager
@@ -250,6 +256,24 @@ def busy(processes: int) -> Iterator[None]:
             process = stack.enter_context(subprocess.Popen(["/bin/sh", "-c", "while :; do :; done"]))
             stack.callback(process.kill)
         yield
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """All threads of this process come before others, where that is allowed: the server that lives in it stands for
+    one on a machine of its own."""
+
+    def prefer(nice: int) -> None:
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(PermissionError, ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, int(thread), nice)
+
+    as_ever = os.getpriority(os.PRIO_PROCESS, 0)
+    prefer(as_ever - 10)
+    try:
+        yield
+    finally:
+        prefer(as_ever)
 
 
 def gaps_s(lab: Lab, job: int) -> list[float]:
@@ -263,23 +287,22 @@ def gaps_s(lab: Lab, job: int) -> list[float]:
 @pytest.mark.fault("F9", "N4")
 def test_keep_alives_go_on_on_a_machine_that_is_far_too_busy(lab: Lab, tmp_path: Path) -> None:
     """A tenth of the contract's times: keep-alives every 3 s, at most 4.5 s apart (99 in a hundred) and 9 s (all). That
-    is stricter, for what delays them, 50 processes on these cores, is not a tenth. Through all phases, with a download
-    and two thousand outputs; the server is in this process and as starved as the worker.
+    is stricter, since what delays them, 50 processes that want these cores, is not a tenth. Through all phases, with a
+    download and some hundred outputs, which stand for 20 GB and 100,000.
     """
     scale = 0.1
     data = lab.server.put_input("data", bytes(32 * 1024**2))
-    many = "for i in $(seq 2000); do echo $i > /files/out/$i; done; " + UNTIL_LET_GO
+    many = "for i in $(seq 300); do echo $i > /files/out/$i; done; " + UNTIL_LET_GO
     job = lab.submit(many, files_down={"in/data": data}, files_up={"output": "out", "artifact": "in"})
     env = lab.env(timeout_status=str(30 * scale), timeout_job="1")
-    with command(["run", "--once"], env, tmp_path) as worker, busy(50):
-        lab.server.wait_for_state(job, "running")
-        began = time.monotonic()
-        wait_until(lambda: time.monotonic() - began > 5 * 30 * scale, "five keep-alives are due", DEADLINE_S)
+    with command(["run", "--once"], env, tmp_path) as worker, busy(50), elsewhere():
+        lab.server.wait_for_state(job, "running", timeout_s=DEADLINE_S)
+        heard = len(lab.server.events("update", job))
+        wait_until(lambda: len(lab.server.events("update", job)) >= heard + 4, "four keep-alives", DEADLINE_S)
         lab.let_go(job)
         lab.server.wait_for_state(job, "finished", timeout_s=DEADLINE_S)
         assert worker.wait() == 0
-    assert len(lab.server.results(job)) >= 2001
+    assert len(lab.server.results(job)) == 300 + len({"in/data", "container.log", "provenance.json"})
     gaps = gaps_s(lab, job)
-    assert len(gaps) >= 6
-    assert gaps[int(len(gaps) * 0.99) - 1] <= P99_S * scale
+    assert gaps[math.ceil(len(gaps) * 0.99) - 1] <= P99_S * scale
     assert gaps[-1] <= MOST_S * scale
