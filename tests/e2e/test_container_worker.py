@@ -197,3 +197,20 @@ def test_docker_stop_lets_a_running_job_end(bay: Bay) -> None:
         bay.lab.let_go(job)
         assert worker.ended() == 0
     assert bay.lab.ended(job) == ("finished", "")
+
+
+@pytest.mark.fault("A11")
+def test_a_worker_that_is_removed_and_made_anew_goes_on_with_its_job(bay: Bay) -> None:
+    job = bay.lab.submit(UNTIL_LET_GO, "&& echo result > /files/out/result", files_up={"output": "out"})
+    with bay.worker("run"):
+        bay.lab.server.wait_for_state(job, "running")
+        wait_until(lambda: bool(bay.lab.containers()), "the job's container is there")
+        [before] = bay.lab.containers()  # removed by force at the end of the block, as an update does
+    [after] = bay.lab.containers()
+    assert (after["Id"], after["State"]) == (before["Id"], "running")
+    with bay.worker("run", "--exit-when-idle", "1") as worker:
+        wait_until(lambda: "going on with it" in worker.printed, "the next one takes it over")
+        bay.lab.let_go(job)
+        assert worker.ended() == 0
+    assert bay.lab.ended(job) == ("finished", "")
+    assert bay.lab.server.results(job)["output/out/result"] == b"result\n"

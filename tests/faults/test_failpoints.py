@@ -48,7 +48,8 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 #: Says so (exit code 9) where it was not given a clean state, reads an input and spoils it, prints, and writes.
 _COMMAND = (
     "[ ! -e /files/out/began ] || exit 9; touch /files/out/began; sleep 0.3; cp /files/data/in.bin /files/out/copy;"
-    " printf spoiled | dd of=/files/data/in.bin conv=notrunc 2> /dev/null; echo logged > /files/logs/own.log; echo printed"
+    " printf spoiled | dd of=/files/data/in.bin conv=notrunc 2> /dev/null;"
+    " echo logged > /files/logs/own.log; echo printed"
 )
 _INPUT = input_content(3)
 RICH = Planned(

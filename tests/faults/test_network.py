@@ -17,7 +17,7 @@ import pytest
 from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.file_server import FileServer, Object
 from tests.support.services import wait_until
-from tests.support.wired import BRISK, RETRY_S, WRITES, WRITTEN, Wired
+from tests.support.wired import BRISK, LATE_S, RETRY_S, WRITES, WRITTEN, Wired
 from tests.support.worker import DEADLINE_S, UNTIL_LET_GO
 
 #: One byte a second, as it passes for a worker whose clock runs at BRISK.
@@ -25,9 +25,6 @@ SLOW_LORIS_S = 1 / BRISK
 
 #: FAULTS.md J3, B14: a keep-alive takes at most so long, another call, and a transfer whose rate fell.
 BEAT_S, CALL_S, SLOW_S = 10.0, 30.0, 60.0
-
-#: What a deadline may be overrun by, in seconds here: what a busy machine needs to notice it.
-LATE_S = 0.3
 
 CONTENT = hashlib.shake_128(b"some content").digest(300_000)
 

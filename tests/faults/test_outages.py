@@ -11,13 +11,16 @@ import pytest
 
 from tests.support.fault_proxy import Fault
 from tests.support.services import wait_until
-from tests.support.wired import BRISK, RETRY_S, WRITES, WRITTEN, AnotherWorker, Wired
+from tests.support.wired import BRISK, LATE_S, RETRY_S, WRITES, WRITTEN, AnotherWorker, Wired
 from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Command
 
 pytestmark = pytest.mark.docker
 
 #: A day and some minutes, since a day is also the default of STOP_AFTER_SILENCE.
 MINUTE, HOUR, DAY = 60.0, 3600.0, 87_000.0
+
+#: How fast time passes for the worker where the time that it takes is measured.
+SLOW = 10.0
 
 #: FAULTS.md B3: so much may a worker's memory and log grow in a whole day without a server.
 RSS_BYTES, LOG_LINES = 10 * 1024**2, 200
@@ -121,8 +124,8 @@ class Running(Phase):
         self.wire.api.refuse()
 
     def let_go(self) -> None:
-        heard_after_s = self.wire.wait_for_word(self.job)
-        assert heard_after_s <= RETRY_S
+        heard_after_s = self.wire.wait_for_word(self.job, SLOW)
+        assert heard_after_s <= RETRY_S + SLOW * LATE_S
         self.wire.lab.let_go(self.job)
 
 

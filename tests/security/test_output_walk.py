@@ -31,7 +31,7 @@ from tests.support.trees import descend, fingerprint, names_in, open_descriptors
 
 CANARY = b"canary: this lies outside"
 
-_FLIPS = 20_000
+_FLIPS = 5_000
 
 
 @pytest.fixture
