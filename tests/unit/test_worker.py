@@ -21,7 +21,7 @@ from jobfetcher.core.errors import (
 )
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
-from jobfetcher.core.machine import Inventory, Offer
+from jobfetcher.core.machine import Inventory, Offer, Share
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Claim, Standing
 from jobfetcher.core.run import Ending, Exit, Outcome, RunSpec
@@ -501,6 +501,33 @@ def test_what_no_record_knows_is_cleared_at_the_start(bench: Bench) -> None:
     assert bench.emit.levels("container_reaped") == ["warning"]
     assert JobId("9") not in bench.source.said  # nothing is said of a job that is not ours any more
     assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("E10")
+def test_strays_are_looked_for_every_five_minutes_and_young_ones_left_alone(bench: Bench) -> None:
+    """A create whose answer was lost, or a removal that failed: nobody else would clear them away."""
+    bench.engine = FakeEngine(bench._script, clock=bench.budget.clock)
+    bench.worker = bench.make_worker()
+    bench.stop_when = lambda taken, idle_s: len(bench.emit.named("container_reaped")) > 0 or idle_s > 2000
+    image = bench.engine.prepare("busybox", Halt(), lambda done, total: None)
+    share = Share(cpu_cores=1.0, memory_mib=64)
+    spec = build_run_spec(
+        make_job("9"), share, image=image, files_host_path="/x", attempt=1, instance="i", policy=BoxPolicy()
+    )
+    real = bench.source.fetch
+    born: list[float] = []
+
+    def fetch(offer: Offer, wait_s: float) -> Claim | None:
+        if not born:  # it appears once the worker has looked around at its start
+            bench.engine.start(spec)
+            born.append(bench.budget.clock())
+        return real(offer, wait_s)
+
+    bench.source.fetch = fetch  # type: ignore[method-assign]  # brings the stray
+    bench.worker.run()
+    assert bench.emit.levels("container_reaped") == ["warning"]
+    assert 300 <= bench.budget.clock() - born[0] <= 700
+    assert bench.engine.containers == []
 
 
 # -- leaving ----------------------------------------------------------------------------------------------------------
