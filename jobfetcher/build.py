@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from jobfetcher.core.errors import SourceUnavailable
+from jobfetcher.core.errors import ConfigError, SourceUnavailable
 from jobfetcher.core.job import Job
 from jobfetcher.core.machine import Inventory, Share
 from jobfetcher.core.ports import Emit
@@ -46,6 +47,9 @@ from jobfetcher.workspace import Base
 
 #: A heartbeat has at least so long to be answered, in seconds, however often it is sent.
 _LEAST_BEAT_S = 2.0
+
+#: FAULTS.md F10: one job that moves eight files at a time is at home in so many open files.
+_LEAST_FILES = 64
 
 
 def make_source(settings: Settings, emit: Emit) -> WorkerApi:
@@ -179,6 +183,8 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
     Raises ConfigError for what only a person can change: no engine, wrong PATH_HOST_BASE, PATH_BASE in use.
     """
     os.umask(0o077)  # the journal, the lock and logs are nobody else's business
+    if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < _LEAST_FILES:
+        raise ConfigError(f"a worker needs {_LEAST_FILES} open files, and this one may have {files} (ulimit -n)")
     with ExitStack() as opened:
         base = opened.enter_context(Base(settings.path_base, reserve_mib=settings.reserve_disk))
         finder = make_engine(settings, "", emit)

@@ -102,6 +102,13 @@ over.set()
 print(len(back), flush=True)
 """
 
+SLEEPS = """
+import time
+time.sleep(100)
+print("awake", flush=True)
+input()
+"""
+
 UNIX_SOCKET = """
 import socket
 here, _ = socket.socketpair()
@@ -159,6 +166,14 @@ def test_a_new_rate_holds_for_a_wait_in_progress(clock: Clock) -> None:
         assert line(running) == "waiting\n"
         clock.rate(1000)
         assert float(line(running)) >= 1000
+
+
+def test_who_sleeps_is_counted(clock: Clock) -> None:
+    with program(clock, SLEEPS) as running:
+        wait_until(lambda: clock.sleeping == 1, "it sleeps", 10)
+        clock.rate(1000)
+        assert line(running) == "awake\n"
+        assert clock.sleeping == 0
 
 
 def test_a_poll_of_a_unix_socket_takes_a_real_second(clock: Clock) -> None:

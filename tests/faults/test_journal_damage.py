@@ -285,8 +285,7 @@ def test_every_byte_of_the_database_changed(either_bench: Bench) -> None:
 def test_every_byte_of_the_log_changed(bench: Bench) -> None:
     database, log = bench.history.database, bench.history.log
     for place in places(log, LOG_HEADER):
-        for bits in changes(place):
-            bench.judge(database, flipped(log, place, bits), may_be_earlier=True)
+        bench.judge(database, flipped(log, place, 1 << place % 8), may_be_earlier=True)
     print(f"log changed: {bench.damaged} found damaged, {bench.earlier} an earlier state")
     assert bench.damaged > 0
 

@@ -103,6 +103,7 @@ class Preparing(Phase):
 
     def reach(self) -> None:
         self.wire.server.wait_for_state(self.job, "preprocessing")
+        wait_until(lambda: self.wire.clock.sleeping > 0, f"the worker is {self.failpoint}", DEADLINE_S)
         self.wire.api.refuse()
 
 

@@ -25,9 +25,8 @@ from tests.support.services import require_program
 
 _NS = 1_000_000_000
 
-#: `control_t` of clock_shim.c behind its version: base, mono, boot_ahead, wall_ahead, rate.
-_VERSION = struct.Struct("=Q")
-_BODY = struct.Struct("=qqqqd")
+#: `control_t` of clock_shim.c: version; sleeping; base, mono, boot_ahead, wall_ahead, rate.
+_VERSION, _SLEEPING, _BODY = struct.Struct("=Q"), struct.Struct("=q"), struct.Struct("=qqqqd")
 
 
 class Clock:
@@ -49,6 +48,11 @@ class Clock:
     def now(self) -> float:
         """What `time.monotonic()` says there."""
         return self._now() / _NS
+
+    @property
+    def sleeping(self) -> int:
+        """How many threads there are asleep: in `time.sleep`, as opposed to waiting for something."""
+        return int(_SLEEPING.unpack_from(self._mapped, _VERSION.size)[0])
 
     def rate(self, factor: float) -> None:
         """From now on time passes there `factor` times as fast as here. No clock jumps."""
@@ -97,7 +101,7 @@ class Clock:
         """The version is odd meanwhile: a reader then waits, and reads again when it changed."""
         _VERSION.pack_into(self._mapped, 0, self._version + 1)
         values = (self._base, self._mono, self._boot_ahead, self._wall_ahead, self._rate)
-        _BODY.pack_into(self._mapped, _VERSION.size, *values)
+        _BODY.pack_into(self._mapped, _VERSION.size + _SLEEPING.size, *values)
         self._version += 2
         _VERSION.pack_into(self._mapped, 0, self._version)
 
@@ -112,6 +116,6 @@ def shim(directory: Path) -> Iterator[Clock]:
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode:
         raise AssertionError(f"the clock shim does not compile:\n{built.stderr}")
-    control.write_bytes(bytes(_VERSION.size + _BODY.size))
+    control.write_bytes(bytes(_VERSION.size + _SLEEPING.size + _BODY.size))
     with control.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         yield Clock(library, control, mapped)

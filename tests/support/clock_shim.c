@@ -35,6 +35,7 @@ enum { SECOND = 1000000000, SLICE = 20000000, SHORT = 5000000, MILLISECOND = 100
  * mono + (real CLOCK_MONOTONIC - base) * rate, and the other two clocks are that far ahead of it. */
 typedef struct {
     _Atomic uint64_t version; /* odd while the test writes */
+    _Atomic int64_t sleeping; /* threads that are asleep; written here, read by the test */
     int64_t base, mono, boot_ahead, wall_ahead;
     double rate;
 } control_t;
@@ -65,8 +66,8 @@ static void *find(const char *name) {
 __attribute__((constructor)) static void setup(void) {
     if (control != NULL) return;
     const char *path = getenv("JF_CLOCK");
-    int file = path == NULL ? -1 : open(path, O_RDONLY | O_CLOEXEC);
-    void *map = file < 0 ? MAP_FAILED : mmap(NULL, sizeof(control_t), PROT_READ, MAP_SHARED, file, 0);
+    int file = path == NULL ? -1 : open(path, O_RDWR | O_CLOEXEC);
+    void *map = file < 0 ? MAP_FAILED : mmap(NULL, sizeof(control_t), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (map == MAP_FAILED) {
         fprintf(stderr, "clock shim: JF_CLOCK is no control file\n");
         abort();
@@ -285,17 +286,19 @@ int clock_nanosleep(clockid_t clock, int flags, const struct timespec *time, str
     setup();
     if (!ours(clock)) return real_nanosleep(clock, flags, time, rest);
     int64_t until = flags & TIMER_ABSTIME ? ns(time) : now(clock) + ns(time);
-    for (;;) {
-        int64_t left = until - now(clock);
-        if (left <= 0) return 0;
+    int64_t left;
+    int failed = 0;
+    atomic_fetch_add(&control->sleeping, 1);
+    while (failed == 0 && (left = until - now(clock)) > 0) {
         struct timespec part = timespec(slice(left));
-        int failed = real_nanosleep(CLOCK_MONOTONIC, 0, &part, NULL);
-        if (failed != 0) {
-            left = until - now(clock);
-            if (rest != NULL && !(flags & TIMER_ABSTIME)) *rest = timespec(left > 0 ? left : 0);
-            return failed;
-        }
+        failed = real_nanosleep(CLOCK_MONOTONIC, 0, &part, NULL);
     }
+    atomic_fetch_sub(&control->sleeping, 1);
+    if (failed != 0 && rest != NULL && !(flags & TIMER_ABSTIME)) {
+        left = until - now(clock);
+        *rest = timespec(left > 0 ? left : 0);
+    }
+    return failed;
 }
 
 int nanosleep(const struct timespec *time, struct timespec *rest) {
