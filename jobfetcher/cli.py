@@ -173,6 +173,7 @@ def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emi
             nonlocal signals
             signals += 1
             if signals > len(ways_out):
+                worker.say_goodbye()
                 bars.close()
                 os._exit(128 + number)
             worker.leave(ways_out[signals - 1])

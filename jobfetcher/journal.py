@@ -55,8 +55,8 @@ class Record:
     """What is known of one open job. `job` is None when its specification could not be read.
 
     `share`, `image`: what its last run got, and `runs` how many runs were begun. `resumes`: how often it was resumed
-    within an hour without getting on. Times are wall clock; `decided_at`: when its outcome was. `rebooted`: the machine
-    started anew since the job was claimed or its last run began.
+    within an hour without getting on. Times are wall clock; `decided_at`: when its outcome was. `stopping`: this worker
+    began to stop its container. `rebooted`: the machine started anew since the job was claimed or its last run began.
     """
 
     id: JobId
@@ -72,6 +72,7 @@ class Record:
     runs: int
     resumes: int
     decided_at: float | None
+    stopping: bool
     rebooted: bool
 
 
@@ -176,9 +177,8 @@ class Journal:
         """Record, before anything is asked of the engine, that a run with this share and image begins in this boot."""
         with self._lock:
             runs = self._row(job_id).runs + 1
-            self._change(
-                job_id, Phase.RUNNING, share=_text(share), image=_text(image), runs=runs, boot_id=self._boot_id
-            )
+            begun = {"share": _text(share), "image": _text(image), "runs": runs, "stopping": 0}
+            self._change(job_id, Phase.RUNNING, boot_id=self._boot_id, **begun)
 
     def attempt(self, job_id: JobId) -> int:
         """A number that the run begun last has and no other run of any handing out of the job, so that a container can
@@ -189,6 +189,10 @@ class Journal:
     def started(self, job_id: JobId, container: str) -> None:
         """Record the id of the container that now runs."""
         self._change(job_id, container=container)
+
+    def stopping(self, job_id: JobId) -> None:
+        """Record, before the engine is asked, that this worker stops the container: its exit is not the job's own."""
+        self._change(job_id, stopping=1)
 
     def exited(self, job_id: JobId, exit: Exit) -> None:
         """Record how the container ended and move to STAGING_OUT."""
@@ -228,11 +232,6 @@ class Journal:
             resumed = [*(at for at in before if abs(now - at) <= _RESUMES_S), now]
             self._write(journal_file.put(replace(row, resumed=json.dumps(resumed), resumed_marks=marks)))
             return len(resumed)
-
-    def orderly(self) -> None:
-        """This process leaves in good order: what resumes were counted so far say nothing any more."""
-        with self._lock:
-            self._write(*(journal_file.put(replace(row, resumed="[]")) for row in self._rows() if row.resumed != "[]"))
 
     # -- its files -----------------------------------------------------------------------------------------------------
 
@@ -414,5 +413,6 @@ def _record(row: JobRow, boot_id: str) -> Record:
         runs=row.runs,
         resumes=len(json.loads(row.resumed)),
         decided_at=row.decided_at,
+        stopping=bool(row.stopping),
         rebooted=bool(row.boot_id and boot_id and row.boot_id != boot_id),
     )

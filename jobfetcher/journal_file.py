@@ -47,6 +47,7 @@ _TABLES = {
     decided_at REAL,
     resumed TEXT NOT NULL,
     resumed_marks INTEGER NOT NULL,
+    stopping INTEGER NOT NULL,
     sum TEXT NOT NULL
 ) STRICT, WITHOUT ROWID""",
     "file": """CREATE TABLE file (
@@ -106,6 +107,7 @@ class JobRow:
     decided_at: float | None = None
     resumed: str = "[]"
     resumed_marks: int = 0
+    stopping: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,21 +40,22 @@ class Open:
     outcome: Outcome | None
 
 
-def open_jobs(journal: Journal, source: JobSource, budget: Budget, emit: Emit) -> list[Open]:
+def open_jobs(journal: Journal, source: JobSource, budget: Budget, emit: Emit, *, crashed: bool) -> list[Open]:
     """All jobs of the journal; those whose container may run hold their share again before the others reserve theirs.
 
-    Raises ConfigError where the journal is of another server.
+    `crashed`: the last process did not leave because it was told to. Raises ConfigError where the journal is of another
+    server.
     """
     records = journal.records()
     leases = {record.id: source.resume(record.token, record.id, cut_off=record.phase) for record in records}
     running_first = sorted(records, key=lambda record: record.phase not in {Phase.RUNNING, Phase.STAGING_OUT})
-    return [_open(record, leases[record.id], journal, budget, emit) for record in running_first]
+    return [_open(record, leases[record.id], journal, budget, emit, crashed) for record in running_first]
 
 
-def _open(record: Record, lease: Lease, journal: Journal, budget: Budget, emit: Emit) -> Open:
+def _open(record: Record, lease: Lease, journal: Journal, budget: Budget, emit: Emit, crashed: bool) -> Open:
     if record.outcome is not None:
         return Open(lease, None, None, record.outcome)
-    resumes = journal.resuming(record.id)
+    resumes = journal.resuming(record.id) if crashed else 0
     where = record.phase.value.replace("_", " ")
     if resumes > _MAX_RESUMES:
         why = f"the worker crashed {resumes - 1} times in phase {where} of this job"

@@ -265,7 +265,7 @@ class Runner:
         with self._step(job.id, "run", "", seconds, f"running {clean(job.image, 120)} {_limits(share)}"):
             container = self._container(job.id, record, spec, halt)
             pulse.enter(Phase.RUNNING)
-            exit = self.watcher.wait(job.id, container, halt)
+            exit = self.watcher.wait(job.id, container, halt, partial(self._journal.stopping, job.id))
             failpoint("after:wait")
             halt.check()  # then it was stopped, and its exit code is not its own
             if not exit.genuine:
@@ -286,6 +286,8 @@ class Runner:
         """The job's container: started now, or the one that an earlier process started (FAULTS.md A3, A4)."""
         if record.rebooted:
             raise WorkerFault(WorkerReason.INTERRUPTED, "this machine was restarted while the job ran")
+        if record.stopping:  # whatever it exited with was its answer to our TERM
+            raise WorkerFault(WorkerReason.INTERRUPTED, "the worker died while it was stopping the job")
         if record.container is None:
             failpoint("before:start")
             container = self._engine.start(spec)  # one of that name is adopted

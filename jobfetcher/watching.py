@@ -58,14 +58,16 @@ class Watcher:
         #: Jobs whose container cannot be killed, and what the engine says.
         self.stuck: dict[JobId, str] = {}
 
-    def wait(self, job_id: JobId, container: Container, halt: Halt) -> Exit:
+    def wait(self, job_id: JobId, container: Container, halt: Halt, before_stop: Callable[[], None]) -> Exit:
         """How the container ended. `Exit.stopped_for` is set where one of the limits ended it.
+
+        `before_stop` is called before this worker begins to stop it, and may raise WorkerFault: it is stopped anyway.
 
         Raises Stopped(DETACH) with the container running on, and what `Container.wait` raises. Any other halt stops
         the container, and its exit is returned: the caller asks the halt.
         """
         watch = _Watch(self._base, self._limits, job_id, container, self._emit, self._clock)
-        with self._stopping(job_id, container, halt) as stop:
+        with self._stopping(job_id, container, halt, before_stop) as stop:
             while True:
                 exit = container.wait(_SLICE_S)
                 if exit is not None and watch.reason is not None:
@@ -78,14 +80,24 @@ class Watcher:
                     stop()
 
     @contextmanager
-    def _stopping(self, job_id: JobId, container: Container, halt: Halt) -> Iterator[Callable[[], None]]:
+    def _stopping(
+        self, job_id: JobId, container: Container, halt: Halt, before_stop: Callable[[], None]
+    ) -> Iterator[Callable[[], None]]:
         """While inside, a halt stops the container, and so does a call of what this yields. In a thread of its own,
         because stopping takes up to the grace time, and whoever sets the halt (a heartbeat, the way out with many
         jobs) must not wait for it. Tried again until the wait is over: a cancelled job must not run on because the
         engine did not answer once (FAULTS.md B7)."""
         over = threading.Event()
         once = threading.Lock()
-        thread = threading.Thread(target=lambda: self._stop(job_id, container, over), name=f"stop-{job_id}")
+
+        def run() -> None:
+            try:
+                before_stop()
+            except WorkerFault as error:
+                self._emit("journal_failed", level="error", job=job_id, message=str(error))
+            self._stop(job_id, container, over)
+
+        thread = threading.Thread(target=run, name=f"stop-{job_id}")
 
         def begin() -> None:
             if halt.reason is not StopReason.DETACH and once.acquire(blocking=False):

@@ -8,6 +8,7 @@ budget's event, which a finished job and a signal both set.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -142,7 +143,7 @@ class Worker:
             raise
         finally:
             self._drain()
-            self._leave_in_order()
+            self.say_goodbye()
 
     def leave(self, how: Leaving) -> None:
         """Stop taking jobs; with DETACH also let go of those in hand, with STOP_JOBS stop them and give them back.
@@ -151,6 +152,11 @@ class Worker:
         """
         self._leaving = max(self._leaving, how)
         self._budget.wake()
+
+    def say_goodbye(self) -> None:
+        """Tell the next start that what is open was not left by a crash (FAULTS.md A9). Safe in a signal handler."""
+        with contextlib.suppress(OSError):
+            self._base.say_goodbye()
 
     @property
     def summary(self) -> str:
@@ -180,7 +186,9 @@ class Worker:
         failpoint("before:recover")
         if damage := recovery.damage_of(self._journal):
             self._emit("journal_damaged", level="error", message=damage)
-        for found in recovery.open_jobs(self._journal, self._source, self._budget, self._emit):
+        for found in recovery.open_jobs(
+            self._journal, self._source, self._budget, self._emit, crashed=self._base.crashed
+        ):
             lease, job, hold, outcome = found.lease, found.job, found.hold, found.outcome
             halt = Halt()
             if outcome is not None:
@@ -190,13 +198,6 @@ class Worker:
         recovery.clear_strays(self._journal, self._engine, self._base, self._emit)
         self._reconcile_due = self._clock() + _RECONCILE_S
         failpoint("after:recover")
-
-    def _leave_in_order(self) -> None:
-        """Tell the next start that jobs still open were not left by a crash (FAULTS.md A9)."""
-        try:
-            self._journal.orderly()
-        except WorkerFault as error:
-            self._emit("journal_failed", level="error", message=str(error))
 
     def _poll(self) -> None:
         idle_since = self._clock()

@@ -42,6 +42,9 @@ _RESERVE_BYTES, _RESERVE_SHARE = 5 * _GIB, 0.05
 #: All that a worker makes in PATH_BASE: a directory with nothing else in it is ours alone.
 _OURS = {"lock", "jobs", "cache", "quarantine", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast"}
 
+#: How the lock file begins while it is held, and what its holder puts over that when it leaves in order.
+_HELD, _LEFT = b"process ", b"left by "
+
 #: Inodes that are always kept free.
 _RESERVE_INODES = 0.05
 
@@ -52,7 +55,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)  # Python has no syncfs(2)
 
 
 class Base:
-    """PATH_BASE, held by this process until `close`. Raises ConfigError when it cannot be had."""
+    """PATH_BASE, held by this process until `close`. Raises ConfigError when it cannot be had.
+
+    `crashed`: the process that held it last did not `say_goodbye` (FAULTS.md A9).
+    """
 
     def __init__(self, path: Path, *, reserve_mib: int | None = None) -> None:
         self.path = path
@@ -65,7 +71,8 @@ class Base:
             (path / "jobs").mkdir(mode=0o700, exist_ok=True)
             with tree.opened(path, ["jobs"]) as jobs:  # a link in its place is refused
                 os.fchmod(jobs, 0o700)
-            self._lock = _lock(path / "lock")
+            self._lock, before = _lock(path / "lock")
+            self.crashed = bool(before) and not before.startswith(_LEFT)
         except OSError as error:
             raise ConfigError(f"PATH_BASE: {path} cannot be used: {error.strerror or error}") from None
 
@@ -167,6 +174,10 @@ class Base:
         if self._reserve_mib is not None:
             return self._reserve_mib << 20
         return min(max(_RESERVE_BYTES, int(total * _RESERVE_SHARE)), total // 2)
+
+    def say_goodbye(self) -> None:
+        """Note that this process leaves because it was told to, however abruptly. One write; raises OSError."""
+        os.pwrite(self._lock, _LEFT, 0)
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -351,8 +362,11 @@ def _check_owners(path: Path) -> None:
             )
 
 
-def _lock(path: Path) -> int:
-    """A lock that ends with this process, however it ends; a file left behind does not block (FAULTS.md F7)."""
+def _lock(path: Path) -> tuple[int, bytes]:
+    """A lock, and what its last holder wrote.
+
+    It ends with this process, however that ends; a file left behind does not block (FAULTS.md F7).
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -362,7 +376,8 @@ def _lock(path: Path) -> int:
         raise ConfigError(
             f"PATH_BASE: {path.parent} is in use by another worker ({holder}); stop it or choose another directory"
         ) from None
+    before = os.pread(descriptor, 200, 0)
     os.ftruncate(descriptor, 0)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
-    return descriptor
+    os.pwrite(descriptor, f"{_HELD.decode()}{os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+    return descriptor, before

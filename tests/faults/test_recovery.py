@@ -188,8 +188,11 @@ def test_a_job_interrupted_twice_is_given_back(lab: Lab, tmp_path: Path) -> None
         boot_id.write_text(f"{uuid.uuid4()}\n")
         with worker(lab, tmp_path, boot_id=boot_id) as running:
             wait_until_running(lab, job)
-            ran = lambda: [one["State"] == "running" and one["Id"] != old for one in lab.containers()] == [True]  # noqa: E731 - of this round
-            wait_until(ran, "it runs", DEADLINE_S)
+
+            def is_another(old: str = old) -> bool:
+                return [one["State"] == "running" and one["Id"] != old for one in lab.containers()] == [True]
+
+            wait_until(is_another, "it runs", DEADLINE_S)
             old = container_of(lab)["Id"]
             kill(running)
         lab.engine.kill(old)
@@ -217,7 +220,8 @@ def test_a_job_that_crashes_the_worker_again_and_again_is_reported(lab: Lab, tmp
 
 @pytest.mark.fault("F4")
 @pytest.mark.fault("N12")
-def test_three_signals_leave_a_job_that_the_next_start_adopts(lab: Lab, tmp_path: Path) -> None:
+def test_three_signals_end_the_worker_at_once_and_the_next_start_has_the_job(lab: Lab, tmp_path: Path) -> None:
+    """It was being stopped, so that run counts for nothing; the job does."""
     job = lab.submit(f"trap '' TERM; {UNTIL_LET_GO}")
     with worker(lab, tmp_path, stop_grace="30") as first:
         wait_until_running(lab, job)
@@ -227,9 +231,28 @@ def test_three_signals_leave_a_job_that_the_next_start_adopts(lab: Lab, tmp_path
         first.wait_for("stopping and giving back")
         first.send(signal.SIGTERM)
         assert first.wait(1.0) == 128 + signal.SIGTERM
-    lab.let_go(job)
+    [old] = lab.containers()
     with worker(lab, tmp_path) as second:
+        second.wait_for("running it once more")
+        wait_until(lambda: [one["Id"] != old["Id"] for one in lab.containers()] == [True], "it runs again", DEADLINE_S)
+        lab.let_go(job)
         assert second.wait() == 0
+    assert lab.server.state(job) == "finished"
+
+
+@pytest.mark.fault("A9")
+def test_leaving_in_haste_is_no_crash(lab: Lab, tmp_path: Path) -> None:
+    job = lab.submit("true")
+    for _ in range(7):  # each start comes no further than the pull, and is told to leave at once
+        with worker(lab, tmp_path, jobfetcher_failpoint="after:prepare=sleep60") as running:
+            running.wait_for("taking jobs from")  # from then on signals are its own
+            wait_until(lambda: lab.server.state(job) == "preprocessing", "it has the job", DEADLINE_S)
+            for said in ("finishing job", "stopping and giving back", ""):
+                running.send(signal.SIGTERM)
+                running.wait_for(said)  # of two signals that come together the kernel makes one
+            assert running.wait() == 128 + signal.SIGTERM
+    with worker(lab, tmp_path) as last:
+        assert last.wait() == 0
     assert lab.server.state(job) == "finished"
 
 

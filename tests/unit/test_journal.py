@@ -307,7 +307,6 @@ PROGRESS: dict[str, Callable[[Journal], object]] = {
     "another run": lambda journal: journal.again(SEVEN),
     "a container": lambda journal: journal.started(SEVEN, "c"),
     "a file": lambda journal: journal.mark(SEVEN, "out", Stored("output:b", 1, "d")),
-    "leaving in order": lambda journal: journal.orderly(),
 }
 
 
@@ -321,7 +320,7 @@ def test_a_job_that_got_on_begins_to_count_anew(journal: Journal, progress: Call
     assert [journal.resuming(EIGHT) for _ in range(2)] == [1, 2]
     progress(journal)
     assert [journal.resuming(SEVEN) for _ in range(2)] == [1, 2]
-    assert journal.resuming(EIGHT) == (1 if progress is PROGRESS["leaving in order"] else 3)
+    assert journal.resuming(EIGHT) == 3
 
 
 # -- marks ----------------------------------------------------------------------------------------------------------

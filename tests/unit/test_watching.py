@@ -82,12 +82,16 @@ class Bench:
         self.base.job(SEVEN).create()
         self.clock, self.emit, self.halt = Clock(), Emitted(), Halt()
         self.container = Scripted(self.clock)
+        self.stops_noted: list[int] = []
+
+    def asked_to_stop(self) -> None:
+        self.stops_noted.append(len(self.container.stopped))
 
     def watcher(self, max_runtime_s: float | None = None, disk_limit_mib: int | None = None) -> Watcher:
         return Watcher(self.base, Limits(0.01, max_runtime_s, disk_limit_mib), self.emit, clock=self.clock)
 
     def wait(self, *, max_runtime_s: float | None = None, disk_limit_mib: int | None = None) -> Exit:
-        return self.watcher(max_runtime_s, disk_limit_mib).wait(SEVEN, self.container, self.halt)
+        return self.watcher(max_runtime_s, disk_limit_mib).wait(SEVEN, self.container, self.halt, self.asked_to_stop)
 
 
 @pytest.fixture
@@ -108,6 +112,16 @@ def test_a_halt_stops_it(bench: Bench, reason: StopReason) -> None:
     bench.container.on_slice = lambda: bench.halt.set(reason)
     assert bench.wait().code == 143
     assert bench.container.stopped == [0.01]
+    assert bench.stops_noted == [0], "noted once, and before the engine was asked"
+
+
+@pytest.mark.fault("J1")
+def test_a_note_that_cannot_be_made_does_not_save_the_job(bench: Bench) -> None:
+    def refuse() -> None:
+        raise WorkerFault(WorkerReason.DISK, "the disk is full")
+
+    bench.halt.set(StopReason.CANCELLED)
+    assert bench.watcher().wait(SEVEN, bench.container, bench.halt, refuse).code == 143
 
 
 @pytest.mark.fault("F2")
@@ -181,7 +195,9 @@ def test_what_cannot_be_killed_is_stuck_until_it_is_gone(bench: Bench) -> None:
     watcher = bench.watcher()
     bench.halt.set(StopReason.CANCELLED)
     ends: list[Exit] = []
-    thread = threading.Thread(target=lambda: ends.append(watcher.wait(SEVEN, bench.container, bench.halt)))
+    thread = threading.Thread(
+        target=lambda: ends.append(watcher.wait(SEVEN, bench.container, bench.halt, bench.asked_to_stop))
+    )
     thread.start()
     try:
         wait_until(lambda: SEVEN in watcher.stuck, "it is marked as stuck", DEADLINE_S)
