@@ -91,7 +91,7 @@ class Housekeeper:
     def _remove_image(self, image: KeptImage, unused_s: float) -> None:
         if not self._engine.forget_image(image.id, image.reference):
             return  # a container has it, or somebody gave it another name; asked again next time
-        self._journal.dropped_image(image.reference)
+        self._journal.dropped_image(image)
         self._emit(
             "image_removed",
             message=f"removed the image {image.reference} ({image.size_bytes / _MIB:.0f} MiB), "

@@ -192,7 +192,8 @@ class Journal:
 
     def stopping(self, job_id: JobId) -> None:
         """Record, before the engine is asked, that this worker stops the container: its exit is not the job's own."""
-        self._change(job_id, stopping=1)
+        with self._lock:
+            self._write(journal_file.put(replace(self._row(job_id), stopping=1)))  # no progress (A9)
 
     def exited(self, job_id: JobId, exit: Exit) -> None:
         """Record how the container ended and move to STAGING_OUT."""
@@ -276,9 +277,9 @@ class Journal:
         query = journal_file.select(KeptImage, "ORDER BY used_at, reference")
         return [KeptImage(*values[:-1]) for values in self._select(query) if journal_file.is_whole(KeptImage, values)]
 
-    def dropped_image(self, reference: str) -> None:
+    def dropped_image(self, image: KeptImage) -> None:
         """An image is gone from this machine, or is not ours any more."""
-        self._write(("DELETE FROM image WHERE reference = ?", (reference,)))
+        self._write(("DELETE FROM image WHERE reference = ? AND id = ?", (image.reference, image.id)))
 
     # -- reading and writing -------------------------------------------------------------------------------------------
 

@@ -61,11 +61,12 @@ _TABLES = {
     PRIMARY KEY (job, direction, name)
 ) STRICT, WITHOUT ROWID""",
     "image": """CREATE TABLE image (
-    reference TEXT NOT NULL PRIMARY KEY,
+    reference TEXT NOT NULL,
     id TEXT NOT NULL,
     size_bytes INTEGER NOT NULL,
     used_at REAL NOT NULL,
-    sum TEXT NOT NULL
+    sum TEXT NOT NULL,
+    PRIMARY KEY (reference, id)
 ) STRICT, WITHOUT ROWID""",
 }
 
@@ -124,7 +125,10 @@ class FileRow:
 
 @dataclass(frozen=True, slots=True)
 class KeptImage:
-    """One row of `image`: an image that this worker pulled. `used_at`: wall clock of its last use."""
+    """One row of `image`: an image that this worker pulled. `used_at`: wall clock of its last use.
+
+    A tag that moved to another image leaves the old one behind, which is still ours to remove (FAULTS.md D7).
+    """
 
     reference: str
     id: str
@@ -135,7 +139,7 @@ class KeptImage:
 Row = JobRow | FileRow | KeptImage
 
 _NAMES: dict[type[Row], str] = {JobRow: "job", FileRow: "file", KeptImage: "image"}
-_KEYS = {"job": "id", "file": "job, direction, name", "image": "reference"}
+_KEYS = {"job": "id", "file": "job, direction, name", "image": "reference, id"}
 
 Statement = tuple[str, tuple[object, ...]]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jobfetcher.core.errors import JobReason, WorkerFault, WorkerReason
-from jobfetcher.core.job import Job
+from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Share
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Emit, Engine, JobSource, Lease
@@ -91,6 +91,8 @@ def clear_strays(journal: Journal, engine: Engine, base: Base, emit: Emit, *, ol
     `older_than_s`: leave alone what is younger; above 0 only containers are looked at (FAULTS.md E10).
     """
     known = frozenset(record.id for record in journal.records())
+    if older_than_s:  # a record that was damaged since the start: its job still runs here
+        known |= {JobId(name) for name in journal.unreadable}
     try:
         for name in engine.reap(known, older_than_s=older_than_s):
             emit("container_reaped", level="warning", message=f"removed the leftover container {name}")

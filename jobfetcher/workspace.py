@@ -40,7 +40,8 @@ _MIB, _GIB = 1024**2, 1024**3
 _RESERVE_BYTES, _RESERVE_SHARE = 5 * _GIB, 0.05
 
 #: All that a worker makes in PATH_BASE: a directory with nothing else in it is ours alone.
-_OURS = {"lock", "jobs", "cache", "quarantine", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast"}
+_OURS = {"lock", "jobs", "cache", "quarantine", "journal.ballast"}
+_OURS |= {f"journal.db{part}" for part in ("", "-wal", "-shm", "-journal", ".new", ".draft")}
 
 #: How the lock file begins while it is held, and what its holder puts over that when it leaves in order.
 _HELD, _LEFT = b"process ", b"left by "

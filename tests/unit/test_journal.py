@@ -404,9 +404,13 @@ def test_only_images_that_this_worker_pulled_are_its_own(tmp_path: Path) -> None
         journal.used_image(replace(second, id="sha256:3", pulled=False))  # somebody else gave the name to another
         assert journal.images()[0] == KeptImage(second.reference, "sha256:2", 7, wall.now - 10)
         journal.used_image(replace(second, id="sha256:4"))
-        assert journal.images()[1] == KeptImage(second.reference, "sha256:4", 7, wall.now)
-        journal.dropped_image(second.reference)
-        journal.dropped_image("never heard of")
+        moved = KeptImage(second.reference, "sha256:4", 7, wall.now)
+        assert journal.images()[-1] == moved
+        assert second.id in {kept.id for kept in journal.images()}, "the old image is still here, and ours to remove"
+        for kept in journal.images():
+            if kept.reference == second.reference:
+                journal.dropped_image(kept)
+        journal.dropped_image(replace(moved, reference="never heard of"))
         assert [kept.reference for kept in journal.images()] == [IMAGE.reference]
 
 
