@@ -187,6 +187,9 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         raise ConfigError(f"a worker needs {_LEAST_FILES} open files, and this one may have {files} (ulimit -n)")
     with ExitStack() as opened:
         base = opened.enter_context(Base(settings.path_base, reserve_mib=settings.reserve_disk))
+        if base.filesystem.startswith("nfs"):  # FAULTS.md F7
+            why = "a lock and a journal there are no safer than its server; PATH_BASE should be on a local disk"
+            emit("network_disk", level="warning", message=f"{base.path} is on a network ({base.filesystem}): {why}")
         finder = make_engine(settings, "", emit)
         opened.callback(finder.close)
         finder.check()

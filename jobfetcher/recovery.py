@@ -58,7 +58,7 @@ def _open(record: Record, lease: Lease, journal: Journal, budget: Budget, emit: 
     resumes = journal.resuming(record.id) if crashed else 0
     where = record.phase.value.replace("_", " ")
     if resumes > _MAX_RESUMES:
-        why = f"the worker crashed {resumes - 1} times in phase {where} of this job"
+        why = f"the worker crashed {resumes} times in phase {where} of this job"
         return Open(lease, None, None, Outcome(Ending.JOB_FAILED, JobReason.CRASHES_WORKER, why))
     if record.job is None and record.phase is Phase.CLAIMED:
         why = "worker cannot read the job"  # it could not at the claim, either; how it read is not on record

@@ -107,6 +107,14 @@ class Base:
                 os.fsync(folder)
         return self.path / "quarantine" / moved
 
+    @property
+    def filesystem(self) -> str:
+        """The type of its file system, as mountinfo names it (proc(5)); empty where that does not say."""
+        device = self.path.stat().st_dev
+        ours = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo", errors="replace") as mounts:
+            return next((line.rpartition(" - ")[2].split()[0] for line in mounts if line.split()[2] == ours), "")
+
     def also_watch(self, path: Path | None) -> None:
         """Keep the reserve free on the disk of `path` as well: the engine's own directory, if it is on this machine."""
         if path is not None and path.is_dir():

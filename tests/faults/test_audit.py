@@ -2,7 +2,8 @@
 
 A1 no word without a claim, and how long that window is; A2 and A6 counted in bytes and requests; B17 and N6 in the
 phases between download, run and upload; E4 a process of a job that lives on; E5 no job while one cannot be ended; E14
-whose fault a lost GPU is; F3 and N12 in each phase with the ordinary grace; N8 as many outputs as it says.
+whose fault a lost GPU is; F3 and N12 in each phase with the ordinary grace; F7 the warning; N8 as many outputs as it
+says.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from jobfetcher.workspace import Base
 from tests.support.fault_proxy import Fault
 from tests.support.jobs import make_job
 from tests.support.mock_server import running_mock_api
+from tests.support.mounts import ext4, needs_root, tmpfs
 from tests.support.private_engine import private_engine
 from tests.support.services import GpuStub, ensure_busybox_image, wait_until
 from tests.support.wired import Wired
-from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Lab, assert_clean, command, running_worker
+from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Lab, assert_clean, command, running_worker, work
 from tests.unit.test_worker import Bench, beside, until
 
 OUT = {"output": "out"}
@@ -104,7 +106,7 @@ def test_a_download_that_was_killed_goes_on_at_the_byte_it_had_reached(
     lab, content = wire.lab, os.urandom(INPUT_BYTES)
     job = wire.submit("cp /files/in /files/out/copy", files_down={"in": lab.server.put_input("in", content)})
     reached = INPUT_BYTES * percent // 100
-    wire.storage.always(Fault(drip_from=reached + 1000, drip_s=60.0))  # the head of the answer comes first
+    wire.storage.always(Fault(drip_from=reached + 1000, drip_s=2.0))  # the head of the answer comes first
     part = lab.base / "jobs" / str(job) / "parts" / "0"
     env = lab.env(api_url=wire.api.url)
     with command(["run"], env, tmp_path) as run:
@@ -129,7 +131,7 @@ def _answered(wire: Wired) -> int:
 @pytest.mark.fault("A6")
 def test_an_upload_that_was_killed_sends_again_only_what_was_on_its_way(lab: Lab, tmp_path: Path) -> None:
     job = lab.submit("for n in 0 1 2 3 4 5; do echo $n > /files/out/$n; done", files_up=OUT)
-    lab.server.set_faults({"method": "POST", "path": "^/_storage", "skip": 4, "delay_s": 60})
+    lab.server.set_faults({"method": "POST", "path": "^/_storage", "skip": 4, "delay_s": 20})
     with command(["run"], lab.env(transfers="1"), tmp_path) as run:
         wait_until(lambda: len(lab.server.events("stored", job)) >= 4, "four outputs are stored", DEADLINE_S)
         wait_until(lambda: _marks(lab) >= 4, "and are marked", DEADLINE_S)
@@ -288,19 +290,21 @@ OBSTINATE = "trap '' TERM; touch /files/out/began; while :; do sleep 0.1; done"
 @pytest.mark.docker
 @pytest.mark.fault("F3", "N12")
 @pytest.mark.parametrize("phase", ["download", "run", "upload"])
-def test_a_second_signal_ends_it_in_time_in_each_phase(lab: Lab, tmp_path: Path, phase: str) -> None:
-    source = lab.server.put_input("a", b"input")
-    stuck = {"download": {"method": "GET", "path": "^/_storage/"}, "upload": {"method": "POST", "path": "^/_storage"}}
-    if phase in stuck:
-        lab.server.set_faults({**stuck[phase], "delay_s": 60})
-    act = OBSTINATE if phase == "run" else "cp /files/in /files/out/a"
-    job = lab.submit(act, files_down={"in": source}, files_up=OUT)
+def test_a_second_signal_ends_it_in_time_in_each_phase(wire: Wired, tmp_path: Path, phase: str) -> None:
+    lab = wire.lab
+    if phase == "download":
+        wire.storage.always(Fault(black_hole=True))
+    inputs = {"in": lab.server.put_input("a", b"input")} if phase == "download" else {}
+    act = OBSTINATE if phase == "run" else "echo result > /files/out/a"
+    job = wire.submit(act, files_down=inputs)
+    if phase == "upload":
+        wire.storage.always(Fault(black_hole=True))
     with command(["run"], lab.env(stop_grace="10"), tmp_path) as run:
         if phase == "run":
             wait_until((lab.files(job) / "out/began").exists, "the job began", DEADLINE_S)
             lab.server.wait_for_state(job, "running")
         else:
-            wait_until(lambda: bool(lab.server.events("fault")), f"the {phase} hangs", DEADLINE_S)
+            wait_until(lambda: bool(wire.storage.connections), f"the {phase} hangs", DEADLINE_S)
         run.send(signal.SIGTERM)
         run.wait_for("finishing job")
         began = time.monotonic()
@@ -309,8 +313,31 @@ def test_a_second_signal_ends_it_in_time_in_each_phase(lab: Lab, tmp_path: Path,
         print(f"left {time.monotonic() - began:.1f} s after the second signal")
     assert lab.server.updates(job)[-1] == "queued"
     assert lab.server.outbox() == []
-    lab.server.set_faults()
     assert lab.take_as_another_account() == [job]
+
+
+# -- F7 ---------------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.fault("F7")
+def test_the_filesystem_of_path_base_is_known(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "memory", "16m") as memory, Base(memory / "base") as base:
+        assert base.filesystem == "tmpfs"
+    with ext4(tmp_path / "disk") as disk, Base(disk / "base") as base:
+        assert base.filesystem == "ext4"
+
+
+@pytest.mark.docker
+@pytest.mark.fault("F7")
+@pytest.mark.parametrize("kind", ["nfs4", "ext4"])
+def test_a_path_base_on_a_network_is_told_and_used(lab: Lab, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """No NFS server is set up: what kind of file system it is is put in, how that is found is the test before."""
+    monkeypatch.setattr(Base, "filesystem", kind)
+    job = lab.submit("true")
+    heard = work(lab.settings())
+    assert lab.server.state(job) == "finished"
+    assert len(heard.messages("network_disk")) == (kind == "nfs4")
 
 
 # -- N8 ---------------------------------------------------------------------------------------------------------------
