@@ -18,7 +18,7 @@ check: ## lint, format, types
 	.venv/bin/mypy
 
 test: setup check ## set-up, checks, and all tests on the real engine
-	.venv/bin/python -m pytest
+	scripts/test
 
 faults: setup ## the tests of faults and threats, and a table of which row each of them carries
 	.venv/bin/python -m pytest --faults-table

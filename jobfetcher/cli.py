@@ -174,7 +174,7 @@ def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emi
             signals += 1
             if signals > len(ways_out):
                 worker.say_goodbye()
-                bars.close()
+                bars.close(within_s=0.3)
                 os._exit(128 + number)
             worker.leave(ways_out[signals - 1])
 
@@ -190,9 +190,10 @@ def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emi
         worker.run()
         if worker.running:  # detached from a job in the middle of a call: the journal bears that
             emit("stopped", message="stopped; the next start goes on with the jobs in hand")
-            bars.close()
+            bars.close(within_s=0.3)
             os._exit(0)
-        emit("stopped", message="stopped" if worker.unfinished else "stopped; nothing is left running")
+        left = "; the next start goes on with the jobs in hand" if worker.detached else "; nothing is left running"
+        emit("stopped", message="stopped" if worker.unfinished else f"stopped{left}")
         unanswered = not worker.welcomed and not worker.left_by_signal
         return 1 if unanswered or (once and worker.worker_faults) else 0
 

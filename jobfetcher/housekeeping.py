@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from jobfetcher.core.errors import WorkerFault
+from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, Engine
 from jobfetcher.journal import Journal, KeptImage
 from jobfetcher.workspace import Base
@@ -101,7 +102,9 @@ class Housekeeper:
     def _remove_leftovers(self) -> None:
         """Directories and containers of jobs that are not open."""
         found = self._base.leftovers(frozenset())  # before the journal is asked: whatever is claimed later is not in it
-        known = frozenset(record.id for record in self._journal.records())
+        known = frozenset(record.id for record in self._journal.records()) | {
+            JobId(name) for name in self._journal.unreadable
+        }
         try:
             for name in self._engine.reap(known):
                 self._emit("leftover_removed", level="warning", message=f"removed the leftover container {name}")

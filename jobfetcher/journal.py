@@ -95,18 +95,28 @@ class Journal:
         self._group: threading.Timer | None = None  # runs while marks wait for their commit
         self._boot_id = _boot_id() if boot_id is None else boot_id
         self._wall = wall
+        unusable = f"the journal {path} cannot be used"
         try:
-            found = self._find(path)
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
             try:
-                self._open(found)
-            except BaseException:
-                self._db.close()
-                raise
+                self._db = self._connected(path)
+            except sqlite3.OperationalError as error:
+                if not self._ballast.exists():
+                    raise ConfigError(f"{unusable}: {error}; is the disk full?") from None
+                self._ballast.unlink()  # on a full disk SQLite cannot even open: room for that, once
+                self._db = self._connected(path)
         except (OSError, sqlite3.Error) as error:
-            what = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"the journal {path} cannot be used: {what}") from None
+            raise ConfigError(f"{unusable}: {getattr(error, 'strerror', None) or error}") from None
         self._keep_ballast()
+
+    def _connected(self, path: Path) -> sqlite3.Connection:
+        found = self._find(path)
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+        try:
+            self._open(found)
+        except BaseException:
+            self._db.close()
+            raise
+        return self._db
 
     def _find(self, path: Path) -> Found:
         """What the file at `path` holds; a damaged one is replaced by what could be saved of it."""

@@ -79,6 +79,8 @@ class Outbox:
             # Not durable, but still to be told; without the record a restart finds the job in an earlier phase.
             self._emit("journal_failed", level="error", job=lease.job_id, message=str(error))
         failpoint("after:settling")
+        if outcome.ending is not Ending.FINISHED:
+            self._stop_running(lease.job_id)
         patiently = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(SourceError),
             stop=tenacity.stop_after_attempt(_SETTLE_TRIES),
@@ -93,6 +95,14 @@ class Outbox:
         else:
             self._heard(lease, outcome, standing)
         return outcome
+
+    def _stop_running(self, job_id: JobId) -> None:
+        """Before others may run the job. An engine that does not answer now is asked again when the job is left."""
+        try:
+            if (container := self._engine.find(job_id)) is not None:
+                container.remove()
+        except WorkerFault as error:
+            self._emit("clean_up_failed", level="warning", job=job_id, message=f"clean-up: {error}")
 
     def deliver(self, lease: Lease, outcome: Outcome) -> bool:
         """Try once more what `settle` left undone: tell the end, clean up. False: call again later.
@@ -145,7 +155,10 @@ class Outbox:
 
     def _given_up(self, job_id: JobId, outcome: Outcome) -> bool:
         """Whether the end has waited for too long: then what is left of the job is put aside for a person to see."""
-        record = self._journal.record(job_id)
+        try:
+            record = self._journal.record(job_id)
+        except WorkerFault:  # damaged since the start; a later start has what is sound
+            return False
         if record is None or record.decided_at is None or self._wall() - record.decided_at < KEEP_S:
             return False
         why = f"its end ({outcome.ending.value}: {outcome.message}) could not be delivered for 7 days"
@@ -153,7 +166,7 @@ class Outbox:
             failpoint("before:quarantine")
             kept = self._base.quarantine(job_id, why) if self._base.job(job_id).path.exists() else None
             failpoint("after:quarantine")
-            self._leave(job_id)
+            self._leave(job_id, outcome)
         except (WorkerFault, OSError) as error:
             self._emit("clean_up_failed", level="debug", job=job_id, message=str(error))
             return False
@@ -168,7 +181,7 @@ class Outbox:
         if standing is not Standing.KEEP:
             outcome = Outcome(Ending.DROPPED, None, f"taken back by the server ({standing.value}) as it ended")
         try:
-            self._leave(job_id)
+            self._leave(job_id, outcome)
         except (WorkerFault, OSError) as error:
             level = self._still_open(lease, outcome)
             message = f"not all of the job could be removed, trying again later: {error}"
@@ -186,7 +199,7 @@ class Outbox:
         )
         return True
 
-    def _leave(self, job_id: JobId) -> None:
+    def _leave(self, job_id: JobId, outcome: Outcome) -> None:
         """Container and directory first, **then** the record, so that nothing of the job is ever unknown."""
         failpoint("before:remove_container")
         if (container := self._engine.find(job_id)) is not None:
@@ -194,10 +207,25 @@ class Outbox:
             if self._engine.find(job_id) is not None:
                 raise WorkerFault(WorkerReason.ENGINE, "its container is still there")
         failpoint("after:remove_container")
-        self._remove_directory(job_id)
+        if self._has_results(job_id, outcome):
+            kept = self._base.quarantine(job_id, outcome.message)
+            message = f"its results could not be delivered and are kept in {kept}: {outcome.message}"
+            self._emit("results_kept", level="error", job=job_id, message=message)
+        else:
+            self._remove_directory(job_id)
         failpoint("after:remove_directory")
         self._journal.forget(job_id)
         failpoint("after:forget")
+
+    def _has_results(self, job_id: JobId, outcome: Outcome) -> bool:
+        """Whether the job ran to its end and this machine could not deliver what it made: that is not thrown away (J9).
+
+        One that was stopped by a person is not meant: that person asked for it.
+        """
+        if outcome.ending is not Ending.WORKER_FAILED or outcome.reason is WorkerReason.SHUTDOWN:
+            return False
+        record = self._journal.record(job_id)
+        return record is not None and record.exit is not None and self._base.job(job_id).files.is_dir()
 
     def _remove_directory(self, job_id: JobId) -> None:
         workspace = self._base.job(job_id)

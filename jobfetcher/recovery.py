@@ -23,7 +23,9 @@ from jobfetcher.journal import Journal, Record
 from jobfetcher.resources.budget import Budget, Reservation
 from jobfetcher.workspace import Base
 
-#: FAULTS.md A9: resumed more often than this within an hour and no step further, a job is not tried again.
+#: FAULTS.md A9: resumed more often than this within an hour and no step further, a job is not tried again. It is blamed
+#: only when it was the only one; beside others it is given back, and one that runs, which asks little of the worker, is
+#: given twice as many tries.
 _MAX_RESUMES = 5
 
 #: Compute was given back already: what is left to do is to upload.
@@ -48,18 +50,24 @@ def open_jobs(journal: Journal, source: JobSource, budget: Budget, emit: Emit, *
     """
     records = journal.records()
     leases = {record.id: source.resume(record.token, record.id, cut_off=record.phase) for record in records}
+    alone = sum(record.outcome is None for record in records) == 1
     running_first = sorted(records, key=lambda record: record.phase not in {Phase.RUNNING, Phase.STAGING_OUT})
-    return [_open(record, leases[record.id], journal, budget, emit, crashed) for record in running_first]
+    return [_open(record, leases[record.id], journal, budget, emit, crashed, alone) for record in running_first]
 
 
-def _open(record: Record, lease: Lease, journal: Journal, budget: Budget, emit: Emit, crashed: bool) -> Open:
+def _open(
+    record: Record, lease: Lease, journal: Journal, budget: Budget, emit: Emit, crashed: bool, alone: bool
+) -> Open:
     if record.outcome is not None:
         return Open(lease, None, None, record.outcome)
-    resumes = journal.resuming(record.id) if crashed else 0
     where = record.phase.value.replace("_", " ")
-    if resumes > _MAX_RESUMES:
+    resumes = _resumes(record, journal, emit) if crashed else 0
+    if resumes > (_MAX_RESUMES if alone or record.phase is not Phase.RUNNING else 2 * _MAX_RESUMES):
         why = f"the worker crashed {resumes} times in phase {where} of this job"
-        return Open(lease, None, None, Outcome(Ending.JOB_FAILED, JobReason.CRASHES_WORKER, why))
+        if alone:
+            return Open(lease, None, None, Outcome(Ending.JOB_FAILED, JobReason.CRASHES_WORKER, why))
+        why = f"{why}, or of another one that it had in hand"
+        return Open(lease, None, None, Outcome(Ending.WORKER_FAILED, WorkerReason.RESTARTED, why))
     if record.job is None and record.phase is Phase.CLAIMED:
         why = "worker cannot read the job"  # it could not at the claim, either; how it read is not on record
         return Open(lease, None, None, Outcome(Ending.JOB_FAILED, JobReason.UNREADABLE_SPEC, why))
@@ -72,6 +80,15 @@ def _open(record: Record, lease: Lease, journal: Journal, budget: Budget, emit: 
         return Open(lease, None, None, Outcome(Ending.WORKER_FAILED, error.reason, str(error)))
     emit("job_resumed", job=record.id, message=f"going on with it where it was left ({where})")
     return Open(lease, record.job, hold, None)
+
+
+def _resumes(record: Record, journal: Journal, emit: Emit) -> int:
+    """How often the job was resumed without getting on; not counted on a full disk, where it goes on all the same."""
+    try:
+        return journal.resuming(record.id)
+    except WorkerFault as error:
+        emit("journal_failed", level="error", job=record.id, message=str(error))
+        return 0
 
 
 def _hold(record: Record, job: Job, budget: Budget) -> Reservation:
@@ -90,14 +107,15 @@ def clear_strays(journal: Journal, engine: Engine, base: Base, emit: Emit, *, ol
     Where the journal was damaged, a directory may be of a job whose row is lost: it is put aside, not deleted.
     `older_than_s`: leave alone what is younger; above 0 only containers are looked at (FAULTS.md E10).
     """
-    known = frozenset(record.id for record in journal.records())
-    if older_than_s:  # a record that was damaged since the start: its job still runs here
-        known |= {JobId(name) for name in journal.unreadable}
     try:
+        known = frozenset(record.id for record in journal.records())
+        if older_than_s:  # a record that was damaged since the start: its job still runs here
+            known |= {JobId(name) for name in journal.unreadable}
         for name in engine.reap(known, older_than_s=older_than_s):
             emit("container_reaped", level="warning", message=f"removed the leftover container {name}")
     except WorkerFault as error:
         emit("reap_failed", level="warning", message=f"leftover containers could not be looked for: {error}")
+        return
     if older_than_s:
         return
     try:

@@ -132,8 +132,7 @@ class Runner:
         """
         outcome = Outcome()
         try:
-            said = _said(self._record(job.id))
-            with hold, self._beating(lease, halt, said) as pulse:
+            with hold, self._beating(lease, halt) as pulse:
                 outcome = self._carry_out(lease, job, hold, halt, pulse)
         except Exception as error:
             if isinstance(error, Stopped) and error.reason is StopReason.DETACH:
@@ -142,16 +141,18 @@ class Runner:
                 where = traceback.format_exc(limit=-3)
                 self._emit("bug", level="error", job=job.id, message=repr(error), where=where)
             outcome = outcome_of(error)
-            self._quietly(job.id, lambda: self._remove_container(job.id))  # before others may run the job
-            self._quietly(job.id, partial(self._keep_results, job.id, outcome))
         # The heartbeat is joined: from here on nobody but this thread speaks of the job (PROTOCOL.md S6).
         return self.outbox.settle(lease, outcome)
 
     @contextmanager
-    def _beating(self, lease: Lease, halt: Halt, said: Phase) -> Iterator[Pulse]:
-        silence_s = self._rules.stop_after_silence_s
+    def _beating(self, lease: Lease, halt: Halt) -> Iterator[Pulse]:
         with beating(
-            lease, halt, phase=said, interval_s=self._rules.beat_interval_s, silence_s=silence_s, emit=self._emit
+            lease,
+            halt,
+            phase=_said(self._record(lease.job_id)),
+            interval_s=self._rules.beat_interval_s,
+            silence_s=self._rules.stop_after_silence_s,
+            emit=self._emit,
         ) as pulse:
             yield pulse
 
@@ -348,16 +349,6 @@ class Runner:
         except OSError as error:
             raise WorkerFault(WorkerReason.DISK, f"the record of the run cannot be written: {error}") from error
 
-    def _keep_results(self, job_id: JobId, outcome: Outcome) -> None:
-        """A job that ran to its end and whose results this machine could not deliver: they are not thrown away (J9)."""
-        if outcome.ending is not Ending.WORKER_FAILED or outcome.reason is WorkerReason.SHUTDOWN:
-            return
-        if self._record(job_id).phase is not Phase.STAGING_OUT:
-            return
-        kept = self._base.quarantine(job_id, outcome.message)
-        message = f"its results could not be delivered and are kept in {kept}: {outcome.message}"
-        self._emit("results_kept", level="error", job=job_id, message=message)
-
     def _record(self, job_id: JobId) -> Record:
         record = self._journal.record(job_id)
         if record is None:
@@ -371,7 +362,7 @@ class Runner:
 
     def _own(self, job_id: JobId, image_id: str) -> None:
         """Without root, what a job's root wrote may neither be read nor deleted before this (FAULTS.md E13)."""
-        if os.geteuid() != 0:
+        if os.geteuid() != 0 and self._base.job(job_id).files.is_dir():
             self._engine.own(image_id, self._host_path(job_id))
 
     def _host_path(self, job_id: JobId) -> str:

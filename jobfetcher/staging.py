@@ -158,6 +158,8 @@ def stage_out(
     A file keeps its path relative to the job directory (PROTOCOL.md). The container must be gone. What is no regular
     file is not followed but reported. Raises Stopped, JobFault (after everything else was sent) or WorkerFault.
     """
+    if not workspace.files.is_dir():  # nothing to send is a success only where there is something to look at
+        raise WorkerFault(WorkerReason.DISK, f"the job's directory {workspace.files} is gone; did somebody delete it?")
     result = StagedOut(dict(have))
     unsendable: list[str] = []
 

@@ -76,7 +76,7 @@ class Watcher:
                     return exit
                 if halt.reason is StopReason.DETACH:
                     raise Stopped(StopReason.DETACH)
-                if halt.reason is None and watch.oversteps():
+                if halt.reason is not None or watch.oversteps():
                     stop()
 
     @contextmanager
@@ -93,15 +93,19 @@ class Watcher:
         def run() -> None:
             try:
                 before_stop()
-            except WorkerFault as error:
-                self._emit("journal_failed", level="error", job=job_id, message=str(error))
+            except Exception as error:  # whatever is wrong with the note, the container must stop
+                self._emit("journal_failed", level="error", job=job_id, message=f"{error}")
             self._stop(job_id, container, over)
 
         thread = threading.Thread(target=run, name=f"stop-{job_id}")
 
         def begin() -> None:
             if halt.reason is not StopReason.DETACH and once.acquire(blocking=False):
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the limit of threads; the wait comes back to it
+                    self._emit("stop_failed", level="error", job=job_id, message=f"it cannot be stopped: {error}")
+                    once.release()
 
         try:
             with halt.waking(begin):

@@ -127,6 +127,8 @@ class Worker:
         self._taken = 0
         #: Whether the server has ever answered a question for a job.
         self.welcomed = False
+        #: Whether a job was left as it stands, for the next start.
+        self.detached = False
         #: Jobs that ended by this machine's fault; the command's exit code tells.
         self.worker_faults = 0
 
@@ -143,7 +145,7 @@ class Worker:
             raise
         finally:
             self._drain()
-            self.say_goodbye()
+            self.say_goodbye()  # also of one that had enough, or whose setup a person must mend
 
     def leave(self, how: Leaving) -> None:
         """Stop taking jobs; with DETACH also let go of those in hand, with STOP_JOBS stop them and give them back.
@@ -151,6 +153,7 @@ class Worker:
         Safe in a signal handler.
         """
         self._leaving = max(self._leaving, how)
+        self.say_goodbye()  # now, for `docker stop` kills what takes longer than 10 s
         self._budget.wake()
 
     def say_goodbye(self) -> None:
@@ -342,7 +345,8 @@ class Worker:
 
     def _ended(self, outcome: Outcome | None) -> None:
         if outcome is None:
-            return  # detached: the journal has it
+            self.detached = True  # the journal has it
+            return
         self._pace.ended(outcome)
         if outcome.ending is Ending.WORKER_FAILED and outcome.reason is not WorkerReason.SHUTDOWN:
             self.worker_faults += 1
@@ -363,7 +367,11 @@ class Worker:
                     slot.halt.set(reason)
             if self._leaving is Leaving.DETACH and self._clock() - detached_at >= _DETACH_S:
                 return  # what is still busy is cut off with this process
-            self._budget.wait_for_change(0.2 if self._leaving is Leaving.DETACH else self._polling.interval_s)
+            if self._leaving is Leaving.DETACH:
+                self._budget.wait_for_change(0.2)
+            else:
+                self._outbox.flush()  # a job that ended must not lose its lease while another one is finished
+                self._budget.wait_for_change(min(self._polling.interval_s, self._outbox.due_in_s()))
         if self._leaving is not Leaving.DETACH:
             self._outbox.flush(now=True)
         if self._outbox.waiting:
@@ -373,7 +381,7 @@ class Worker:
 
 #: What is said on the way out, and what another signal does.
 _FAREWELL = {
-    Leaving.NO: ("finishing", "another Ctrl-C or SIGTERM: stop and give back"),
+    Leaving.NO: ("finishing", "Ctrl-C or SIGTERM: leave sooner"),
     Leaving.DRAIN: ("finishing", "another Ctrl-C or SIGTERM: stop and give back"),
     Leaving.DETACH: ("letting go of", "the next start goes on with it"),
     Leaving.STOP_JOBS: ("stopping and giving back", "another Ctrl-C or SIGTERM: exit at once"),

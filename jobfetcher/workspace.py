@@ -303,6 +303,13 @@ class Workspace:
         tree.remove(self.path.parent, self.path.name)
 
 
+def _device(path: Path) -> int:
+    try:
+        return path.stat().st_dev
+    except OSError as error:
+        raise WorkerFault(WorkerReason.DISK, f"the disk of {path} does not answer: {error.strerror}") from error
+
+
 def _disk(path: Path) -> os.statvfs_result:
     try:
         return os.statvfs(path)
@@ -334,10 +341,11 @@ def _label(shelf: int, name: str, why: str) -> str:
         except FileExistsError:
             number += 1
             continue
-        with open(file, "w", encoding="utf-8") as text:
-            text.write(
-                f"{clean(why, 2000)}\n\nKept for you; the worker does not look at it again. Delete it at will.\n"
-            )
+        except OSError:  # a full disk: what is moved matters more than why
+            return moved
+        kept = f"{clean(why, 2000)}\n\nKept for you; the worker does not look at it again. Delete it at will.\n"
+        with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as text:
+            text.write(kept)
             text.flush()
             os.fsync(text.fileno())
         return moved
@@ -386,7 +394,8 @@ def _lock(path: Path) -> tuple[int, bytes]:
             f"PATH_BASE: {path.parent} is in use by another worker ({holder}); stop it or choose another directory"
         ) from None
     before = os.pread(descriptor, 200, 0)
-    os.ftruncate(descriptor, 0)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    os.pwrite(descriptor, f"{_HELD.decode()}{os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+    words = f"{_HELD.decode()}{os.getpid()} on {socket.gethostname()} since {since}\n".encode()
+    os.pwrite(descriptor, words, 0)  # over the old words, which also a full disk allows; then the rest is cut off
+    os.ftruncate(descriptor, len(words))
     return descriptor, before

@@ -181,6 +181,17 @@ NOT_HERE = {
     "A10": "no machine is restarted: another boot id, a killed engine and a damaged journal stand in for it",
     "E5": "no process is made unkillable: a proxy of the engine's socket answers the kill and forwards none",
     "E14": "no GPU is broken: a stub of NVIDIA's library loses it, errs or hangs below the real bindings",
+    "B20": "no network of another MTU: a proxy, IPv6 on loopback and network namespaces are here",
+    "C12": "a CI run moves 300 files and walks 100,000; the bounds are those of the row",
+    "C13": "a CI run moves 512 MiB; memory does not depend on the size",
+    "D4": "a CI run prints 64 MiB, which wraps the log's files as 10 GB would",
+    "F5": "a CI run starts the worker 8 times under signals, with JOBFETCHER_TESTS_FULL=1 80 times",
+    "F7": "no NFS server: the kind of the file system is put in by the test",
+    "N4": "the times are a tenth of the row's, and so are the limits; 32 MiB and 300 files stand for 20 GB and 100,000",
+    "N7": "a CI run cuts and flips an eighth of the bytes, with JOBFETCHER_TESTS_FULL=1 all",
+    "N8": "as C13 and D4; the 100,000 outputs are there, without a network",
+    "N9": "a CI run takes every 101st byte, with JOBFETCHER_TESTS_FULL=1 every one",
+    "T11": "docker-bench cannot be had here: every field of `docker inspect` is compared with a golden file",
 }
 
 #: Rows that have no test at all; each must be in WAITING or NOT_HERE.

@@ -85,13 +85,20 @@ class ProgressBars:
 
     # -- the end
 
-    def close(self) -> None:
-        """Take the bars away and show the cursor again. Idempotent; later events are ignored, lines pass through."""
-        with self._lock:
+    def close(self, *, within_s: float = -1.0) -> None:
+        """Take the bars away and show the cursor again. Idempotent; later events are ignored, lines pass through.
+
+        `within_s`: do without where somebody is stuck in a write for longer (a terminal after Ctrl-S, a full pipe).
+        """
+        if not self._lock.acquire(timeout=within_s):
+            return
+        try:
             if self._display is not None:
                 self._display.stop()
             self._display = None
             self._bars.clear()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self

@@ -1,10 +1,7 @@
 """The command as a process of its own: its options, its signals, its exit codes."""
 
-import contextlib
 import json
 import signal
-import sqlite3
-import time
 from pathlib import Path
 
 import pytest
@@ -172,32 +169,4 @@ def test_the_second_signal_gives_the_job_back(lab: Lab, tmp_path: Path) -> None:
         assert run.wait(25.0) == 0
     assert lab.server.updates(job) == ["preprocessing", "running", "queued"]
     assert lab.server.events("stored", job) == []
-    assert lab.take_as_another_account() == [job]
-
-
-@pytest.mark.fault("F4")
-@pytest.mark.fault("N12")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_third_signal_ends_it_and_the_next_start_tidies_up(
-    lab: Lab, tmp_path: Path, number: signal.Signals
-) -> None:
-    job = lab.submit(STUBBORN, files_up={"output": "out"})
-    with command(["run"], lab.env(stop_grace="60"), tmp_path) as run:
-        lab.server.wait_for_state(job, "running")
-        wait_until((lab.files(job) / "out" / "began").exists, "the job began", DEADLINE_S)
-        run.send(number)
-        run.wait_for("finishing job")
-        sent_at = time.monotonic()
-        while run.is_running:  # the second, the third, and more: those that come within an instant may count as one
-            run.send(number)
-            time.sleep(0.05)
-        assert time.monotonic() - sent_at < 1.0 + 0.05
-        assert run.wait() == 128 + number
-    with contextlib.closing(sqlite3.connect(lab.base / "journal.db")) as journal:
-        assert journal.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert journal.execute("SELECT id, phase FROM job").fetchall() == [(str(job), "running")]
-    assert [container["State"] for container in lab.containers()] == ["running"]
-    with command(["run", "--exit-when-idle", "0.5"], lab.env(), tmp_path) as run:
-        assert run.wait() == 0
-    assert lab.server.updates(job)[-1] == "queued"
     assert lab.take_as_another_account() == [job]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,8 @@ class WorkerApi:
         self._emit = emit
         self._verify = verify
         self._clock = clock
+        #: The lease of each job that somebody here holds: a server without RETRY_DIFFERENT may hand it out again.
+        self._held: weakref.WeakValueDictionary[JobId, ApiLease] = weakref.WeakValueDictionary()
 
     def fetch(self, offer: Offer, wait_s: float) -> Claim | None:  # noqa: ARG002 - this server has no long poll
         """Ask for one job; once per free GPU model, because the server compares models for equality (S18).
@@ -166,7 +169,10 @@ class WorkerApi:
         leases: list[tuple[ApiLease, Any]] = []
         for key, specs in handed_out.items():
             try:
-                leases.append((self._lease(parse_job_id(key), accepted_at=asked_at), specs))
+                job_id = parse_job_id(key)
+                if (held := self._held.get(job_id)) is not None:
+                    held.was_handed_out_again(asked_at)
+                leases.append((self._lease(job_id, accepted_at=asked_at), specs))
             except ValueError as error:
                 # Not even its name can be spoken: nothing can be sent about it; it returns to the queue by itself.
                 self._emit(
@@ -175,6 +181,8 @@ class WorkerApi:
         if not leases:
             raise SourceUnavailable("the server handed out a job without a usable id")
         for extra, _ in leases[1:]:
+            if self._held.get(extra.job_id) is not extra:
+                continue  # it is in hand here
             try:
                 extra.release("this worker asked for one job only")
             except SourceError as error:
@@ -196,7 +204,7 @@ class WorkerApi:
         return UnreadableJob(self._lease(job_id, accepted_at=asked_at), error.why)
 
     def _lease(self, job_id: JobId, accepted_at: float | None, cut_off: Phase | None = None) -> ApiLease:
-        return ApiLease(
+        lease = ApiLease(
             self._client,
             self._policy,
             job_id,
@@ -206,6 +214,8 @@ class WorkerApi:
             beat_within_s=self._beat_within_s,
             clock=self._clock,
         )
+        self._held.setdefault(job_id, lease)
+        return lease
 
 
 class ApiLease:
@@ -260,6 +270,12 @@ class ApiLease:
             if self._alone and self._is_unsure():
                 return self._confirm(STATUS_OF_PHASE[phase])
             return self._update(later(STATUS_OF_PHASE[phase], self._heard), "", within_s=self._beat_within_s)
+
+    def was_handed_out_again(self, asked_at: float) -> None:
+        """The server gave us anew what we hold, after a silence: it is ours as of then, and stands at `pulled`."""
+        with self._door:
+            if not self._gone and not self._settled:
+                self._accepted_at, self._heard = asked_at, ""
 
     def settle(self, outcome: Outcome) -> Standing:
         word = FINISHED if outcome.ending is Ending.FINISHED else ERROR
