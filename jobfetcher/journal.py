@@ -244,6 +244,10 @@ class Journal:
             self._write(journal_file.put(replace(row, resumed=json.dumps(resumed), resumed_marks=marks)))
             return len(resumed)
 
+    def acquit(self, job_id: JobId) -> None:
+        """What was counted against a job by `resuming` may have been another one's doing: count anew."""
+        self._change(job_id)
+
     # -- its files -----------------------------------------------------------------------------------------------------
 
     def mark(self, job_id: JobId, direction: Direction, stored: Stored) -> None:

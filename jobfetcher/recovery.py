@@ -11,6 +11,7 @@ slot of its own, at the phase that the journal says (runner.py), so that its fir
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from jobfetcher.core.errors import JobReason, WorkerFault, WorkerReason
@@ -52,7 +53,13 @@ def open_jobs(journal: Journal, source: JobSource, budget: Budget, emit: Emit, *
     leases = {record.id: source.resume(record.token, record.id, cut_off=record.phase) for record in records}
     alone = sum(record.outcome is None for record in records) == 1
     running_first = sorted(records, key=lambda record: record.phase not in {Phase.RUNNING, Phase.STAGING_OUT})
-    return [_open(record, leases[record.id], journal, budget, emit, crashed, alone) for record in running_first]
+    found = [_open(record, leases[record.id], journal, budget, emit, crashed, alone) for record in running_first]
+    given_back = [now for was, now in zip(running_first, found, strict=True) if was.outcome is None and now.outcome]
+    for one in found if given_back and not alone else ():
+        if one.outcome is None:  # one that stays is blamed only for what happens without those that left
+            with contextlib.suppress(WorkerFault):  # a full disk: the count stays
+                journal.acquit(one.lease.job_id)
+    return found
 
 
 def _open(
