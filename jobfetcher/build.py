@@ -168,6 +168,7 @@ def make_budget(settings: Settings, inventory: Inventory, emit: Emit) -> Budget:
         read_gpus=detect.GpuProbe(settings.gpus, emit),
         reserve_cpus=settings.reserve_cpus,
         reserve_memory_mib=settings.reserve_memory,
+        prefetch=settings.prefetch,
     )
 
 
@@ -223,6 +224,8 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
                 limits=Limits(settings.stop_grace, settings.max_runtime, settings.job_disk_limit),
                 stop_after_silence_s=settings.stop_after_silence or None,
                 worker_fault_is_error=settings.on_worker_fault == "error",
+                # Where nothing is given back, this worker is all there is, and nobody waits for the job elsewhere.
+                prefetch_hold_s=settings.prefetch_hold if settings.on_worker_fault == "release" else None,
             ),
             emit=emit,
             gone_gpus=detect.gone,

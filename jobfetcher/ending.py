@@ -27,9 +27,12 @@ from jobfetcher.core.text import clean
 #: How much of what a failed job printed last goes into its one sentence.
 _LAST_LINES, _LAST_CHARACTERS, _LAST_BYTES = 10, 700, 64 * 1024
 
-#: What a stop by this worker means for the job. A detach ends no job: it never comes here.
+#: What a stop by this worker means for the job. A detach ends no job and FAILED has a cause: they never come here.
 _STOPPED: dict[StopReason, Outcome] = {
     StopReason.SHUTDOWN: Outcome(Ending.WORKER_FAILED, WorkerReason.SHUTDOWN, "the worker was shut down"),
+    StopReason.WAITED: Outcome(
+        Ending.WORKER_FAILED, WorkerReason.WAITED, "another job computed here for longer than PREFETCH_HOLD"
+    ),
     StopReason.HEARTBEAT: Outcome(Ending.WORKER_FAILED, WorkerReason.HEARTBEAT, "the worker's keep-alives broke down"),
     StopReason.SILENCE: Outcome(
         Ending.WORKER_FAILED, WorkerReason.SOURCE, "the server did not answer for as long as STOP_AFTER_SILENCE says"

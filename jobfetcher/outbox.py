@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import tenacity
 
-from jobfetcher.core.errors import SourceError, SourceUnavailable, WorkerFault, WorkerReason
+from jobfetcher.core.errors import EXPECTED, SourceError, SourceUnavailable, WorkerFault, WorkerReason
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, Engine, Lease, Standing
@@ -188,7 +188,7 @@ class Outbox:
             self._emit("clean_up_failed", level=level, job=job_id, message=message)
             return False
         self._closed(job_id)
-        expected = outcome.ending in {Ending.FINISHED, Ending.DROPPED} or outcome.reason is WorkerReason.SHUTDOWN
+        expected = outcome.ending in {Ending.FINISHED, Ending.DROPPED} or outcome.reason in EXPECTED
         self._emit(
             "job_ended",
             level="info" if expected else "warning",
@@ -222,7 +222,7 @@ class Outbox:
 
         One that was stopped by a person is not meant: that person asked for it.
         """
-        if outcome.ending is not Ending.WORKER_FAILED or outcome.reason is WorkerReason.SHUTDOWN:
+        if outcome.ending is not Ending.WORKER_FAILED or outcome.reason in EXPECTED:
             return False
         record = self._journal.record(job_id)
         return record is not None and record.exit is not None and self._base.job(job_id).files.is_dir()
@@ -267,7 +267,7 @@ def _farewell(outcome: Outcome, worker_fault_is_error: bool) -> str:
             return f"failed by its own fault: {outcome.message}"
         case Ending.WORKER_FAILED:
             done = "reported as failed" if worker_fault_is_error else "given back"
-            whose = "" if outcome.reason is WorkerReason.SHUTDOWN else ", this machine's fault"
+            whose = "" if outcome.reason in EXPECTED else ", this machine's fault"
             return f"{done}{whose}: {outcome.message}"
         case Ending.DROPPED:
             return outcome.message

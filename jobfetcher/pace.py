@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from jobfetcher.core.errors import JobfetcherError, SourceError, SourceUnavailable, WorkerReason
+from jobfetcher.core.errors import EXPECTED, JobfetcherError, SourceError, SourceUnavailable
 from jobfetcher.core.ports import Emit
 from jobfetcher.core.run import Ending, Outcome
 
@@ -83,7 +83,7 @@ class Pace:
 
     def ended(self, outcome: Outcome) -> None:
         """A job ended: after many bad ends in a row, jobs are taken more slowly, and people are told (T23)."""
-        if outcome.ending is Ending.DROPPED or outcome.reason is WorkerReason.SHUTDOWN:
+        if outcome.ending is Ending.DROPPED or outcome.reason in EXPECTED:
             return
         with self._lock:
             now = self._clock()

@@ -16,21 +16,17 @@ from dataclasses import dataclass
 
 from jobfetcher.core.errors import JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.job import Job, JobId
-from jobfetcher.core.machine import Share
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Emit, Engine, JobSource, Lease
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.journal import Journal, Record
-from jobfetcher.resources.budget import Budget, Reservation
+from jobfetcher.resources.budget import NOTHING, Budget, Reservation
 from jobfetcher.workspace import Base
 
 #: FAULTS.md A9: resumed more often than this within an hour and no step further, a job is not tried again. It is blamed
 #: only when it was the only one; beside others it is given back, and one that runs, which asks little of the worker, is
 #: given twice as many tries.
 _MAX_RESUMES = 5
-
-#: Compute was given back already: what is left to do is to upload.
-_NO_SHARE = Reservation(Share(cpu_cores=0.0, memory_mib=0), lambda _: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +96,7 @@ def _resumes(record: Record, journal: Journal, emit: Emit) -> int:
 
 def _hold(record: Record, job: Job, budget: Budget) -> Reservation:
     if record.phase is Phase.STAGING_OUT:
-        return _NO_SHARE
+        return NOTHING  # compute was given back already: what is left to do is to upload
     if record.phase is Phase.RUNNING:
         if record.share is None:
             raise WorkerFault(WorkerReason.RESTARTED, "the worker was replaced by a newer one while it ran")

@@ -5,7 +5,8 @@ of it, in the order of DESIGN.md's table:
 
     4  the heartbeat begins; the outcome begins as *worker failed*
     5  stage in: inputs, concurrently, verified, into place
-    6  prepare: the image, allowed and for this machine; the run specification
+    6  prepare: the image, allowed and for this machine, pulled while the inputs come; then the run specification
+       (a prefetched job waits here for its share of the machine)
     7  run: intent to the journal, start, container id to the journal; wait (watching.py)
     8  free: the share of the machine goes back, so that the next job starts while this one uploads
     9  stage out: outputs, logs and the provenance record, whatever the exit code
@@ -48,6 +49,7 @@ from jobfetcher.ending import fault_of, memory_note, outcome_of
 from jobfetcher.heartbeat import Pulse, beating
 from jobfetcher.journal import Journal, Record
 from jobfetcher.outbox import Outbox
+from jobfetcher.overlap import both
 from jobfetcher.provenance import provenance
 from jobfetcher.reporting import file_progress, pull_progress
 from jobfetcher.resources.budget import Reservation
@@ -73,12 +75,14 @@ class Rules:
     """What the machine's owner decided about every job. Times in seconds.
 
     `stop_after_silence_s`: a job is stopped when its source has not answered for so long; None: never.
+    `prefetch_hold_s`: a job that waits for others to end is given back after so long; None: never.
     """
 
     beat_interval_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
     stop_after_silence_s: float | None = 86_400.0
     worker_fault_is_error: bool = False
+    prefetch_hold_s: float | None = 600.0
 
 
 class Runner:
@@ -123,6 +127,11 @@ class Runner:
             emit=emit,
             sleep=sleep,
         )
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether others may run what this machine does not."""
+        return not self._rules.worker_fault_is_error
 
     def run(self, lease: Lease, job: Job, hold: Reservation, halt: Halt) -> Outcome | None:
         """Bring a journaled job to its end, from where it stands. Never raises for what a job, a server or this
@@ -179,8 +188,16 @@ class Runner:
 
         record = self._record(job.id)
         if record.phase in {Phase.CLAIMED, Phase.STAGING_IN}:
-            self._stage_in(lease, job, record, workspace, halt, seconds)
-            self._prepare(job, hold.share, halt, seconds)
+            _, image = both(
+                halt,
+                lambda halt: self._stage_in(lease, job, record, workspace, halt, seconds),
+                lambda halt: self._prepare(job, halt, seconds),
+                name=f"pull-{job.id}",
+            )
+            share = self._share(job, hold, halt, seconds)
+            failpoint("before:running")
+            self._journal.running(job.id, share, image)
+            failpoint("after:running")
             record = self._record(job.id)
         if record.image is None or record.share is None:
             raise WorkerFault(
@@ -231,21 +248,25 @@ class Runner:
                 have=kept,
                 mark=lambda stored: self._journal.mark(job.id, "in", stored),
                 progress=file_progress(self._emit, job.id, "download", self._clock),
-                room_for=self._base.room_for,
+                awaits=partial(self._base.awaits, job.id),
             )
         failpoint("after:stage_in")
         halt.check()
 
-    def _prepare(self, job: Job, share: Share, halt: Halt, seconds: dict[str, float]) -> None:
-        """Step 6, up to the intent to run in the journal."""
+    def _prepare(self, job: Job, halt: Halt, seconds: dict[str, float]) -> Image:
+        """Step 6, beside step 5: a pull needs the network as well, but mostly another part of it."""
         with self._step(job.id, "prepare", "pull", seconds):
             image = self._engine.prepare(job.image, halt, pull_progress(self._emit, job.id, self._clock))
             failpoint("after:prepare")
             self._journal.used_image(image)
         halt.check()
-        failpoint("before:running")
-        self._journal.running(job.id, share, image)
-        failpoint("after:running")
+        return image
+
+    def _share(self, job: Job, hold: Reservation, halt: Halt, seconds: dict[str, float]) -> Share:
+        """What the job may use; a prefetched one waits for it here, while it goes on saying that it is alive."""
+        saying = "all is here; waiting for a job that computes to end" if hold.is_waiting else ""
+        with self._step(job.id, "wait", "", seconds, saying):
+            return hold.wait(halt, self._rules.prefetch_hold_s)
 
     def _spec(self, job: Job, share: Share, image: Image) -> RunSpec:
         attempt = self._journal.attempt(job.id)
@@ -275,11 +296,11 @@ class Runner:
                 raise WorkerFault(exit.stopped_for, exit.error)
             if exit.code != 0 and (gone := self._gone_gpus(share.gpus)):
                 raise WorkerFault(WorkerReason.GPU, f"a GPU failed while the job ran: {gone}")
+            hold.release()  # before the disk is waited for: the next job may start
             self._base.job(job.id).sync()  # what the job wrote outlives a power cut from here on
             failpoint("after:sync")
             self._journal.exited(job.id, exit)
             failpoint("after:exited")
-        hold.release()
         pulse.enter(Phase.STAGING_OUT)
         return exit
 

@@ -45,7 +45,8 @@ def _mib(value: Any) -> Any:
         match = _SIZE.fullmatch(value.strip())
         if not match:
             raise ValueError("must be a size such as 512MiB or 2GiB")
-        return round(float(match[1]) * _SIZE_MIB[match[2].upper()])
+        size = float(match[1]) * _SIZE_MIB[match[2].upper()]
+        return max(1, round(size)) if size else 0  # 0 is no size but "none" or "no limit"
     return value
 
 
@@ -95,6 +96,7 @@ def _auto(value: Any) -> Any:
 
 
 AutoMib = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda value: _mib(_auto(value)))]
+Mib = Annotated[int, BeforeValidator(_mib), Field(ge=0)]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 SecondsOrNever = Annotated[float, BeforeValidator(_seconds), Field(ge=0, allow_inf_nan=False)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
@@ -173,7 +175,20 @@ class Settings(BaseModel):
     storage_allow: Words = _field(
         (), "Storage hosts that may have internal addresses or plain http. Public ones need no entry."
     )
+    prefetch: Annotated[int, Field(ge=0, le=16)] = _field(
+        0, "Jobs whose inputs are brought while others compute; such a job is one that no other worker can take."
+    )
+    prefetch_hold: Seconds = _field(
+        600.0, "A prefetched job that has waited for so long is given back for other workers, such as 10m."
+    )
+    cache_size: Mib = _field(0, "Disk for inputs that are kept for later jobs, such as 50GiB. 0: none is kept.")
     transfers: Annotated[int, Field(ge=1, le=64)] = _field(8, "Files moved at the same time, per job.")
+    transfer_ranges: Annotated[int, Field(ge=1, le=16)] = _field(
+        8, "Connections that one large download may use; as many as make it faster are used. 1: never more than one."
+    )
+    bandwidth_limit: Mib = _field(
+        0, "Most that all transfers together move in a second, each way, such as 50MiB. 0: no limit."
+    )
     ca_file: Path | None = _field(None, "Certificates to trust instead of the system's (PEM file).")
     proxy: Annotated[str, AfterValidator(_proxy)] | None = _field(
         None, "HTTP proxy for the API and the storage, such as http://proxy.example.org:3128. Images: the engine's own."

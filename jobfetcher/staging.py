@@ -71,20 +71,25 @@ class _Watch:
         halt: Halt,
         progress: Progress,
         done: Callable[[Download | Upload, Stored], None],
-        room_for: Callable[[int], None] = lambda size: None,  # noqa: ARG005 - the default: nothing is written here
+        awaits: Callable[[int], None] = lambda size: None,  # noqa: ARG005 - the default: nothing is written here
     ) -> None:
         self.halt = halt
         self._progress = progress
         self._done = done
-        self._room_for = room_for
+        self._awaits = awaits
 
     def expect(self, size: int) -> None:
         self._progress.bytes_total = (self._progress.bytes_total or 0) + size
-        self._room_for(self._progress.bytes_total - self._progress.moved)
+        self._awaits(self._left())
 
     def moved(self, size: int) -> None:
         self._progress.moved += size
+        if self._progress.bytes_total:  # else nobody said how much there is
+            self._awaits(self._left())
         self._progress.changed(self._progress)
+
+    def _left(self) -> int:
+        return max(0, (self._progress.bytes_total or 0) - self._progress.moved)
 
     def done(self, item: Download | Upload, stored: Stored) -> None:
         self._done(item, stored)
@@ -102,13 +107,13 @@ def stage_in(
     have: Mapping[str, Stored],
     mark: Callable[[Stored], None],
     progress: Progress,
-    room_for: Callable[[int], None] = lambda size: None,  # noqa: ARG005 - the default: whoever calls has seen to it
+    awaits: Callable[[int], None] = lambda size: None,  # noqa: ARG005 - the default: whoever calls has seen to it
 ) -> dict[str, Stored]:
     """Bring all inputs into `workspace.files`; returns them by path.
 
     A file is moved into place only when it is whole and verified, then marked. `have`: files placed earlier, which are
-    kept if they still have their size. `room_for(size)` is called with the bytes that are still to come whenever that
-    becomes known, and raises where they do not fit (FAULTS.md D2). Raises Stopped, JobFault or WorkerFault.
+    kept if they still have their size. `awaits(size)` is called with the bytes that are still to come whenever that is
+    known anew, 0 at the end, and raises where they do not fit (FAULTS.md D2). Raises Stopped, JobFault or WorkerFault.
     """
     workspace.create()
     stored: dict[str, Stored] = {file.path: have[file.path] for file in job.inputs if _kept(workspace, file, have)}
@@ -130,7 +135,10 @@ def stage_in(
 
     progress.files, progress.files_total = len(stored), len(job.inputs)
     items = (Download(file.path, partial(lease.sign_input, file.ref), part_of[file.path]) for file in waiting)
-    transfer.download(items, _Watch(halt, progress, placed, room_for))
+    try:
+        transfer.download(items, _Watch(halt, progress, placed, awaits))
+    finally:
+        awaits(0)
     workspace.make_output_folders(job)
     return stored
 

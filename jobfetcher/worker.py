@@ -21,6 +21,7 @@ from typing import Protocol
 
 from jobfetcher import recovery
 from jobfetcher.core.errors import (
+    EXPECTED,
     ConfigError,
     JobfetcherError,
     SourceRefused,
@@ -34,14 +35,13 @@ from jobfetcher.core.errors import (
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
-from jobfetcher.core.machine import Offer
 from jobfetcher.core.ports import Claim, Emit, Engine, JobSource, Lease
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.ending import outcome_of
 from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
 from jobfetcher.pace import Pace
-from jobfetcher.resources.budget import Budget, Reservation
+from jobfetcher.resources.budget import NOTHING, Budget, Reservation
 from jobfetcher.runner import Runner
 from jobfetcher.workspace import Base
 
@@ -89,6 +89,7 @@ class Polling:
 class _Slot:
     halt: Halt
     thread: threading.Thread
+    hold: Reservation
 
 
 class Worker:
@@ -229,7 +230,7 @@ class Worker:
             self._check_fit()
             offer = None if self._is_full() else self._budget.offer()
             if offer is None and not self._slots:
-                raise WorkerFault(WorkerReason.DOES_NOT_FIT, _nothing_free(self._budget.free()))
+                raise WorkerFault(WorkerReason.DOES_NOT_FIT, self._budget.shortage())
             if offer is None:
                 return self._polling.interval_s  # ended early by the next job that gives something back
             failpoint("before:fetch")
@@ -273,7 +274,7 @@ class Worker:
         self._housekeeper.tidy()
 
     def _is_full(self) -> bool:
-        return len(self._slots) >= _OPEN_PER_SLOT * self._budget.slots
+        return len(self._slots) >= _OPEN_PER_SLOT * self._budget.slots + self._budget.prefetch
 
     def _admit(self, claim: Claim) -> None:
         """Journal the job, reserve its share, and hand it to a slot (steps 2 and 3)."""
@@ -297,7 +298,7 @@ class Worker:
             self._run(lease, job, hold, Halt())
 
     def _run(self, lease: Lease, job: Job, hold: Reservation, halt: Halt) -> None:
-        if not self._in_slot(lease, halt, partial(self._runner.run, lease, job, hold, halt)):
+        if not self._in_slot(lease, halt, partial(self._runner.run, lease, job, hold, halt), hold):
             hold.release()
 
     def _settle_unreadable(self, error: UnreadableJob) -> None:
@@ -313,7 +314,9 @@ class Worker:
         outcome = outcome_of(error)
         self._in_slot(lease, Halt(), partial(self._outbox.settle, lease, outcome))
 
-    def _in_slot(self, lease: Lease, halt: Halt, bring_to_end: Callable[[], Outcome | None]) -> bool:
+    def _in_slot(
+        self, lease: Lease, halt: Halt, bring_to_end: Callable[[], Outcome | None], hold: Reservation = NOTHING
+    ) -> bool:
         """Bring a job to its end in a thread of its own: a server that does not answer must not hold up the others.
 
         False: there can be no thread for it, and it was given back.
@@ -331,7 +334,7 @@ class Worker:
                 del self._slots[lease.job_id]
                 self._budget.wake()
 
-        slot = _Slot(halt, threading.Thread(target=run, name=f"job-{lease.job_id}"))
+        slot = _Slot(halt, threading.Thread(target=run, name=f"job-{lease.job_id}"), hold)
         self._slots[lease.job_id] = slot
         try:
             slot.thread.start()
@@ -348,7 +351,7 @@ class Worker:
             self.detached = True  # the journal has it
             return
         self._pace.ended(outcome)
-        if outcome.ending is Ending.WORKER_FAILED and outcome.reason is not WorkerReason.SHUTDOWN:
+        if outcome.ending is Ending.WORKER_FAILED and outcome.reason not in EXPECTED:
             self.worker_faults += 1
 
     def _drain(self) -> None:
@@ -365,6 +368,8 @@ class Worker:
             for slot in list(self._slots.values()):
                 if reason is not None:
                     slot.halt.set(reason)
+                elif self._leaving and self._runner.gives_back and slot.hold.cancel():
+                    slot.halt.set(StopReason.SHUTDOWN)  # prefetched, and computing nothing yet: others take it sooner
             if self._leaving is Leaving.DETACH and self._clock() - detached_at >= _DETACH_S:
                 return  # what is still busy is cut off with this process
             if self._leaving is Leaving.DETACH:
@@ -386,10 +391,3 @@ _FAREWELL = {
     Leaving.DETACH: ("letting go of", "the next start goes on with it"),
     Leaving.STOP_JOBS: ("stopping and giving back", "another Ctrl-C or SIGTERM: exit at once"),
 }
-
-
-def _nothing_free(free: Offer) -> str:
-    return (
-        f"only {max(0.0, free.cpu_cores):.1f} cores and {max(0, free.memory_mib)} MiB are free: other programs use the "
-        "rest; close some, or lower RESERVE_CPUS and RESERVE_MEMORY"
-    )

@@ -20,6 +20,7 @@ import hashlib
 import os
 import socket
 import stat
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ class Base:
         self.path = path
         self._reserve_mib = reserve_mib
         self._watched = [path]
+        #: Bytes that open jobs still expect, so that two that download at once do not count on the same free space.
+        self._awaited: dict[JobId, int] = {}
+        self._awaited_lock = threading.Lock()
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             _make_private(path)
@@ -136,6 +140,8 @@ class Base:
             except WorkerFault as fault:
                 return str(fault)
             free, least = disk.f_bavail * disk.f_frsize, self.reserve_bytes(disk.f_blocks * disk.f_frsize)
+            if path == self.path:
+                free -= self._awaited_bytes()
             if disk.f_flag & os.ST_RDONLY:
                 return f"{path} is mounted read-only"
             if free < least:
@@ -153,10 +159,27 @@ class Base:
             return f"{self.path} cannot be written: {error.strerror}; look for disk errors (dmesg)"
         return ""
 
+    def awaits(self, job_id: JobId, size: int) -> None:
+        """`size` more bytes will come for a job: reserved until it says less; 0 when all is there.
+
+        Raises WorkerFault(DISK) when that is more than it said before, and they do not fit beside what others await.
+        """
+        with self._awaited_lock:
+            before = self._awaited.pop(job_id, 0)
+            if size > before:
+                self.room_for(size)
+            if size > 0:
+                self._awaited[job_id] = size
+
+    def _awaited_bytes(self) -> int:
+        return sum(list(self._awaited.values()))
+
     def room_for(self, size: int) -> None:
-        """Raise WorkerFault(DISK) when `size` more bytes in PATH_BASE would not leave the reserve free."""
+        """Raise WorkerFault(DISK) when `size` more bytes in PATH_BASE would not leave the reserve free, with what jobs
+        await."""
         disk = _disk(self.path)
         free, least = disk.f_bavail * disk.f_frsize, self.reserve_bytes(disk.f_blocks * disk.f_frsize)
+        free -= self._awaited_bytes()
         if free - size < least:
             raise WorkerFault(
                 WorkerReason.DISK,

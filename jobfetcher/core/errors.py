@@ -61,10 +61,19 @@ class WorkerReason(StrEnum):
     HEARTBEAT = "heartbeat"
     RESTARTED = "restarted"
     SHUTDOWN = "shutdown"
+    WAITED = "waited"
+
+
+#: Given back without anything being wrong: no fault to count, to warn of or to slow down for.
+EXPECTED = frozenset({WorkerReason.SHUTDOWN, WorkerReason.WAITED})
 
 
 class StopReason(StrEnum):
-    """Why a job in hand must be let go of before its own end. DETACH: by this process only; the next one goes on."""
+    """Why a job in hand must be let go of before its own end. DETACH: by this process only; the next one goes on.
+
+    WAITED: it was prefetched, and nothing got free for it in time. FAILED: something else that is done for the same job
+    at the same time failed, and that failure is what counts.
+    """
 
     CANCELLED = "cancelled"
     LOST = "lost"
@@ -72,6 +81,8 @@ class StopReason(StrEnum):
     HEARTBEAT = "heartbeat"
     SILENCE = "silence"
     DETACH = "detach"
+    WAITED = "waited"
+    FAILED = "failed"
 
 
 class JobfetcherError(Exception):

@@ -6,6 +6,10 @@ never add up to more than the machine less its reserve, and that no GPU is held 
 
     free = inventory - reserve - memory that other programs use - shares held
 
+With `prefetch`, jobs may be taken whose turn comes when a running one ends: they queue, first come, first served, and
+while one queues nothing is taken past it, so a large job is never starved by small ones. What is offered for such a job
+is what will be free when the job that computes longest has ended.
+
 Memory of others is read only while nothing is held, and that last idle reading is kept while jobs run: what a running
 job really uses is part of its share and must not be counted twice. Until the first idle moment of a process that came
 back to running jobs, those are taken to use all that they hold.
@@ -14,14 +18,17 @@ back to running jobs, those are taken to use all that they hold.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from jobfetcher.core.errors import WorkerFault, WorkerReason
+from jobfetcher.core.errors import Stopped, StopReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Needs
 from jobfetcher.core.machine import Gpu, Inventory, Offer, Share, whole_cores
 
@@ -43,15 +50,58 @@ def auto_slots(inventory: Inventory) -> int:
     return max(1, len(inventory.gpus))
 
 
-@dataclass(frozen=True, eq=False)
 class Reservation:
-    """The right to use `share` until `release`, which is idempotent and safe from any thread; also a `with` block."""
+    """The right to use `share` until `release`, which is idempotent and safe from any thread; also a `with` block.
 
-    share: Share
-    _give_back: Callable[[Reservation], None]
+    One that queues has no share yet: `wait` for it.
+    """
+
+    def __init__(self, share: Share | None, budget: Budget | None = None, needs: Needs | None = None) -> None:
+        self.needs = needs
+        #: Set when something changed for one that waits.
+        self.changed = threading.Event()
+        self._share = share
+        self._budget = budget
+
+    @property
+    def share(self) -> Share:
+        assert self._share is not None, "it has to be waited for"  # noqa: S101 - a bug of ours
+        return self._share
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is no share yet."""
+        return self._share is None
+
+    def wait(self, halt: Halt, at_most_s: float | None, clock: Callable[[], float] = time.monotonic) -> Share:
+        """The share, as soon as it is this one's turn. Raises Stopped, with WAITED after `at_most_s` (None: never)."""
+        give_up_at = math.inf if at_most_s is None else clock() + at_most_s
+        with halt.waking(self.changed.set):
+            while self._share is None:
+                assert self._budget is not None  # noqa: S101 - only a budget makes one that waits
+                self.changed.clear()
+                halt.check()
+                retry_s = self._budget.grant(self)
+                left = give_up_at - clock()
+                if self._share is None and left <= 0:
+                    self._budget.expired(self)
+                    raise Stopped(StopReason.WAITED)
+                if self._share is None:
+                    longest = min(left, retry_s)
+                    self.changed.wait(None if longest == math.inf else longest)
+        return self._share
+
+    def grant(self, share: Share) -> None:
+        """For the budget: it may be used from now on."""
+        self._share = share
+
+    def cancel(self) -> bool:
+        """Leave the queue; False if it has its share already, or had left."""
+        return self._budget is not None and self._budget.cancel(self)
 
     def release(self) -> None:
-        self._give_back(self)
+        if self._budget is not None:
+            self._budget.release(self)
 
     def __enter__(self) -> Self:
         return self
@@ -60,11 +110,19 @@ class Reservation:
         self.release()
 
 
-class Budget:
-    """The machine's accounts. `slots`: how many jobs may run at once (MAX_JOBS).
+#: Of a job that needs no compute any more.
+NOTHING = Reservation(Share(cpu_cores=0.0, memory_mib=0))
 
-    The probes are called by `offer` only, outside the lock: `memory_in_use_mib` as said above, `read_gpus` for the GPUs
-    that are there now and what is free on them. `reserve_memory_mib` None: see `default_reserve_memory_mib`.
+#: A slot is free, and yet the first in the queue does not fit: a GPU's memory is given back by the driver a moment
+#: after the process that had it. Looked at again after so many seconds.
+_LOOK_AGAIN_S = 2.0
+
+
+class Budget:
+    """The machine's accounts. `slots`: how many jobs may run at once (MAX_JOBS); `prefetch`: how many may queue.
+
+    The probes are called by `offer` and `grant`, outside the lock: `memory_in_use_mib` as said above, `read_gpus` for
+    the GPUs that are there now and what is free on them. `reserve_memory_mib` None: see `default_reserve_memory_mib`.
     """
 
     def __init__(
@@ -76,6 +134,7 @@ class Budget:
         read_gpus: Callable[[], Sequence[Gpu]],
         reserve_cpus: float = DEFAULT_RESERVE_CPUS,
         reserve_memory_mib: int | None = None,
+        prefetch: int = 0,
     ) -> None:
         if reserve_memory_mib is None:
             reserve_memory_mib = default_reserve_memory_mib(inventory.memory_mib)
@@ -87,17 +146,21 @@ class Budget:
         self._seen_idle = False
         self._probe_memory = memory_in_use_mib
         self._probe_gpus = read_gpus
-        self._held: set[Reservation] = set()
+        self.prefetch = prefetch
+        self._held: dict[Reservation, None] = {}  # in the order of their beginning
+        self._queue: deque[Reservation] = deque()
+        #: One that queued had to be given back: nothing is prefetched before a running job has ended.
+        self._expired = False
         self._lock = threading.Lock()
         # The one queue whose put() may be called from a signal handler (queue.SimpleQueue: "reentrant"). An Event's
         # set() may not: it can meet the lock that the interrupted thread holds.
         self._changes: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def offer(self) -> Offer | None:
-        """What a job could have now; None while all slots are taken or too little is free to be of use."""
+        """What a job could have now, or else one that may queue later; None while neither can be taken."""
         with self._lock:
             probing = not (self._held and self._seen_idle)
-            if len(self._held) >= self.slots:
+            if not self._may_start() and not self._may_queue():
                 return None
         gpus = tuple(self._probe_gpus())
         in_use_mib = self._probe_memory() if probing else None
@@ -107,36 +170,101 @@ class Budget:
                 self._seen_idle = not self._held
                 self._others_mib = max(0, in_use_mib - sum(one.share.memory_mib for one in self._held))
             free = self._free()
-            if len(self._held) >= self.slots or not _useful(free):
-                return None
-            return free
+            if self._may_start() and _useful(free):
+                return free
+            if self._may_queue() and _useful(later := self._free_after_the_first()):
+                return later
+            return None
 
     def free(self) -> Offer:
         """What is free by the last readings, useful or not: for people and messages."""
         with self._lock:
             return self._free()
 
+    def shortage(self) -> str:
+        """Where nothing is free: why, and what a person can do."""
+        free = self.free()
+        return (
+            f"only {free.cpu_cores:.1f} cores and {free.memory_mib} MiB are free: other programs use the rest; close "
+            "some, or lower RESERVE_CPUS and RESERVE_MEMORY"
+        )
+
     def reserve(self, needs: Needs) -> Reservation:
-        """Hold what `needs` asks for, and an equal share of the machine of what it does not name.
+        """Hold what `needs` asks for, and an equal share of the machine of what it does not name; or queue for it.
 
         Of a machine with n slots a share is 1/n of all that jobs may have, at most what is free. Raises
-        WorkerFault(DOES_NOT_FIT) naming what was asked for and what is free.
+        WorkerFault(DOES_NOT_FIT) naming what was asked for and what is free, where there is no room in the queue, or
+        the job would not even fit if nothing else ran.
         """
         with self._lock:
-            if len(self._held) >= self.slots:
-                raise _does_not_fit(f"all {self.slots} job slots are taken")
-            free = self._free()
-            share = Share(self._take_cores(needs, free), self._take_memory(needs, free), self._take_gpus(needs, free))
-            reservation = Reservation(share, self._release)
-            self._held.add(reservation)
+            try:
+                if not self._may_start():
+                    raise _does_not_fit(f"all {self.slots} job slots are taken")
+                reservation = Reservation(self._share_for(needs, self._free()), self, needs)
+                self._held[reservation] = None
+            except WorkerFault:
+                if not self._may_queue():
+                    raise
+                self._share_for(needs, self._free_when_idle())
+                reservation = Reservation(None, self, needs)
+                self._queue.append(reservation)
             return reservation
 
     def hold(self, share: Share) -> Reservation:
         """Hold exactly `share`, free or not: a container that an earlier process started has it already."""
-        reservation = Reservation(share, self._release)
+        reservation = Reservation(share, self)
         with self._lock:
-            self._held.add(reservation)
+            self._held[reservation] = None
         return reservation
+
+    def grant(self, waiting: Reservation) -> float:
+        """Give one that waits its share, if it is its turn and fits. Else: seconds after which to ask again, if nothing
+        changes before."""
+        with self._lock:
+            if not self._is_next(waiting):
+                return math.inf
+        gpus = tuple(self._probe_gpus())
+        with self._lock:
+            if not self._is_next(waiting):
+                return math.inf
+            assert waiting.needs is not None  # noqa: S101 - it queued with them
+            self._gpus = gpus
+            try:
+                share = self._share_for(waiting.needs, self._free())
+            except WorkerFault:
+                return _LOOK_AGAIN_S
+            self._queue.popleft()
+            self._held[waiting] = None
+            waiting.grant(share)
+        self._tell_of_change()  # there is room in the queue again
+        return math.inf
+
+    def expired(self, waiting: Reservation) -> None:
+        """One that waits is given up: no other job is to wait in vain, too, until a running one has ended."""
+        with self._lock:
+            self._expired = True
+        self.release(waiting)
+
+    def cancel(self, waiting: Reservation) -> bool:
+        """Take it out of the queue; False if it is not there."""
+        with self._lock:
+            if waiting not in self._queue:
+                return False
+            self._queue.remove(waiting)
+        self._tell_of_change()
+        return True
+
+    def release(self, reservation: Reservation) -> None:
+        """Give back what it holds, or its place in the queue. Idempotent."""
+        with self._lock:
+            if reservation in self._held:
+                del self._held[reservation]
+                self._expired = False
+            elif reservation in self._queue:
+                self._queue.remove(reservation)
+            else:
+                return
+        self._tell_of_change()
 
     def wait_for_change(self, timeout_s: float) -> bool:
         """Wait until something was released or `wake` was called since the last wait; False after `timeout_s`."""
@@ -153,12 +281,24 @@ class Budget:
         """End the wait for another reason. Safe in a signal handler."""
         self._changes.put(None)
 
-    def _release(self, reservation: Reservation) -> None:
+    def _tell_of_change(self) -> None:
         with self._lock:
-            if reservation not in self._held:
-                return
-            self._held.remove(reservation)
+            waiting = list(self._queue)
+        for one in waiting:
+            one.changed.set()
         self._changes.put(None)
+
+    def _may_start(self) -> bool:
+        return len(self._held) < self.slots and not self._queue
+
+    def _may_queue(self) -> bool:
+        return bool(self._held) and len(self._queue) < self.prefetch and not self._expired
+
+    def _is_next(self, waiting: Reservation) -> bool:
+        return bool(self._queue) and self._queue[0] is waiting and len(self._held) < self.slots
+
+    def _share_for(self, needs: Needs, free: Offer) -> Share:
+        return Share(self._take_cores(needs, free), self._take_memory(needs, free), self._take_gpus(needs, free))
 
     def _free(self) -> Offer:
         shares = [reservation.share for reservation in self._held]
@@ -168,6 +308,15 @@ class Budget:
             memory_mib=max(0, self._for_jobs_mib() - sum(share.memory_mib for share in shares)),
             gpus=tuple(gpu for gpu in self._gpus if gpu.uuid not in taken),
         )
+
+    def _free_after_the_first(self) -> Offer:
+        """What will be free when the job that has computed for longest has ended."""
+        free, first = self._free(), next(iter(self._held)).share
+        return Offer(free.cpu_cores + first.cpu_cores, free.memory_mib + first.memory_mib, (*free.gpus, *first.gpus))
+
+    def _free_when_idle(self) -> Offer:
+        held = tuple(gpu for one in self._held for gpu in one.share.gpus)
+        return Offer(self._cores, self._for_jobs_mib(), (*self._free().gpus, *held))
 
     def _for_jobs_mib(self) -> int:
         return max(0, self._memory_mib - self._others_mib)
