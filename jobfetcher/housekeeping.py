@@ -7,6 +7,7 @@ engine still uses, or what somebody gave a name of their own, it keeps.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -22,7 +23,7 @@ DEFAULT_KEEP_S = 7 * 86_400.0
 #: Above the first, images go, the least recently used first, until the disk is no fuller than the second.
 _CROWDED, _ROOMY = 0.85, 0.80
 
-#: A job's container is made seconds after its image was brought; so long the image is left alone in any case.
+#: An image that a job used a moment ago may be wanted by the next one; so long it is left alone in any case.
 _JUST_USED_S = 600.0
 
 _DAY_S, _MIB = 86_400.0, 1024**2
@@ -81,12 +82,18 @@ class Housekeeper:
         return not self._base.is_full()
 
     def _idle_images(self) -> Iterator[tuple[KeptImage, float]]:
-        """Images that this worker pulled and no open job runs, longest unused first, and for how long in seconds."""
-        running = {record.image.id for record in self._journal.records() if record.image is not None}
+        """Images that this worker pulled and no open job runs, longest unused first, and for how long in seconds.
+
+        A job whose image is not on record yet has brought it since it was claimed, and may run it hours later: when its
+        inputs are here and it is its turn.
+        """
+        records = self._journal.records()
+        running = {record.image.id for record in records if record.image is not None}
+        claimed_at = min((record.claimed_at for record in records if record.image is None), default=math.inf)
         now = self._clock()
         for image in self._journal.images():
             unused_s = now - image.used_at
-            if image.id not in running and unused_s > _JUST_USED_S:
+            if image.id not in running and unused_s > _JUST_USED_S and image.used_at < claimed_at:
                 yield image, unused_s
 
     def _remove_image(self, image: KeptImage, unused_s: float) -> None:

@@ -5,6 +5,11 @@ notice it, so a worker killed at any moment knows at its next start what it held
 write-ahead log and synchronous=FULL: a commit that returned survives a power cut. Marks of single files are committed
 in groups, at most a second apart, because moving a file twice does no harm (names decide where it goes). A damaged
 file never stops the worker (FAULTS.md J1; how: journal_file.py).
+
+Three commits do not wait for the disk: those of `advance`, `started` and `forget`. They survive whatever ends this
+process, and a power cut from the next commit that does wait on (the log is in order). After a power cut the machine is
+in another boot, in which files and container of a job are looked at anew (FAULTS.md A10), and an end that was told is
+asked for before it is told again.
 """
 
 from __future__ import annotations
@@ -181,13 +186,13 @@ class Journal:
 
     def advance(self, job_id: JobId, phase: Phase) -> None:
         """Move a job to its next phase. Raises IllegalMove for a move that is not in the table of phases."""
-        self._change(job_id, phase)
+        self._change(job_id, phase, durable=False)
 
     def running(self, job_id: JobId, share: Share, image: Image) -> None:
         """Record, before anything is asked of the engine, that a run with this share and image begins in this boot."""
         with self._lock:
             runs = self._row(job_id).runs + 1
-            begun = {"share": _text(share), "image": _text(image), "runs": runs, "stopping": 0}
+            begun: dict[str, Any] = {"share": _text(share), "image": _text(image), "runs": runs, "stopping": 0}
             self._change(job_id, Phase.RUNNING, boot_id=self._boot_id, **begun)
 
     def attempt(self, job_id: JobId) -> int:
@@ -198,7 +203,7 @@ class Journal:
 
     def started(self, job_id: JobId, container: str) -> None:
         """Record the id of the container that now runs."""
-        self._change(job_id, container=container)
+        self._change(job_id, durable=False, container=container)
 
     def stopping(self, job_id: JobId) -> None:
         """Record, before the engine is asked, that this worker stops the container: its exit is not the job's own."""
@@ -231,7 +236,7 @@ class Journal:
 
     def forget(self, job_id: JobId) -> None:
         """The source has heard the end and nothing of the job is left here."""
-        self._write(("DELETE FROM job WHERE id = ?", (job_id,)))
+        self._write(("DELETE FROM job WHERE id = ?", (job_id,)), durable=False)
 
     def resuming(self, job_id: JobId) -> int:
         """Count that a process goes on with an earlier one's job; how often that was, this time included, within the
@@ -305,14 +310,14 @@ class Journal:
             finally:
                 self._db.close()
 
-    def _change(self, job_id: JobId, phase: Phase | None = None, **values: Any) -> None:
+    def _change(self, job_id: JobId, phase: Phase | None = None, *, durable: bool = True, **values: Any) -> None:
         """Change a job's row: read whole, checked, written whole. A move of phase or a container is progress."""
         with self._lock:
             row = self._row(job_id)
             if phase is not None:
                 check_move(Phase(row.phase), phase)
                 row = replace(row, phase=phase.value)
-            self._write(journal_file.put(replace(row, resumed="[]", **values)))
+            self._write(journal_file.put(replace(row, resumed="[]", **values)), durable=durable)
 
     def _row(self, job_id: JobId) -> JobRow:
         rows = self._rows("WHERE id = ?", job_id)
@@ -337,24 +342,28 @@ class Journal:
         except journal_file.UNREADABLE as error:
             raise WorkerFault(WorkerReason.DISK, f"the journal cannot be read: {error}") from error
 
-    def _write(self, *statements: Statement, commit: bool = True) -> None:
-        """All of the statements, or WorkerFault(DISK) and none of them (nor the marks that waited for a commit)."""
+    def _write(self, *statements: Statement, commit: bool = True, durable: bool = True) -> None:
+        """All of the statements, or WorkerFault(DISK) and none of them (nor the marks that waited for a commit).
+
+        `durable`: a power cut right after it does not undo it.
+        """
         with self._lock:
             try:
-                self._carry_out(statements, commit)
+                self._carry_out(statements, commit, durable)
             except sqlite3.OperationalError as error:
                 # Full or failing: the ballast makes room for exactly this, once.
                 try:
                     self._ballast.unlink()
-                    self._carry_out(statements, commit)
+                    self._carry_out(statements, commit, durable)
                 except (OSError, sqlite3.DatabaseError):
                     raise _unwritable(error) from error
             except sqlite3.DatabaseError as error:
                 raise _unwritable(error) from error
 
-    def _carry_out(self, statements: tuple[Statement, ...], commit: bool) -> None:
+    def _carry_out(self, statements: tuple[Statement, ...], commit: bool, durable: bool) -> None:
         try:
-            if statements and not self._db.in_transaction:
+            if statements and not self._db.in_transaction:  # inside one the level cannot be changed: marks keep FULL
+                self._db.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
                 self._db.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
                 self._db.execute(statement, values)

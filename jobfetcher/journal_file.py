@@ -139,7 +139,11 @@ class KeptImage:
 Row = JobRow | FileRow | KeptImage
 
 _NAMES: dict[type[Row], str] = {JobRow: "job", FileRow: "file", KeptImage: "image"}
+_COLUMNS = {kind: tuple(column.name for column in fields(kind)) for kind in _NAMES}
 _KEYS = {"job": "id", "file": "job, direction, name", "image": "reference, id"}
+
+#: What check sums are made of. repr: damage can make a value one that JSON does not have.
+_JSON = json.JSONEncoder(default=repr)
 
 Statement = tuple[str, tuple[object, ...]]
 
@@ -158,20 +162,28 @@ class Found:
 
 def put(row: Row) -> Statement:
     """The statement that stores a row whole, new or not, with its check sum."""
-    name, values = _NAMES[type(row)], _values(row)
-    columns = [*(column.name for column in fields(row)), "sum"]
+    kind = type(row)
+    values = tuple(getattr(row, column) for column in _COLUMNS[kind])
+    return _INSERTS[kind], (*values, _sum(_NAMES[kind], values))
+
+
+def _insert(kind: type[Row]) -> str:
+    name, columns = _NAMES[kind], [*_COLUMNS[kind], "sum"]
     changes = ", ".join(f"{column} = excluded.{column}" for column in columns)
     marks = ", ".join("?" * len(columns))
     return (
         f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of this file, values bound
-        f" ON CONFLICT ({_KEYS[name]}) DO UPDATE SET {changes}",
-        (*values, _sum(name, values)),
+        f" ON CONFLICT ({_KEYS[name]}) DO UPDATE SET {changes}"
     )
 
 
+#: Made once: a job writes a dozen rows.
+_INSERTS = {kind: _insert(kind) for kind in _NAMES}
+
+
 def select(kind: type[Row], condition: str = "") -> str:
-    """The query for whole rows of a kind with their check sums, for `checked`."""
-    columns = ", ".join(column.name for column in fields(kind))
+    """The query for whole rows of a kind with their check sums, for `is_whole`."""
+    columns = ", ".join(_COLUMNS[kind])
     return f"SELECT {columns}, sum FROM {_NAMES[kind]} {condition}"  # noqa: S608 - names of this file, values bound
 
 
@@ -180,12 +192,8 @@ def is_whole(kind: type[Row], values: tuple[Any, ...]) -> bool:
     return bool(values[-1] == _sum(_NAMES[kind], values[:-1]))
 
 
-def _values(row: Row) -> tuple[object, ...]:
-    return tuple(getattr(row, column.name) for column in fields(row))
-
-
 def _sum(table: str, values: Iterable[object]) -> str:
-    text = json.dumps([table, *values], default=repr)  # repr: damage can make a value one that JSON does not have
+    text = _JSON.encode([table, *values])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -224,15 +224,15 @@ class Worker:
         A wait also ends when something gets free or a signal comes.
         """
         try:
+            offer = None if self._is_full() else self._budget.offer()
+            if offer is None and self._slots:
+                return self._polling.interval_s  # ended early by the next job that gives something back
             self._engine.check()
             if self._pace.in_trouble:
                 self._outbox.flush(now=True)  # what an engine that was away still holds comes before new jobs
             self._check_fit()
-            offer = None if self._is_full() else self._budget.offer()
-            if offer is None and not self._slots:
-                raise WorkerFault(WorkerReason.DOES_NOT_FIT, self._budget.shortage())
             if offer is None:
-                return self._polling.interval_s  # ended early by the next job that gives something back
+                raise WorkerFault(WorkerReason.DOES_NOT_FIT, self._budget.shortage())
             failpoint("before:fetch")
             claim = self._source.fetch(offer, 0.0)
             failpoint("after:fetch")
@@ -264,6 +264,7 @@ class Worker:
         except WorkerFault:
             if not self._housekeeper.make_room():
                 raise
+            self._base.check_room()  # what is promised to jobs is not for it to see
 
     def _reconcile(self) -> None:
         """Every five minutes: containers that belong to no job of ours, and images nobody needs any more."""
@@ -363,13 +364,15 @@ class Worker:
                 told = self._leaving
                 detached_at = self._clock()
                 what, then = _FAREWELL[told]
-                self._emit("draining", message=f"{what} job {', '.join(sorted(self._slots))}; {then}")
+                jobs = ", ".join(sorted(job for job, slot in list(self._slots.items()) if not self._gives_back(slot)))
+                self._emit("draining", message=f"{what} job {jobs}; {then}" if jobs else "leaving")
             reason = {Leaving.DETACH: StopReason.DETACH, Leaving.STOP_JOBS: StopReason.SHUTDOWN}.get(self._leaving)
-            for slot in list(self._slots.values()):
+            for job, slot in list(self._slots.items()):
                 if reason is not None:
                     slot.halt.set(reason)
-                elif self._leaving and self._runner.gives_back and slot.hold.cancel():
-                    slot.halt.set(StopReason.SHUTDOWN)  # prefetched, and computing nothing yet: others take it sooner
+                elif self._gives_back(slot) and slot.hold.cancel():
+                    self._emit("draining", job=job, message="giving it back: it waits for one that computes")
+                    slot.halt.set(StopReason.SHUTDOWN)
             if self._leaving is Leaving.DETACH and self._clock() - detached_at >= _DETACH_S:
                 return  # what is still busy is cut off with this process
             if self._leaving is Leaving.DETACH:
@@ -382,6 +385,10 @@ class Worker:
         if self._outbox.waiting:
             jobs = ", ".join(self._outbox.waiting)
             self._emit("unheard", level="warning", message=f"job {jobs} is not wholly ended; the next start goes on")
+
+    def _gives_back(self, slot: _Slot) -> bool:
+        """Whether a drain gives the job back: it was prefetched and computes nothing yet, so others run it sooner."""
+        return self._leaving is Leaving.DRAIN and self._runner.gives_back and slot.hold.is_waiting
 
 
 #: What is said on the way out, and what another signal does.

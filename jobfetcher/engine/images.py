@@ -22,16 +22,13 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
-from docker import auth
-from docker.errors import APIError, DockerException, NotFound
-
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.ports import Emit, PullProgress
 from jobfetcher.core.run import Image
 from jobfetcher.core.text import clean
-from jobfetcher.engine.api import EngineApi
+from jobfetcher.engine.api import EngineApi, NotFound, Refused
 from jobfetcher.engine.references import Reference, allowed, parse_reference
 
 #: Longest line of progress that is read, in bytes: one is a small JSON object.
@@ -143,8 +140,8 @@ class Images:
                 self._api.ask("DELETE", f"/images/{image_id}", timeout_s=self._api.work_s, noprune="1")
             except NotFound:
                 return True
-            except APIError as error:
-                if error.status_code == http.client.CONFLICT:
+            except Refused as error:
+                if error.status == http.client.CONFLICT:
                     return False
                 raise
             return True
@@ -202,8 +199,8 @@ class Images:
         return found
 
     def _check(self, wanted: Reference, found: Mapping[str, Any], *, pulled: bool = False) -> Image:
-        with self._api.calling("say its architecture") as client:
-            ours = str(client.version()["Arch"])
+        with self._api.calling("say its architecture"):
+            ours = self._api.version.architecture
         # An image that does not say what it is for is an old import, made on this machine.
         theirs = str(found.get("Architecture") or ours)
         if found.get("Os", "linux") != "linux":
@@ -257,12 +254,12 @@ class Images:
         query = urlencode({"fromImage": wanted.repository, "tag": wanted.digest or wanted.tag})
         headers = {"X-Registry-Auth": self._credentials(wanted)}
         with (
-            self._api.calling("pull an image") as client,
+            self._api.calling("pull an image"),
             contextlib.closing(self._api.line(self._policy.inactivity_s)) as line,
             halt.waking(partial(_hang_up, line.sock)),
         ):
             try:
-                line.request("POST", f"/v{client.api_version}/images/create?{query}", headers=headers)
+                line.request("POST", f"/v{self._api.version.api}/images/create?{query}", headers=headers)
                 with line.getresponse() as answer:
                     if answer.status != http.client.OK:
                         raise _fault(wanted, _message(answer.read(_LINE_MAX)))
@@ -279,6 +276,9 @@ class Images:
 
     def _credentials(self, wanted: Reference) -> str:
         """What `docker login` keeps for this registry, read afresh, as the engine wants it; none: empty credentials."""
+        from docker import auth  # it takes 0.1 s and 15 MiB to load, and most jobs' images are here
+        from docker.errors import DockerException
+
         try:
             config = auth.load_config(self._policy.docker_config)
             found = auth.resolve_authconfig(config, wanted.domain)

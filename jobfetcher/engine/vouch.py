@@ -10,10 +10,11 @@ is left is that it ended the container at its own start, or that an engine befor
 witnesses; one is enough:
 
 - memory: it remembers the container's end (event `die`; the memory is lost with the process and holds 256 events), and
-  a `create` of any container before that. A create comes through the API, which opens after the start, and what a start
-  ends is ended before anything else happens.
-- presence: it remembers the end, and we were told "running" and then "ended" on one connection, so by one process. The
-  end was not at the start of that process, whose API was open; and no later process can remember it.
+  a `create` of any container before that, such as its own. A create comes through the API, which opens after the start,
+  and what a start ends is ended before anything else happens.
+- presence: it remembers the end, and we were told on one connection, so by one process, first "running" (or, before it
+  was started, "watching it") and then "ended". The end was not at the start of that process, whose API was open; and no
+  later process can remember it.
 - age: its network `bridge` was made before the container was started. dockerd makes it anew at each start, except when
   containers run on over it, which is only so with live-restore: then this witness is not heard.
 

@@ -1,6 +1,8 @@
 """DockerEngine on the real engine: ends, start errors, lost answers, absence, logs, ownership."""
 
+import contextlib
 import io
+import json
 import os
 import socket
 import tarfile
@@ -302,6 +304,56 @@ def test_whether_it_runs_is_asked_again_from_time_to_time(
     through.close()
 
 
+def test_a_short_job_costs_the_engine_two_questions(bench: DockerBench, proxy: EngineProxy, tmp_path: Path) -> None:
+    """Beside create, wait, start, logs and remove: its state, and what the engine remembers of it. /version and /info,
+    for which an engine runs other programs, take more time than all of these."""
+    through = DockerEngine(bench.instance, url=proxy.url, images=LOCAL)
+    through.check()
+    proxy.requests.clear()
+    container = through.start(bench.spec("exit 3"))
+    end = container.wait(LONG_S)
+    container.save_logs(tmp_path / "log")
+    container.remove()
+    through.close()
+    assert end is not None
+    assert (end.code, end.genuine) == (3, True)
+    asked = [request.decode().split()[:2] for request in proxy.requests if request.endswith(b"HTTP/1.1")]
+    assert [(method, path.split("?")[0].rsplit("/", 1)[1]) for method, path in asked] == [
+        ("POST", "create"),
+        ("POST", "wait"),
+        ("POST", "start"),
+        ("GET", "json"),
+        ("GET", "events"),
+        ("GET", "logs"),
+        ("DELETE", container.id),
+    ]
+
+
+@pytest.mark.fault("E2")
+def test_a_line_that_the_engine_closed_while_nobody_used_it_is_no_failure(
+    bench: DockerBench, proxy: EngineProxy
+) -> None:
+    through = DockerEngine(bench.instance, url=proxy.url, images=LOCAL)
+    through.check()
+    proxy.away()
+    proxy.back()
+    through.check()
+    assert through.find(JobId("1")) is None
+    through.close()
+
+
+def test_a_container_that_nobody_waited_for_leaves_no_line_open(bench: DockerBench) -> None:
+    bench.engine.close()  # its idle connections
+    before = len(os.listdir("/proc/self/fd"))
+    container = bench.engine.start(bench.spec("sleep 60"))
+    bench.engine.close()
+    assert len(os.listdir("/proc/self/fd")) == before + 1, "the line on which its end is waited for"
+    container.remove()
+    del container
+    bench.engine.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.fault("E3")
 def test_an_engine_that_stays_away_is_the_workers_fault(bench: DockerBench, proxy: EngineProxy) -> None:
     through = DockerEngine(
@@ -359,6 +411,36 @@ def test_a_socket_without_permission_says_which_group_to_join() -> None:
         said = pipe.read()
     os.waitpid(child, 0)
     assert "add the user to the group docker" in said
+
+
+def test_an_engine_of_another_version_is_spoken_to_in_its_own(tmp_path: Path) -> None:
+    """It was replaced while the worker ran: its older API would refuse every call in the words of the newer one."""
+    version = ["1.44"]
+    paths: list[str] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    paths.append(client.recv(65536).split()[1].decode())
+                    said = json.dumps({"ApiVersion": version[0], "Arch": "amd64", "Os": "linux"}).encode()
+                    head = f"Api-Version: {version[0]}\r\nContent-Length: {len(said)}\r\nConnection: close"
+                    client.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode() + said)
+
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.closing(EngineApi(f"unix://{tmp_path}/e.sock")) as api:
+        listener.bind(str(tmp_path / "e.sock"))
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            for version[0] in ("1.44", "1.41"):
+                api.check()
+                api.ask("GET", "/info")
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+    assert [path for path in paths if path.endswith("info")] == ["/v1.44/info", "/v1.41/info"]
 
 
 def test_a_frozen_engine_is_given_up_in_time(tmp_path: Path) -> None:

@@ -582,7 +582,7 @@ def test_an_engine_that_dies_during_a_pull_is_the_workers_fault(tmp_path: Path) 
                         client.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n{")
                     elif request:
                         engine.connect(ENGINE_SOCKET)
-                        engine.sendall(request.replace(b"keep-alive", b"close"))
+                        engine.sendall(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
                         while answer := engine.recv(65536):
                             client.sendall(answer)
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -112,7 +112,7 @@ class Bed:
     def flood(self) -> None:
         """Make the engine forget what was before: its memory holds 256 events."""
         repository = f"jobfetcher-test/flood-{uuid4().hex[:8]}"
-        with self.bench.engine.api.calling("flood") as client:
+        with closing(docker.APIClient(self._url)) as client:
             for _ in range(130):
                 client.tag(self.bench.image.id, repository, "1")
                 client.remove_image(f"{repository}:1")
@@ -295,6 +295,20 @@ def test_an_end_that_the_engine_has_forgotten_counts_where_the_engine_is_older(
         bed.flood()
         # Without the network `bridge` nothing says how old the engine is: better run again than trust.
         assert [seen(bed.come_back(job)) for job in "12"] == [(0, bridge), (5, bridge)]
+
+
+@pytest.mark.fault("E1")
+def test_an_end_that_was_waited_for_counts_however_much_the_engine_forgot_before(
+    make_bed: Callable[..., Any],
+) -> None:
+    with make_bed(bridge=False) as (_, bed):
+        container = bed.start("1", ENDS_WHEN_TOLD)
+        assert container.wait(0.1) is None
+        bed.flood()
+        bed.tell_to_end("1")
+        end = container.wait(LONG_S)
+        assert end is not None
+        assert seen(end) == (0, True)
 
 
 @pytest.mark.fault("A3")

@@ -55,7 +55,7 @@ def reduced(found: Mapping[str, Any], bench: DockerBench) -> dict[str, Any]:
     # The engine's own, by its version, cgroup and settings: masked paths grow, the cgroup namespace is private on v2.
     for name in ("MaskedPaths", "ReadonlyPaths", "CgroupnsMode", "ConsoleSize"):
         host.pop(name, None)
-    if host["Runtime"] == bench.engine.api.client.info()["DefaultRuntime"]:
+    if host["Runtime"] == bench.engine.api.ask("GET", "/info").json()["DefaultRuntime"]:
         host["Runtime"] = "<default>"
     mounts = [
         {name: mount[name] for name in ("Type", "Source", "Destination", "RW", "Propagation")}
@@ -211,7 +211,7 @@ def test_a_fork_bomb_ends_at_the_process_limit(bench: DockerBench) -> None:
     policy = BoxPolicy(network=None, pids_limit=40)
     bomb = bench.engine.start(bench.spec("b() { b | b & }; b; sleep 60", policy=policy))
     other, printed = bench.run(bench.spec("for i in $(seq 50); do true & done; wait; echo fine", job_id="2"))
-    found = bench.engine.api.client.stats(bomb.id, stream=False)
+    found = bench.engine.api.ask("GET", f"/containers/{bomb.id}/stats", stream="0").json()
     assert 0 <= found["pids_stats"].get("current", 0) <= 40
     bomb.stop(0)
     assert bomb.wait(LONG_S) is not None

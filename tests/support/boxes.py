@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import docker
 
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
@@ -109,13 +111,13 @@ class DockerBench(Bench):
     engine: DockerEngine
 
     def pause(self, container: Container) -> None:
-        with self.engine.api.calling("pause") as client:
-            client.pause(container.id)
+        with self.engine.api.calling("pause"):
+            self.engine.api.ask("POST", f"/containers/{container.id}/pause")
 
     def make_image(self, *names: str) -> Image:
         """A copy of the bench's image, gone with the bench."""
         api = self.engine.api
-        with api.calling("make an image") as client:
+        with api.calling("make an image"), closing(docker.APIClient(api.url)) as client:
             copied = api.create({"Image": self.image.id}, f"jobfetcher-{self.instance}-copied")
             for name in names:
                 repository, tag = name.rsplit(":", 1)
@@ -127,7 +129,7 @@ class DockerBench(Bench):
         return self.engine.prepare(names[0], Halt(), no_progress)
 
     def untag(self, *names: str) -> None:
-        with self.engine.api.calling("remove images") as client:
+        with closing(docker.APIClient(self.engine.api.url)) as client:
             for name in names:
                 client.remove_image(name)
 
@@ -144,7 +146,7 @@ def docker_bench(busybox: str, files: Path, **options: Any) -> Iterator[DockerBe
         yield DockerBench(engine, engine.prepare(busybox, Halt(), no_progress), files, instance)
     finally:
         engine.reap(frozenset())
-        with engine.api.calling("remove images") as client:
+        with closing(docker.APIClient(engine.api.url)) as client:
             for image in client.images(filters={"label": f"{_MADE}={instance}"}):
                 client.remove_image(image["Id"], force=True)
         engine.close()

@@ -95,6 +95,24 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
 
 
 @pytest.mark.fault("D7")
+def test_an_image_waits_with_its_job_however_long_that_takes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pulled while inputs come for hours, or by a job that was prefetched: no container names it yet."""
+    house.pull("other", days_ago=2)
+    house.journal.claim(JobId("7"), "token", make_job("7"))
+    house.journal.advance(JobId("7"), Phase.STAGING_IN)
+    house.pull("its own")
+    house.now += DAY
+    monkeypatch.setattr(Base, "fullness", lambda self: 0.9)
+    monkeypatch.setattr(Base, "is_full", lambda self: "no room")
+    house.keeper.tidy()
+    assert not house.keeper.make_room()
+    assert house.images() == ["its own"]
+    house.journal.forget(JobId("7"))
+    house.keeper.tidy()
+    assert house.images() == []
+
+
+@pytest.mark.fault("D7")
 def test_images_that_no_job_used_for_a_week_go_and_others_stay(house: House) -> None:
     house.pull("old", days_ago=7.1)
     house.pull("older", days_ago=300)

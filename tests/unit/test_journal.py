@@ -195,6 +195,31 @@ def test_a_job_claimed_again_starts_anew(journal: Journal) -> None:
     assert journal.marked(SEVEN, "in") == {}
 
 
+@pytest.mark.fault("J1", "A10")
+def test_what_the_world_is_told_of_waits_for_the_disk(journal: Journal) -> None:
+    """A power cut cannot be made here. SQLite says that a commit at FULL is on the disk (sqlite.org/pragma.html)."""
+    levels: dict[str, str] = {}
+
+    def level_after(name: str, write: Callable[[], object]) -> None:
+        said: list[str] = []
+        journal._db.set_trace_callback(said.append)
+        write()
+        journal._db.set_trace_callback(None)
+        begun = max(at for at, line in enumerate(said) if line.startswith("BEGIN"))
+        levels[name] = said[begun - 1].removeprefix("PRAGMA synchronous=")
+
+    level_after("claim", lambda: journal.claim(SEVEN, "token", make_job()))
+    level_after("advance", lambda: journal.advance(SEVEN, Phase.STAGING_IN))
+    level_after("running", lambda: journal.running(SEVEN, SHARE, IMAGE))
+    level_after("started", lambda: journal.started(SEVEN, "container"))
+    level_after("stopping", lambda: journal.stopping(SEVEN))
+    level_after("exited", lambda: journal.exited(SEVEN, Exit(0)))
+    level_after("settling", lambda: journal.settling(SEVEN, Outcome()))
+    level_after("forget", lambda: journal.forget(SEVEN))
+    waits = {name for name, level in levels.items() if level == "FULL"}
+    assert waits == {"claim", "running", "stopping", "exited", "settling"}
+
+
 def test_history_is_not_kept(tmp_path: Path, journal: Journal) -> None:
     """What was forgotten leaves nothing to read: the file does not grow with the number of jobs."""
     sizes = []
