@@ -24,14 +24,14 @@ class _InitiateAuth(BaseModel):
     parameters: dict[str, str] = Field(alias="AuthParameters")
 
 
-def worker(parts: Parts, request: Request, authorization: Annotated[str | None, Header()] = None) -> Caller:
+async def worker(parts: Parts, request: Request, authorization: Annotated[str | None, Header()] = None) -> Caller:
     """The worker that calls. 401: no good token, 403: not in the group `workers` (PROTOCOL.md S16)."""
     scheme, _, token = (authorization or "").partition(" ")
     caller = parts.tokens.caller(token.strip()) if scheme.lower() == "bearer" else None
     refusal = 401 if caller is None else 403 if WORKERS not in caller.groups else None
     if caller is None or refusal is not None:
         note = f"{request.method} {request.url.path}"
-        parts.store.note("refused", account=caller and caller.name, code=refusal, note=note)
+        parts.store.note("refused", account=caller.name if caller else None, code=refusal, note=note)
     if caller is None:
         raise HTTPException(401, "Invalid or expired token", {"WWW-Authenticate": "Bearer"})
     if refusal is not None:
@@ -43,7 +43,7 @@ Worker = Annotated[Caller, Depends(worker)]
 
 
 @router.get("/access_info")
-def access_info(parts: Parts) -> dict[str, dict[str, str]]:
+async def access_info(parts: Parts) -> dict[str, dict[str, str]]:
     """Where to sign in."""
     known = parts.settings
     return {

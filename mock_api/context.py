@@ -27,8 +27,8 @@ class Context:
     storage: Storage
 
 
-def context(request: Request) -> Context:
-    """The running server's parts, from inside a request."""
+async def context(request: Request) -> Context:
+    """The running server's parts, from inside a request."""  # async: no hop to a thread, as for all that is quick
     parts: Context = request.app.state.context
     return parts
 

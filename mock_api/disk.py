@@ -43,14 +43,14 @@ class LocalStorage(_Disk):
         """An absolute path, below the server's file root."""
         return f"/{key}"
 
-    def download(self, file_id: str, asker: Asker) -> FileAnswer | None:
+    async def download(self, file_id: str, asker: Asker) -> FileAnswer | None:
         """The API's own download endpoint."""
         if not self._tree.has_prefix(key_of(file_id)):
             return None
         url = f"{asker.api}/files/{quote(file_id)}/download"
         return FileAnswer(method="get", url=url, headers={"Authorization": asker.authorization})
 
-    def upload(self, folder: Folder, filename: str | None, asker: Asker) -> FileAnswer:
+    async def upload(self, folder: Folder, filename: str | None, asker: Asker) -> FileAnswer:
         """The API's own upload endpoint: a form, or, with a file name, a PUT."""
         query = {"type": folder.kind.value, "base_path": folder.base_path}
         if filename is not None:
@@ -73,12 +73,12 @@ class SignedStorage(_Disk):
         """An S3 URI."""
         return f"s3://{BUCKET}/{key}"
 
-    def download(self, file_id: str, asker: Asker) -> FileAnswer | None:
+    async def download(self, file_id: str, asker: Asker) -> FileAnswer | None:
         """A signed GET."""
         key = key_of(file_id)
         return FileAnswer(method="get", url=self._url("GET", key, asker)) if self._tree.has_prefix(key) else None
 
-    def upload(self, folder: Folder, filename: str | None, asker: Asker) -> FileAnswer:
+    async def upload(self, folder: Folder, filename: str | None, asker: Asker) -> FileAnswer:
         """A signed form for the whole folder, or, with a file name, a signed PUT of that one object."""
         if filename is None:
             url = f"{asker.storage}{STORAGE_PATH}"

@@ -24,7 +24,7 @@ from mock_api.storage import Folder, StorageError, job_of
 router = APIRouter()
 
 
-def unadorned(parts: Parts, request: Request) -> None:
+async def unadorned(parts: Parts, request: Request) -> None:
     """Refuse what S3 refuses beside a signed URL: a second way to sign, and `x-amz-` headers that were not signed."""
     if "authorization" in request.headers:
         parts.store.note("violation", note=f"Authorization header sent to the storage: {request.url.path}")
@@ -37,13 +37,14 @@ def unadorned(parts: Parts, request: Request) -> None:
 Signed = Annotated[None, Depends(unadorned)]
 
 
+@router.head(STORAGE_PATH + "/{key:path}", include_in_schema=False)  # 403 as on S3: the URL was signed for GET
 @router.get(STORAGE_PATH + "/{key:path}")
-def get_object(
+async def get_object(
     parts: Parts, _: Signed, request: Request, key: str, expires: str | None = None, signature: str | None = None
 ) -> Response:
     """An object, by signed URL."""
-    parts.signer.check_query("GET", key, expires, signature)
-    return _download(parts, request, key)
+    parts.signer.check_query(request.method, key, expires, signature)
+    return await _download(parts, request, key)
 
 
 @router.put(STORAGE_PATH + "/{key:path}")
@@ -67,9 +68,9 @@ async def post_object(parts: Parts, _: Signed, request: Request) -> Response:
 
 
 @router.get("/files/{file_id:path}/download")
-def download(parts: Parts, _: Worker, request: Request, file_id: str) -> Response:
+async def download(parts: Parts, _: Worker, request: Request, file_id: str) -> Response:
     """An object, by token: what the URLs of a local-disk server point to."""
-    return _download(parts, request, key_of(file_id))
+    return await _download(parts, request, key_of(file_id))
 
 
 @router.post("/jobs/{job_id}/files/upload")
@@ -83,7 +84,7 @@ async def upload_form(
 ) -> Response:
     """Store a file of a form, by token: what the forms of a local-disk server point to."""
     folder = Folder(job_id, kind, base_path)
-    if not await run_in_threadpool(parts.store.holds, job_id, caller.name):
+    if not parts.store.holds(job_id, caller.name):
         return Response(status_code=500)
     return await _take_form(parts, request, lambda _, filename: folder.key + base_name(filename), status=201)
 
@@ -100,7 +101,7 @@ async def upload_body(
 ) -> Response:
     """Store the body, by token: what a local-disk server that signs PUTs points to."""
     folder = Folder(job_id, kind, base_path)
-    if not await run_in_threadpool(parts.store.holds, job_id, caller.name):
+    if not parts.store.holds(job_id, caller.name):
         return Response(status_code=500)
 
     def admit() -> str:
@@ -110,8 +111,8 @@ async def upload_body(
     return await _take_body(parts, request, admit, status=201)
 
 
-def _download(parts: Context, request: Request, key: str) -> Response:
-    found = parts.tree.find(key)
+async def _download(parts: Context, request: Request, key: str) -> Response:
+    found = parts.tree.known(key) or await run_in_threadpool(parts.tree.find, key)
     if found is None:
         parts.store.note("missing", note=key, code=404)
         raise StorageError(404, "NoSuchKey", "The specified key does not exist.")
@@ -121,7 +122,7 @@ def _download(parts: Context, request: Request, key: str) -> Response:
 async def _take_body(parts: Context, request: Request, admit: Callable[[], str], status: int) -> Response:
     async with incoming(parts.tree.new_part(), parts.settings.max_object_bytes) as file:
         key, md5 = await receive_body(request, file, admit)
-        return await run_in_threadpool(_stored, parts, file.path, key, md5, status)
+        return _stored(parts, file.path, key, md5, status)
 
 
 async def _take_form(
@@ -129,7 +130,7 @@ async def _take_form(
 ) -> Response:
     async with incoming(parts.tree.new_part(), parts.settings.max_object_bytes) as file:
         key, md5 = await receive_form(request, file, admit)
-        return await run_in_threadpool(_stored, parts, file.path, key, md5, status)
+        return _stored(parts, file.path, key, md5, status)
 
 
 def _stored(parts: Context, part: Path, key: str, md5: str, status: int) -> Response:

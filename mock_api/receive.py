@@ -20,7 +20,10 @@ DRAIN_BYTES = 8 * 1024 * 1024  # of a refused body; a client that sends more see
 
 
 class Incoming:
-    """One file being received: bytes are gathered, then hashed and written off the event loop, a piece at a time."""
+    """One file being received: bytes are gathered, and hashed and written a piece at a time.
+
+    A full piece is written off the event loop; a small file, and what is left of a large one, is not worth the hop.
+    """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self.path = path
@@ -40,9 +43,9 @@ class Incoming:
         if len(self._gathered) >= PIECE_BYTES:
             await run_in_threadpool(self._flush)
 
-    async def finish(self) -> str:
+    def finish(self) -> str:
         """Write what is left; the file's MD5 as hex."""
-        await run_in_threadpool(self._flush)
+        self._flush()
         self.close()
         return self._md5.hexdigest()
 
@@ -80,7 +83,7 @@ async def receive_body(request: Request, file: Incoming, admit: Callable[[], str
         key = admit()
         async for data in stream:
             await file.write(data)
-    return key, await file.finish()
+    return key, file.finish()
 
 
 async def receive_form(
@@ -107,7 +110,7 @@ async def receive_form(
                     await file.write(found.data)
         if key is None or not form.complete:
             raise StorageError(400, "MalformedPOSTRequest", "The body of your POST request is not well-formed")
-    return key, await file.finish()
+    return key, file.finish()
 
 
 def check_length(request: Request) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
+
 from mock_api.models import FileAnswer
 from mock_api.settings import Settings
 from mock_api.signing import FILENAME
@@ -48,14 +50,15 @@ class S3Storage:
         """An S3 URI."""
         return f"s3://{self._bucket}/{key}"
 
-    def download(self, file_id: str, _asker: Asker) -> FileAnswer | None:
+    async def download(self, file_id: str, _asker: Asker) -> FileAnswer | None:
         """A presigned GET."""
         bucket, key = self._place(file_id)
-        if not self._client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("KeyCount"):
+        found = await run_in_threadpool(self._client.list_objects_v2, Bucket=bucket, Prefix=key, MaxKeys=1)
+        if not found.get("KeyCount"):
             return None
         return FileAnswer(method="get", url=self._presigned("get_object", bucket, key))
 
-    def upload(self, folder: Folder, filename: str | None, _asker: Asker) -> FileAnswer:
+    async def upload(self, folder: Folder, filename: str | None, _asker: Asker) -> FileAnswer:
         """A presigned form for the whole folder, or, with a file name, a presigned PUT of that one object."""
         if filename is not None:
             return FileAnswer(method="put", url=self._presigned("put_object", self._bucket, folder.key + filename))

@@ -53,7 +53,7 @@ class Folder:
 
 
 class Storage(Protocol):
-    """What the routes need of a place for files. Methods block; keys are checked by the storage."""
+    """What the routes need of a place for files. What is no coroutine blocks; keys are checked by the storage."""
 
     def close(self) -> None:
         """Let go of connections, if there are any."""
@@ -61,10 +61,10 @@ class Storage(Protocol):
     def file_id(self, key: str) -> str:
         """What a job's `files_down` names the object by."""
 
-    def download(self, file_id: str, asker: Asker, /) -> FileAnswer | None:
+    async def download(self, file_id: str, asker: Asker, /) -> FileAnswer | None:
         """How to fetch a file. None when no object's name starts like that; no more than that is checked (S14)."""
 
-    def upload(self, folder: Folder, filename: str | None, asker: Asker, /) -> FileAnswer:
+    async def upload(self, folder: Folder, filename: str | None, asker: Asker, /) -> FileAnswer:
         """How to send files of one folder; `filename` is the one file that a PUT is to be signed for."""
 
     def adopt(self, part: Path, key: str, md5: str, /) -> None:

@@ -1,27 +1,42 @@
 """Jobs, accounts and the ordered record, in SQLite. All the oddities of job states live here.
 
 Used by the routes. One lock puts all writing transactions in order (one process, one writer), so a change of a job and
-its line in the record are one atomic step, and the record's order is the order in which things happened. Readers need
-no lock: SQLite's WAL shows them the last committed state.
+its line in the record are one atomic step, and the record's order is the order in which things happened. A method takes
+some ten microseconds, so routes call it on the event loop; only `record` and `mails`, which can be long, have a
+connection of their own and are called from other threads.
 """
 
 import json
+import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, create_engine, event, func, or_, select
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.orm import InstrumentedAttribute, Session
-
 from mock_api.clock import Clock
 from mock_api.models import HELD, TERMINAL, HardwareSpec, Offer, State
 from mock_api.record import Entry
-from mock_api.tables import AccountRow, Base, Event, Job, Mail, ObjectMark, TokenRow
+from mock_api.tables import TABLES
+
+_ENTRY = ", ".join(column.name for column in fields(Entry))
+
+#: The matching rules (S18): models by equality, amounts by at most, null needs match anyone.
+_FITTING = """
+    SELECT * FROM jobs WHERE state = :queued AND NOT deleted
+    AND (cpu_cores IS NULL OR cpu_cores <= :cpu_cores)
+    AND (memory IS NULL OR memory <= :memory)
+    AND (gpu_mem IS NULL OR gpu_mem <= :gpu_mem)
+    AND (gpu_model IS NULL OR gpu_model = :gpu_model)
+    AND (gpu_archi IS NULL OR gpu_archi = :gpu_archi)
+    AND ("group" IS NULL OR "group" IN (SELECT value FROM json_each(:groups)))
+    AND (:older_than <= 0 OR created <= :now - :older_than)
+    -- a plain substring search: an account whose name contains this one's counts as this one (S3)
+    AND (:any_puller OR instr(pullers, :account) = 0)
+    ORDER BY id LIMIT :limit
+"""
 
 
 class Store:
@@ -33,75 +48,90 @@ class Store:
         self._max_retries = max_retries
         self._retry_different = retry_different
         self._lock = threading.Lock()
-        self._engine = create_engine(f"sqlite:///{path}")
-        event.listen(self._engine, "connect", _tune)
-        Base.metadata.create_all(self._engine)
+        self._db = _connect(path)
+        self._db.executescript(TABLES)
+        self._reading = threading.Lock()
+        self._reader = _connect(path)
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        with self._reading:
+            self._reader.close()
+        with self._lock:
+            self._db.close()
 
     # -- the record -----------------------------------------------------------------------------------------------
 
-    def note(self, kind: str, **columns: Any) -> None:
-        """Add one line to the record; `columns` are those of `tables.Event`."""
-        with self._session() as session:
-            self._note(session, kind, **columns)
+    def note(
+        self,
+        kind: str,
+        *,
+        job_id: int | None = None,
+        account: str | None = None,
+        state: str | None = None,
+        details: str | None = None,
+        code: int | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Add one line to the record."""
+        with self._lock:
+            self._note(kind, job_id, account, state, details, code, note)
 
     def record(self, kind: str | None = None, job_id: int | None = None) -> list[Entry]:
         """The record, oldest first, whole or only one kind or one job."""
-        columns = [getattr(Event, column.name) for column in fields(Entry)]  # rows, not objects: the record can be long
-        query = select(*columns).order_by(Event.id)
-        if kind is not None:
-            query = query.where(Event.kind == kind)
+        query = f"SELECT {_ENTRY} FROM events WHERE (? IS NULL OR kind = ?)"  # noqa: S608 - our own column names
+        values: list[object] = [kind, kind]
         if job_id is not None:
-            query = query.where(Event.job_id == job_id)
-        with Session(self._engine) as session:
-            return [Entry(*row) for row in session.execute(query)]
+            query += " AND job_id = ?"
+            values.append(job_id)
+        with self._reading:
+            return [Entry(*row) for row in self._reader.execute(query + " ORDER BY id", values)]
 
     def mails(self) -> list[dict[str, Any]]:
         """Every e-mail sent, oldest first."""
-        with Session(self._engine) as session:
-            return [
-                {"time": mail.time, "job_id": mail.job_id, "subject": mail.subject, "html": mail.html}
-                for mail in session.scalars(select(Mail).order_by(Mail.id))
-            ]
+        with self._reading:
+            return [dict(row) for row in self._reader.execute("SELECT time, job_id, subject, html FROM outbox")]
 
     # -- the user's side ------------------------------------------------------------------------------------------
 
     def submit(self, spec: Any, needs: HardwareSpec, group: str | None, retries: int | None) -> int:
         """Queue a job. `spec` is handed out as it is, with `meta.job_id` and `meta.date_created` filled in."""
         now = self._clock.now()
-        with self._session() as session:
-            job = Job(spec="", state=State.QUEUED, group=group, created=now, updated=now, **_columns(needs))
-            job.max_retries = self._max_retries if retries is None else retries
-            session.add(job)
-            session.flush()
-            job.spec = json.dumps(_stamped(spec, job.id, now))
-            self._note(session, "submit", job_id=job.id, state=State.QUEUED)
-            return job.id
+        values = {name: getattr(needs, name) for name in HardwareSpec.model_fields}
+        values |= {"now": now, "group": group, "queued": State.QUEUED}
+        values["max_retries"] = self._max_retries if retries is None else retries
+        with self._writing() as db:
+            job_id = db.execute(
+                'INSERT INTO jobs (spec, state, "group", cpu_cores, memory, gpu_model, gpu_archi, gpu_mem, created,'
+                " updated, max_retries) VALUES ('', :queued, :group, :cpu_cores, :memory, :gpu_model, :gpu_archi,"
+                " :gpu_mem, :now, :now, :max_retries)",
+                values,
+            ).lastrowid
+            assert job_id is not None  # noqa: S101 - for the type checker: an INSERT has one
+            db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (json.dumps(_stamped(spec, job_id, now)), job_id))
+            self._note("submit", job_id, state=State.QUEUED)
+            return job_id
 
     def job(self, job_id: int) -> dict[str, Any] | None:
         """The job as its user sees it; None when there is none or it was deleted."""
-        with Session(self._engine) as session:
-            job = session.get(Job, job_id)
-            return None if job is None or job.deleted else _public(job)
+        with self._lock:
+            job = self._job(job_id)
+        return None if job is None or job["deleted"] else _public(job)
 
     def jobs(self, limit: int) -> list[dict[str, Any]]:
         """The newest jobs, newest first, deleted ones left out."""
-        query = select(Job).where(~Job.deleted).order_by(Job.id.desc()).limit(limit)
-        with Session(self._engine) as session:
-            return [_public(job) for job in session.scalars(query)]
+        with self._lock:
+            found = self._db.execute("SELECT * FROM jobs WHERE NOT deleted ORDER BY id DESC LIMIT ?", (limit,))
+            return [_public(job) for job in found]
 
     def delete(self, job_id: int, *, swept: bool) -> bool:
         """Delete a job as its user; whether there was one. `swept`: the sweep met the deletion at once (S7)."""
-        with self._session() as session:
-            job = session.get(Job, job_id)
-            if job is None or job.deleted:
+        with self._writing() as db:
+            job = self._job(job_id)
+            if job is None or job["deleted"]:
                 return False
-            job.deleted = True
-            job.deletion_met = swept
-            self._note(session, "delete", job_id=job_id, state=job.state)
+            db.execute("UPDATE jobs SET deleted = 1, deletion_met = ? WHERE id = ?", (swept, job_id))
+            self._note("delete", job_id, state=job["state"])
             return True
 
     # -- the worker's side ----------------------------------------------------------------------------------------
@@ -112,165 +142,171 @@ class Store:
         `asked` is the query that the offer came in, for the record: it shows what the worker called things.
         """
         now = self._clock.now()
-        query = select(Job).where(Job.state == State.QUEUED, ~Job.deleted, *_fits(offer, now))
-        if self._retry_different:
-            # a plain substring search: an account whose name contains this one's counts as this one (S3)
-            query = query.where(func.instr(Job.pullers, account) == 0)
-        with self._session() as session:
-            jobs = session.scalars(query.order_by(Job.id).limit(offer.limit)).all()
+        values = offer.model_dump() | {"now": now, "account": account, "queued": State.QUEUED}
+        values |= {"groups": json.dumps(offer.groups), "any_puller": not self._retry_different}
+        with self._writing() as db:
+            jobs = db.execute(_FITTING, values).fetchall()
             for job in jobs:
-                job.state = State.PULLED
-                job.updated = now
-                job.holder = account
-                job.pullers = f"{job.pullers}{account};"
-                self._note(session, "pull", job_id=job.id, account=account, state=State.PULLED, note=asked or None)
+                db.execute(
+                    "UPDATE jobs SET state = ?, updated = ?, holder = ?, pullers = pullers || ? || ';' WHERE id = ?",
+                    (State.PULLED, now, account, account, job["id"]),
+                )
+                self._note("pull", job["id"], account, State.PULLED, note=asked or None)
             if not jobs:
-                self._note(session, "poll", account=account, note=asked or None)
-            return {job.id: json.loads(job.spec) for job in jobs}
+                self._note("poll", account=account, note=asked or None)
+        return {job["id"]: json.loads(job["spec"]) for job in jobs}
 
     def state(self, job_id: int, account: str) -> State | None:
         """What `GET status` answers; None is a 404."""
-        with self._session() as session:
-            job = session.get(Job, job_id)
-            found = None if job is None or job.deleted else job.state
-            self._note(
-                session, "status", job_id=job_id, account=account, state=found, code=404 if found is None else 200
-            )
+        with self._writing():
+            job = self._job(job_id)
+            found = None if job is None or job["deleted"] else State(job["state"])
+            self._note("status", job_id, account, found, code=404 if found is None else 200)
             return found
 
     def update(self, job_id: int, account: str, state: State, details: str) -> int:
         """Take a worker's word on a job and return the HTTP status of the answer. No transition is checked (S6)."""
-        with self._session() as session:
-            job = session.get(Job, job_id)
+        with self._writing() as db:
+            job = self._job(job_id)
             code = _verdict(job, account)
-            self._note(
-                session, "update", job_id=job_id, account=account, state=state, details=details or None, code=code
-            )
-            if job is not None and job.deleted and job.holder == account:
-                job.deletion_met = True
+            self._note("update", job_id, account, state, details or None, code)
+            if job is not None and job["deleted"] and job["holder"] == account:
+                db.execute("UPDATE jobs SET deletion_met = 1 WHERE id = ?", (job_id,))
             if job is not None and code == 204:
-                job.updated = self._clock.now()
-                self._enter(session, job, state, details)
+                db.execute("UPDATE jobs SET updated = ? WHERE id = ?", (self._clock.now(), job_id))
+                self._enter(job, state, details)
             return code
 
     def holds(self, job_id: int, account: str) -> bool:
         """Whether files of the job may be stored by this account: it pulled the job last and nobody deleted it (S8)."""
-        with Session(self._engine) as session:
-            return _verdict(session.get(Job, job_id), account) == 204
+        with self._lock:
+            return _verdict(self._job(job_id), account) == 204
 
     def sweep(self) -> list[int]:
         """Put held jobs that were silent for longer than the lease back, or end them as `error` (S4); their ids."""
         now = self._clock.now()
-        query = select(Job).where(Job.state.in_(HELD), Job.updated < now - self._lease_s, ~Job.deletion_met)
-        with self._session() as session:
-            silent = session.scalars(query.order_by(Job.id)).all()
+        with self._writing() as db:
+            silent = db.execute(
+                "SELECT * FROM jobs WHERE state IN (SELECT value FROM json_each(?)) AND updated < ?"
+                " AND NOT deletion_met ORDER BY id",
+                (json.dumps(HELD), now - self._lease_s),
+            ).fetchall()
             for job in silent:
-                if job.deleted:
-                    job.deletion_met = True  # from now on the worker's updates get 500, never the 404 (S7)
+                if job["deleted"]:
+                    # from now on the worker's updates get 500, never the 404 (S7)
+                    db.execute("UPDATE jobs SET deletion_met = 1 WHERE id = ?", (job["id"],))
                     continue
-                job.updated = now
-                self._note(session, "requeue", job_id=job.id, account=job.holder, state=job.state)
-                if job.retries < job.max_retries:
-                    job.retries += 1
-                    job.state = State.QUEUED
+                db.execute("UPDATE jobs SET updated = ? WHERE id = ?", (now, job["id"]))
+                self._note("requeue", job["id"], job["holder"], job["state"])
+                if job["retries"] < job["max_retries"]:
+                    db.execute(
+                        "UPDATE jobs SET retries = retries + 1, state = ? WHERE id = ?", (State.QUEUED, job["id"])
+                    )
                 else:
-                    self._enter(session, job, State.ERROR, f"no sign of life for {self._lease_s:g} s")
-            return [job.id for job in silent]
+                    self._enter(job, State.ERROR, f"no sign of life for {self._lease_s:g} s")
+            return [job["id"] for job in silent]
 
-    def _enter(self, session: Session, job: Job, state: State, details: str) -> None:
-        job.state = state
+    def _enter(self, job: sqlite3.Row, state: State, details: str) -> None:
+        job_id, known = job["id"], job["details"]
         if details:
-            job.details = f"{job.details}\n{details}" if job.details else details
+            known = f"{known}\n{details}" if known else details
+        self._db.execute("UPDATE jobs SET state = ?, details = ? WHERE id = ?", (state, known, job_id))
         if state in TERMINAL:
-            subject = f"Job {job.id}: {state}"
-            html = f"<html><body><h1>{subject}</h1><pre>{job.details}</pre></body></html>"  # unescaped, as S11 has it
-            session.add(Mail(time=self._clock.now(), job_id=job.id, subject=subject, html=html))
-            self._note(session, "mail", job_id=job.id, state=state)
+            subject = f"Job {job_id}: {state}"
+            html = f"<html><body><h1>{subject}</h1><pre>{known}</pre></body></html>"  # unescaped, as S11 has it
+            self._db.execute(
+                "INSERT INTO outbox (time, job_id, subject, html) VALUES (?, ?, ?, ?)",
+                (self._clock.now(), job_id, subject, html),
+            )
+            self._note("mail", job_id, state=state)
 
     # -- accounts and objects -------------------------------------------------------------------------------------
 
     def put_account(self, name: str, salt: bytes, digest: bytes, groups: list[str]) -> None:
         """Make or replace an account."""
-        with self._session() as session:
-            session.merge(AccountRow(name=name, salt=salt, digest=digest, groups=json.dumps(groups)))
+        with self._lock:
+            self._db.execute(
+                "INSERT OR REPLACE INTO accounts VALUES (?, ?, ?, ?)", (name, salt, digest, json.dumps(groups))
+            )
 
     def account(self, name: str) -> tuple[bytes, bytes, list[str]] | None:
         """Salt, password digest and groups of an account."""
-        with Session(self._engine) as session:
-            row = session.get(AccountRow, name)
-            return None if row is None else (row.salt, row.digest, json.loads(row.groups))
+        with self._lock:
+            row = self._db.execute("SELECT salt, digest, groups FROM accounts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else (row["salt"], row["digest"], json.loads(row["groups"]))
 
     def put_token(self, token: str, account: str) -> None:
         """Make or replace a static token."""
-        with self._session() as session:
-            session.merge(TokenRow(token=token, account=account))
+        with self._lock:
+            self._db.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?)", (token, account))
 
     def token_account(self, token: str) -> str | None:
         """Whose static token this is."""
-        with Session(self._engine) as session:
-            row = session.get(TokenRow, token)
-            return None if row is None else row.account
+        with self._lock:
+            row = self._db.execute("SELECT account FROM tokens WHERE token = ?", (token,)).fetchone()
+        return None if row is None else str(row["account"])
 
     def put_md5(self, key: str, size: int, mtime_ns: int, md5: str) -> None:
         """Remember the MD5 of an object as it is now."""
-        with self._session() as session:
-            session.merge(ObjectMark(key=key, size=size, mtime_ns=mtime_ns, md5=md5))
+        with self._lock:
+            self._db.execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?)", (key, size, mtime_ns, md5))
 
     def md5(self, key: str, size: int, mtime_ns: int) -> str | None:
         """The remembered MD5, if the object is still of that size and time."""
-        with Session(self._engine) as session:
-            row = session.get(ObjectMark, key)
-            return None if row is None or (row.size, row.mtime_ns) != (size, mtime_ns) else row.md5
+        query = "SELECT md5 FROM objects WHERE key = ? AND size = ? AND mtime_ns = ?"
+        with self._lock:
+            row = self._db.execute(query, (key, size, mtime_ns)).fetchone()
+        return None if row is None else str(row["md5"])
 
-    def _note(self, session: Session, kind: str, **columns: Any) -> None:
-        session.add(Event(time=self._clock.now(), kind=kind, **columns))
+    def _job(self, job_id: int) -> sqlite3.Row | None:
+        found: sqlite3.Row | None = self._db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        return found
+
+    def _note(
+        self,
+        kind: str,
+        job_id: int | None = None,
+        account: str | None = None,
+        state: str | None = None,
+        details: str | None = None,
+        code: int | None = None,
+        note: str | None = None,
+    ) -> None:
+        self._db.execute(
+            "INSERT INTO events (time, kind, job_id, account, state, details, code, note)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (self._clock.now(), kind, job_id, account, state, details, code, note),
+        )
 
     @contextmanager
-    def _session(self) -> Iterator[Session]:
-        with self._lock, Session(self._engine, expire_on_commit=False) as session, session.begin():
-            yield session
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, with the lock held. A single statement needs none: it is one by itself."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
 
 
-def _tune(connection: DBAPIConnection, _record: object) -> None:
-    """Survive a kill of the server, not a power cut: that is what a test server needs, and it commits in 0.1 ms."""
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
+def _connect(path: Path) -> sqlite3.Connection:
+    """Survive a kill of the server, not a power cut: that is what a test server needs, and it commits in 0.03 ms."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=OFF")
+    return connection
 
 
-def _fits(offer: Offer, now: float) -> list[ColumnElement[bool]]:
-    """The matching rules (S18): models by equality, amounts by at most, null needs match anyone."""
-    conditions = [
-        *(_at_most(column, amount) for column, amount in _amounts(offer)),
-        or_(Job.gpu_model.is_(None), Job.gpu_model == offer.gpu_model),
-        or_(Job.gpu_archi.is_(None), Job.gpu_archi == offer.gpu_archi),
-        or_(Job.group.is_(None), Job.group.in_(offer.groups)),
-    ]
-    if offer.older_than > 0:
-        conditions.append(Job.created <= now - offer.older_than)
-    return conditions
-
-
-def _amounts(offer: Offer) -> list[tuple[InstrumentedAttribute[int | None], int]]:
-    return [(Job.cpu_cores, offer.cpu_cores), (Job.memory, offer.memory), (Job.gpu_mem, offer.gpu_mem)]
-
-
-def _at_most(column: InstrumentedAttribute[int | None], amount: int) -> ColumnElement[bool]:
-    return or_(column.is_(None), column <= amount)
-
-
-def _verdict(job: Job | None, account: str) -> int:
+def _verdict(job: sqlite3.Row | None, account: str) -> int:
     """404 unless the account is the last to have pulled the job (S5); of a deleted one 404 once, then 500 (S7)."""
-    if job is None or job.holder != account:
+    if job is None or job["holder"] != account:
         return 404
-    if job.deleted:
-        return 500 if job.deletion_met else 404
+    if job["deleted"]:
+        return 500 if job["deletion_met"] else 404
     return 204
-
-
-def _columns(needs: HardwareSpec) -> Mapping[str, Any]:
-    return {name: getattr(needs, name) for name in HardwareSpec.model_fields}
 
 
 def _stamped(spec: Any, job_id: int, now: float) -> Any:
@@ -281,14 +317,6 @@ def _stamped(spec: Any, job_id: int, now: float) -> Any:
     return {**spec, "meta": {**meta, "job_id": job_id, "date_created": date}}
 
 
-def _public(job: Job) -> dict[str, Any]:
-    return {
-        "job_id": job.id,
-        "state": str(job.state),
-        "details": job.details,
-        "created": job.created,
-        "updated": job.updated,
-        "group": job.group,
-        "holder": job.holder,
-        "retries": job.retries,
-    }
+def _public(job: sqlite3.Row) -> dict[str, Any]:
+    names = ("state", "details", "created", "updated", "group", "holder", "retries")
+    return {"job_id": job["id"], **{name: job[name] for name in names}}

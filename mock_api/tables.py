@@ -1,97 +1,38 @@
-"""The tables of the store. Times are Unix seconds of the server's clock."""
+"""The tables of the store, in SQL. Times are Unix seconds of the server's clock.
 
-from sqlalchemy import Index
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+jobs      needs are copied out of `spec` into columns so that a pull is one indexed query;
+          holder: the last account that pulled it; a requeue does not clear it (S5);
+          pullers: every account that ever pulled it, ';'-joined (S3);
+          deletion_met: an update or the sweep has run into the deletion (S7)
+events    the record: who did what to which job, and what the server answered
+outbox    e-mails to users: HTML with the worker's details unescaped, as deployed servers do it (S11)
+accounts  who may sign in; digest is scrypt of the password, groups a JSON list
+objects   the MD5 of a stored object, good while size and mtime are those of the file
+"""
 
-from mock_api.models import State
-
-
-class Base(DeclarativeBase):
-    """Common root of the tables."""
-
-
-class Job(Base):
-    """One submitted job. Needs are copied out of `spec` into columns so that a pull is one indexed query."""
-
-    __tablename__ = "jobs"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    spec: Mapped[str]  # JSON, as handed out
-    state: Mapped[State]
-    details: Mapped[str] = mapped_column(default="")
-    group: Mapped[str | None]
-    cpu_cores: Mapped[int | None]
-    memory: Mapped[int | None]
-    gpu_model: Mapped[str | None]
-    gpu_archi: Mapped[str | None]
-    gpu_mem: Mapped[int | None]
-    created: Mapped[float]
-    updated: Mapped[float]
-    holder: Mapped[str | None]  # the last account that pulled it; a requeue does not clear it (S5)
-    pullers: Mapped[str] = mapped_column(default="")  # every account that ever pulled it, ';'-joined (S3)
-    retries: Mapped[int] = mapped_column(default=0)
-    max_retries: Mapped[int]
-    deleted: Mapped[bool] = mapped_column(default=False)
-    deletion_met: Mapped[bool] = mapped_column(default=False)  # an update or the sweep has run into the deletion (S7)
-
-    # the queue in its order; finished jobs, however many, are not in the way of a pull
-    __table_args__ = (Index("queue", "state", "id"),)
-
-
-class Event(Base):
-    """One line of the record: who did what to which job, and what the server answered."""
-
-    __tablename__ = "events"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    time: Mapped[float]
-    kind: Mapped[str]
-    job_id: Mapped[int | None] = mapped_column(index=True)
-    account: Mapped[str | None]
-    state: Mapped[str | None]
-    details: Mapped[str | None]
-    code: Mapped[int | None]
-    note: Mapped[str | None]
-
-
-class Mail(Base):
-    """An e-mail to the job's user: HTML with the worker's details unescaped, as deployed servers do it (S11)."""
-
-    __tablename__ = "outbox"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    time: Mapped[float]
-    job_id: Mapped[int]
-    subject: Mapped[str]
-    html: Mapped[str]
-
-
-class AccountRow(Base):
-    """Somebody who may sign in; `digest` is scrypt of the password."""
-
-    __tablename__ = "accounts"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    salt: Mapped[bytes]
-    digest: Mapped[bytes]
-    groups: Mapped[str]  # JSON list
-
-
-class TokenRow(Base):
-    """A static token."""
-
-    __tablename__ = "tokens"
-
-    token: Mapped[str] = mapped_column(primary_key=True)
-    account: Mapped[str]
-
-
-class ObjectMark(Base):
-    """The MD5 of a stored object, good while size and mtime are those of the file."""
-
-    __tablename__ = "objects"
-
-    key: Mapped[str] = mapped_column(primary_key=True)
-    size: Mapped[int]
-    mtime_ns: Mapped[int]
-    md5: Mapped[str]
+TABLES = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id INTEGER PRIMARY KEY, spec TEXT NOT NULL, state TEXT NOT NULL, details TEXT NOT NULL DEFAULT '', "group" TEXT,
+    cpu_cores INTEGER, memory INTEGER, gpu_model TEXT, gpu_archi TEXT, gpu_mem INTEGER,
+    created REAL NOT NULL, updated REAL NOT NULL, holder TEXT, pullers TEXT NOT NULL DEFAULT '',
+    retries INTEGER NOT NULL DEFAULT 0, max_retries INTEGER NOT NULL,
+    deleted INTEGER NOT NULL DEFAULT 0, deletion_met INTEGER NOT NULL DEFAULT 0
+);
+-- the queue in its order; finished jobs, however many, are not in the way of a pull
+CREATE INDEX IF NOT EXISTS queue ON jobs (state, id);
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, job_id INTEGER, account TEXT, state TEXT,
+    details TEXT, code INTEGER, note TEXT
+);
+CREATE INDEX IF NOT EXISTS events_of_job ON events (job_id);
+CREATE TABLE IF NOT EXISTS outbox (
+    id INTEGER PRIMARY KEY, time REAL NOT NULL, job_id INTEGER NOT NULL, subject TEXT NOT NULL, html TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS accounts (
+    name TEXT PRIMARY KEY, salt BLOB NOT NULL, digest BLOB NOT NULL, groups TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS tokens (token TEXT PRIMARY KEY, account TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS objects (
+    key TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, md5 TEXT NOT NULL
+);
+"""

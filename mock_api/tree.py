@@ -5,6 +5,7 @@ Empty components of a key (`a//b`) vanish, as they do on any file system. Used b
 
 import hashlib
 import secrets
+import stat
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ class StoredObject:
     key: str
     path: Path
     size: int
+    mtime: float
     md5: str
 
 
@@ -35,7 +37,9 @@ class Tree:
         self._files = root / "files"
         self._parts = root / "parts"
         self._store = store
-        self._traffic: dict[str, dict[str, int]] = defaultdict(lambda: {"gets": 0, "sent": 0, "puts": 0})
+        self._traffic: dict[str, dict[str, int]] = defaultdict(
+            lambda: {"gets": 0, "unchanged": 0, "sent": 0, "puts": 0}
+        )
         self._lock = threading.Lock()
         self._files.mkdir(parents=True, exist_ok=True)
         self._parts.mkdir(exist_ok=True)
@@ -60,6 +64,16 @@ class Tree:
         self._store.put_md5(key, status.st_size, status.st_mtime_ns, md5)
         self.count(key, "puts")
 
+    def known(self, key: str) -> StoredObject | None:
+        """The object of that key, at once; None when there is none or it must be hashed first."""
+        path = self._path(key)
+        try:
+            status = path.stat()
+        except OSError:  # no such file, or a name too long for a file system
+            return None
+        md5 = self._store.md5(key, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+        return None if md5 is None else StoredObject(key, path, status.st_size, status.st_mtime, md5)
+
     def find(self, key: str) -> StoredObject | None:
         """The object of that key, hashed if it was put there by other hands."""
         path = self._path(key)
@@ -67,20 +81,19 @@ class Tree:
             if not path.is_file():
                 return None
             status = path.stat()
-        except OSError:  # a name too long for a file system names nothing
-            return None
-        md5 = self._store.md5(key, status.st_size, status.st_mtime_ns)
-        if md5 is None:
             with path.open("rb") as file:
                 md5 = hashlib.file_digest(file, _md5).hexdigest()
-            self._store.put_md5(key, status.st_size, status.st_mtime_ns, md5)
-        return StoredObject(key, path, status.st_size, md5)
+        except OSError:  # a name too long for a file system names nothing
+            return None
+        self._store.put_md5(key, status.st_size, status.st_mtime_ns, md5)
+        return StoredObject(key, path, status.st_size, status.st_mtime, md5)
 
     def has_prefix(self, key: str) -> bool:
         """Whether any object's key starts with `key`."""
         *folder, start = parts_of(key) or [""]
+        top = self._files.joinpath(*folder)
         try:
-            return any(entry.name.startswith(start) for entry in self._files.joinpath(*folder).iterdir())
+            return (top / start).exists() or any(entry.name.startswith(start) for entry in top.iterdir())
         except OSError:  # no such directory, or a name too long for one
             return False
 
@@ -97,7 +110,8 @@ class Tree:
             return None
 
     def count(self, key: str, what: str, amount: int = 1) -> None:
-        """Add to the traffic of an object: `gets` (requests), `sent` (bytes), `puts` (times stored)."""
+        """Add to the traffic of an object: `gets` (requests that got bytes of it), `unchanged` (requests that got a 304
+        instead), `sent` (bytes), `puts` (times stored)."""
         with self._lock:
             self._traffic[key][what] += amount
 

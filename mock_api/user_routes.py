@@ -21,7 +21,7 @@ router = APIRouter(prefix="/user")
 
 
 @router.post("/jobs", status_code=201)
-def submit(
+async def submit(
     parts: Parts,
     spec: Annotated[Any, Body()],
     group: str | None = None,
@@ -42,13 +42,13 @@ def submit(
 
 
 @router.get("/jobs")
-def jobs(parts: Parts, limit: int = 1000) -> list[dict[str, Any]]:
+async def jobs(parts: Parts, limit: int = 1000) -> list[dict[str, Any]]:
     """The newest jobs, newest first."""
     return parts.store.jobs(limit)
 
 
 @router.get("/jobs/{job_id}")
-def job(parts: Parts, job_id: int) -> dict[str, Any]:
+async def job(parts: Parts, job_id: int) -> dict[str, Any]:
     """State, details and history of one job."""
     found = _job(parts, job_id)
     history = [
@@ -60,7 +60,7 @@ def job(parts: Parts, job_id: int) -> dict[str, Any]:
 
 
 @router.delete("/jobs/{job_id}", status_code=204)
-def delete(parts: Parts, job_id: int, swept: bool = False) -> None:
+async def delete(parts: Parts, job_id: int, swept: bool = False) -> None:
     """Delete a job. `swept`: as though the server's own sweep had met the deletion first (S7)."""
     if not parts.store.delete(job_id, swept=swept):
         raise HTTPException(404, "Job not found")

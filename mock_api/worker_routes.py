@@ -13,13 +13,13 @@ router = APIRouter()
 
 
 @router.get("/jobs")
-def pull(parts: Parts, caller: Worker, request: Request, offer: Annotated[Offer, Query()]) -> dict[int, Any]:
+async def pull(parts: Parts, caller: Worker, request: Request, offer: Annotated[Offer, Query()]) -> dict[int, Any]:
     """Jobs that fit the offer. They are the caller's from now on, without acknowledgement (S1)."""
     return parts.store.pull(offer, caller.name, asked=request.url.query)
 
 
 @router.get("/jobs/{job_id}/status")
-def get_status(parts: Parts, caller: Worker, job_id: int) -> State:
+async def get_status(parts: Parts, caller: Worker, job_id: int) -> State:
     """The job's state, to any worker; 404 when the job is gone."""
     state = parts.store.state(job_id, caller.name)
     if state is None:
@@ -28,7 +28,7 @@ def get_status(parts: Parts, caller: Worker, job_id: int) -> State:
 
 
 @router.put("/jobs/{job_id}/status", status_code=204)
-def put_status(parts: Parts, caller: Worker, job_id: int, status: State, runtime_details: str = "") -> None:
+async def put_status(parts: Parts, caller: Worker, job_id: int, status: State, runtime_details: str = "") -> None:
     """A worker's word on a job: heartbeat, progress, end or release. 404: stop this job (S5 to S7, S10)."""
     code = parts.store.update(job_id, caller.name, status, runtime_details)
     if code == 404:
@@ -38,9 +38,9 @@ def put_status(parts: Parts, caller: Worker, job_id: int, status: State, runtime
 
 
 @router.get("/files/{file_id:path}/url")
-def download_url(parts: Parts, caller: Worker, request: Request, file_id: str) -> FileAnswer:
+async def download_url(parts: Parts, caller: Worker, request: Request, file_id: str) -> FileAnswer:
     """How to fetch an input. That an object's name starts like it is all that is checked (S14)."""
-    answer = parts.storage.download(file_id, _asker(parts, request))
+    answer = await parts.storage.download(file_id, _asker(parts, request))
     code = 404 if answer is None else 200
     parts.store.note("sign_download", account=caller.name, code=code, note=file_id)
     if answer is None:
@@ -49,7 +49,7 @@ def download_url(parts: Parts, caller: Worker, request: Request, file_id: str) -
 
 
 @router.post("/jobs/{job_id}/files/url", status_code=201)
-def upload_url(
+async def upload_url(
     parts: Parts,
     caller: Worker,
     request: Request,
@@ -67,7 +67,7 @@ def upload_url(
     if filename is not None and (not filename or filename in (".", "..") or "/" in filename):
         raise StorageError(400, "InvalidArgument", "filename must be one path component")
     one_object = filename if parts.settings.upload_method == "put" else None  # deployed servers ignore the file name
-    answer = parts.storage.upload(Folder(job_id, kind, base_path), one_object, _asker(parts, request))
+    answer = await parts.storage.upload(Folder(job_id, kind, base_path), one_object, _asker(parts, request))
     return _nested(parts, request, answer)
 
 

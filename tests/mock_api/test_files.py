@@ -174,6 +174,62 @@ def test_if_range_and_if_none_match(mock: MockServer, url: str) -> None:
     assert fetch(url, If_None_Match=ETAG).status_code == 200
 
 
+@pytest.mark.parametrize("asked", [ETAG, f"W/{ETAG}", f'"other", {ETAG}', f'"other",W/{ETAG}', "*"])
+def test_what_the_reader_has_already_is_not_sent(url: str, asked: str) -> None:
+    answer = fetch(url, If_None_Match=asked, Range="bytes=0-3")
+    assert (answer.status_code, answer.content) == (304, b"")
+    assert answer.headers["etag"] == ETAG
+    assert "content-range" not in answer.headers
+    assert answer.headers.get("content-length", "0") == "0"
+
+
+@pytest.mark.parametrize("asked", ['"other"', ETAG.strip('"'), ETAG[:-2] + '"', '"*"', ""])
+def test_what_the_reader_has_not_is_sent(url: str, asked: str) -> None:
+    assert fetch(url, If_None_Match=asked).content == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("condition", "status"), [(ETAG, 206), (f"W/{ETAG}", 200), ('"other"', 200), ("Thu, 01 Jan 1970 00:00:00 GMT", 200)]
+)
+def test_a_range_of_the_same_object_only(url: str, condition: str, status: int) -> None:
+    answer = fetch(url, Range="bytes=1-2", If_Range=condition)
+    assert (answer.status_code, answer.headers["accept-ranges"]) == (status, "bytes")
+    assert answer.content == (CONTENT[1:3] if status == 206 else CONTENT)
+    assert ("content-range" in answer.headers) == (status == 206)
+    assert fetch(url, Range="bytes=1-2", If_Range=answer.headers["last-modified"]).status_code == 206
+
+
+def test_a_range_of_a_large_object_has_its_exact_length(mock: MockServer, worker: httpx.Client) -> None:
+    content = os.urandom(3 * 1024**2 + 7)
+    url = ask_download(worker, mock.put_input("large", content))["url"]
+    answer = fetch(url, Range="bytes=1000-2500000")
+    assert (answer.status_code, answer.content) == (206, content[1000:2500001])
+    assert answer.headers["content-length"] == "2499001"
+    assert answer.headers["content-range"] == f"bytes 1000-2500000/{len(content)}"
+
+
+def test_an_empty_object_has_no_ranges(mock: MockServer, worker: httpx.Client) -> None:
+    url = ask_download(worker, mock.put_input("empty", b""))["url"]
+    assert (fetch(url).status_code, fetch(url).headers["content-length"]) == (200, "0")
+    answer = fetch(url, Range="bytes=0-")
+    assert (answer.status_code, answer.headers["content-range"]) == (416, "bytes */0")
+
+
+def test_a_url_signed_for_get_is_not_good_for_head(url: str) -> None:
+    assert httpx.head(url, trust_env=False).status_code == 403
+
+
+def test_an_object_put_there_by_other_hands_has_an_etag_that_follows_its_content(
+    mock: MockServer, worker: httpx.Client
+) -> None:
+    url = ask_download(worker, mock.put_input("mine", b"first"))["url"]
+    before = fetch(url).headers["etag"]
+    (mock.data_dir / "files/inputs/mine").write_bytes(b"other")
+    after = fetch(url, If_None_Match=before)
+    assert (after.status_code, after.content) == (200, b"other")
+    assert after.headers["etag"] == f'"{hashlib.md5(b"other", usedforsecurity=False).hexdigest()}"'
+
+
 def test_a_token_or_an_unsigned_amz_header_beside_the_signature_is_refused(mock: MockServer, url: str) -> None:
     assert mock.violations() == []
     answer = fetch(url, Authorization=f"Bearer {MOCK_TOKEN}")
@@ -187,7 +243,21 @@ def test_a_token_or_an_unsigned_amz_header_beside_the_signature_is_refused(mock:
 def test_traffic_is_counted(mock: MockServer, url: str) -> None:
     fetch(url)
     fetch(url, Range="bytes=0-9")
-    assert mock.traffic()["inputs/data.bin"] == {"gets": 2, "sent": len(CONTENT) + 10, "puts": 1}
+    fetch(url, If_None_Match=ETAG)
+    fetch(url, Range=f"bytes={len(CONTENT)}-")
+    assert mock.traffic()["inputs/data.bin"] == {"gets": 2, "unchanged": 1, "sent": len(CONTENT) + 10, "puts": 1}
+
+
+def test_only_bytes_that_went_out_are_counted(mock: MockServer, worker: httpx.Client) -> None:
+    """A reader that leaves after the first bytes of a large file is not said to have had all of it."""
+    size = 64 * 1024**2
+    file_id = mock.put_input("large", bytes(size))
+    place = urlsplit(ask_download(worker, file_id)["url"])
+    with socket.create_connection((place.hostname or "", place.port or 0)) as connection:
+        connection.sendall(f"GET {place.path}?{place.query} HTTP/1.1\r\nHost: {place.netloc}\r\n\r\n".encode())
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    wait_until(lambda: mock.traffic()["inputs/large"]["gets"] == 1, "the server to count it")
+    assert mock.traffic()["inputs/large"]["sent"] < size
 
 
 # -- uploads -----------------------------------------------------------------------------------------------------------

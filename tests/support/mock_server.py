@@ -98,7 +98,8 @@ class MockServer:
         return list(self._call("GET", "/_mock/outbox"))
 
     def traffic(self) -> dict[str, Json]:
-        """For each object: requests that fetched it (`gets`), bytes sent (`sent`), times it was stored (`puts`)."""
+        """For each object: requests that fetched it (`gets`) or got a 304 (`unchanged`), bytes sent (`sent`), times it
+        was stored (`puts`)."""
         return dict(self._call("GET", "/_mock/traffic"))
 
     def set_faults(self, *rules: Mapping[str, Any]) -> None:
