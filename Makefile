@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo setup test check faults
+.PHONY: help demo setup test check faults bench
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -22,3 +22,6 @@ test: setup check ## set-up, checks, and all tests on the real engine
 
 faults: setup ## the tests of faults and threats, and a table of which row each of them carries
 	.venv/bin/python -m pytest --faults-table
+
+bench: setup ## how fast it is, against its peers; half an hour, rows in build/bench.json
+	.venv/bin/python -m benchmarks

@@ -39,6 +39,8 @@ from jobfetcher.sources.worker_api.client import Client, failure
 from jobfetcher.sources.worker_api.signing import read_keys, verify
 from jobfetcher.sources.worker_api.source import BEAT_WITHIN_S, Filter, WorkerApi
 from jobfetcher.telemetry.logs import redact
+from jobfetcher.transfer.cache import Cache
+from jobfetcher.transfer.cache import clear as clear_cache
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.presigned import PresignedTransfer
 from jobfetcher.watching import Limits
@@ -109,11 +111,25 @@ def make_policy(settings: Settings) -> UrlPolicy:
     return UrlPolicy(settings.origin, frozenset(host.lower() for host in settings.storage_allow))
 
 
-def make_transfer(settings: Settings) -> PresignedTransfer:
+def make_cache(settings: Settings, base: Base, emit: Emit) -> Cache | None:
+    """Inputs that are kept for later jobs, if the owner wants that; else what was kept is removed."""
+    path = base.path / "cache"
+    if not settings.cache_size:
+        clear_cache(path)
+        return None
+    cache = Cache(path, settings.cache_size * 2**20, emit, room_for=base.room_for)
+    base.also_spare(cache.make_room)
+    return cache
+
+
+def make_transfer(settings: Settings, cache: Cache | None = None) -> PresignedTransfer:
     """Moves files by presigned requests. Close it when done."""
     return PresignedTransfer(
         make_policy(settings),
         concurrency=settings.transfers,
+        ranges=settings.transfer_ranges,
+        bandwidth_limit=settings.bandwidth_limit * 2**20 or None,
+        cache=cache,
         net=NetSettings(ca_file=settings.ca_file, proxy=settings.proxy),
     )
 
@@ -204,12 +220,10 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         opened.callback(journal.close)
         source = make_source(settings, emit)
         opened.callback(source.close)
-        transfer = make_transfer(settings)
+        transfer = make_transfer(settings, make_cache(settings, base, emit))
         opened.callback(transfer.close)
         info = engine.describe()
-        if Path(
-            info.root_dir
-        ).is_dir():  # not where the worker runs in a container, or the engine in a machine of its own
+        if info.root_dir:  # not there where the worker runs in a container, or the engine in a machine of its own
             base.also_watch(Path(info.root_dir))
         budget = make_budget(settings, _engines_part(detect.detect(settings.gpus), info), emit)
         runner = Runner(

@@ -22,7 +22,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -69,6 +69,7 @@ class Base:
         #: Bytes that open jobs still expect, so that two that download at once do not count on the same free space.
         self._awaited: dict[JobId, int] = {}
         self._awaited_lock = threading.Lock()
+        self._spare: Callable[[int], None] | None = None
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             _make_private(path)
@@ -124,9 +125,14 @@ class Base:
         if path is not None and path.is_dir():
             self._watched.append(path)
 
+    def also_spare(self, make_room: Callable[[int], None]) -> None:
+        """Before the disk counts as full, `make_room(size)` may delete what only saves time, until `room_for(size)` is
+        content; it raises what that raises. For the cache of inputs."""
+        self._spare = make_room
+
     def check_room(self) -> None:
-        """Raise WorkerFault(DISK) when less is free than must always be kept free."""
-        if full := self.is_full():
+        """Raise WorkerFault(DISK) when less is free than must always be kept free, with what open jobs await."""
+        if full := self.is_full() or self._is_promised():
             raise WorkerFault(WorkerReason.DISK, full)
 
     def is_full(self) -> str:
@@ -134,14 +140,14 @@ class Base:
 
         It has no number that changes, so that it is said once while it stays so (FAULTS.md J10).
         """
+        with contextlib.suppress(WorkerFault):  # then the disk itself says below what is wrong
+            self._make_room(0)
         for path in self._watched:
             try:
                 disk = _disk(path)
             except WorkerFault as fault:
                 return str(fault)
             free, least = disk.f_bavail * disk.f_frsize, self.reserve_bytes(disk.f_blocks * disk.f_frsize)
-            if path == self.path:
-                free -= self._awaited_bytes()
             if disk.f_flag & os.ST_RDONLY:
                 return f"{path} is mounted read-only"
             if free < least:
@@ -159,6 +165,14 @@ class Base:
             return f"{self.path} cannot be written: {error.strerror}; look for disk errors (dmesg)"
         return ""
 
+    def _is_promised(self) -> str:
+        """Room that a running job may still use; but no other job may be taken that would count on it."""
+        if not (awaited := self._awaited_bytes()):
+            return ""
+        disk = _disk(self.path)
+        free, least = disk.f_bavail * disk.f_frsize, self.reserve_bytes(disk.f_blocks * disk.f_frsize)
+        return f"what is free in {self.path} is promised to inputs on their way" if free - awaited < least else ""
+
     def awaits(self, job_id: JobId, size: int) -> None:
         """`size` more bytes will come for a job: reserved until it says less; 0 when all is there.
 
@@ -167,7 +181,7 @@ class Base:
         with self._awaited_lock:
             before = self._awaited.pop(job_id, 0)
             if size > before:
-                self.room_for(size)
+                self._make_room(size)
             if size > 0:
                 self._awaited[job_id] = size
 
@@ -186,6 +200,14 @@ class Base:
                 f"{size / _MIB:.0f} MiB more do not fit into {self.path}: {free / _MIB:.0f} MiB are free and "
                 f"{least / _MIB:.0f} MiB must stay free (RESERVE_DISK)",
             )
+
+    def _make_room(self, size: int) -> None:
+        try:
+            self.room_for(size)
+        except WorkerFault:
+            if self._spare is None:
+                raise
+            self._spare(size)
 
     def free_bytes(self) -> int:
         """Bytes free on the watched disks together, each disk counted once. Raises WorkerFault(DISK)."""

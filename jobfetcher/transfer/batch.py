@@ -1,155 +1,336 @@
-"""One call's window of files: a few workers, each telling one file's story at a time, and the caller's thread.
+"""One call's window of files: signers that run ahead, stories in the loop's thread, and the caller's thread.
 
-Used by `presigned`. The bytes move in the loop's thread; a worker signs (a blocking call), waits, verifies and tries
-again. That keeps the story of one file a straight line, and several signing calls go on at once. The caller's thread
-feeds the window, reports to the watch, and ends the batch: at the first failure, at the halt, or when all is done.
+Used by `presigned`. Signing is a blocking call, so a few threads do it, and only as far ahead as the window goes: a URL
+is used soon after it was signed, and memory is bounded however many items there are. Each signed item becomes a story
+(`story.py`), which the loop's thread tells without a thread of its own. The caller's thread reports to the watch, and
+ends the batch: at the first failure, at the halt, or when all is done.
+
+Every hand-over between these threads is in bulk: the loop is woken only where it sleeps, and it tells the caller what
+has ended when it has nothing better to do, or when much has. A hand-over costs about as much as a file of 4 KiB.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
-from jobfetcher.core.errors import JobFault, WorkerFault
+from jobfetcher.core.errors import JobFault, WorkerFault, WorkerReason
 from jobfetcher.core.ports import Download, Upload, Watch
 from jobfetcher.core.run import Stored
-from jobfetcher.transfer.exchange import Exchange
+from jobfetcher.core.urls import SignedRequest
 from jobfetcher.transfer.multi import TransferLoop
+from jobfetcher.transfer.story import Resume, Story, Tale
 
-Item = TypeVar("Item", Download, Upload)
+Item = TypeVar("Item", bound=Download | Upload)
+
+#: What signing gave: a request, or why there is none.
+Signed = SignedRequest | BaseException
 
 #: Progress is told at most this often, so that a fast link does not drown the caller.
 _TELL_EVERY_S = 0.1
 
-#: Workers of an ended batch get this long; only one that hangs in a signing call, holding nothing open, needs more.
+#: Files that ended are told when there are so many, or at the latest after so many seconds. In that time a fast store
+#: brings twenty more, which then cost one hand-over together.
+_TELL_AT_ONCE = 32
+_KEEP_BACK_S = 0.002
+
+#: The window holds so many seconds' worth of files, and no more than so many, however fast they go.
+_WINDOW_S = 0.02
+_MOST_WINDOW = 256
+
+#: An ended batch gets this long to close its files; only one that hangs in a blocking call needs more.
 _LEAVE_S = 1.0
+
+#: Signing that takes less costs a thread's time, not the wire's: one signer is as fast as several.
+_SLOW_SIGN_S = 0.001
 
 
 class Ended(Exception):
-    """The batch is over; raised in its workers, heard by nobody."""
+    """The batch is over; raised in what it still does aside, heard by nobody."""
 
 
-class Batch:
-    """What the workers of one call share. `ended` is set once, when nothing more is wanted."""
+class Batch(Generic[Item]):
+    """What one call shares. Its stories, and all methods without a word on threads, belong to the loop's thread."""
 
-    def __init__(self, loop: TransferLoop) -> None:
+    def __init__(
+        self,
+        loop: TransferLoop,
+        tell: Callable[[Item, Signed, Batch[Item]], Tale[Stored]],
+        *,
+        threads: int,
+    ) -> None:
+        self.loop = loop
         self.ended = threading.Event()
-        self.events: queue.SimpleQueue[Future[Stored] | None] = queue.SimpleQueue()
-        self._loop = loop
-        self._lock = threading.Lock()
-        self._active: set[Exchange] = set()
-        self._expected = self._moved = 0
+        self.closed = threading.Event()
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.news: deque[tuple[Item, Story[Stored]]] = deque()
+        self.progress: deque[tuple[int, int]] = deque()
+        self.why_lost = ""
+        self._tell, self._threads = tell, threads
+        self._stories: dict[Story[Stored], Item] = {}
+        self._signed: deque[tuple[Item, Signed]] = deque()
+        self._called = False
+        self._expected = self._moved = self._untold = 0
         self._told_at = time.monotonic()
+        self._rung_at = 0.0
+        self._pool: ThreadPoolExecutor | None = None
+
+    # -- from other threads ------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise Ended in a worker whose work nobody wants any more."""
+        """Raise Ended in a call aside whose work nobody wants any more. From any thread."""
         if self.ended.is_set():
             raise Ended
 
-    def perform(self, exchange: Exchange) -> None:
-        """Run an exchange on the loop; it is aborted when the batch ends."""
-        with self._lock:
-            self.check()
-            self._active.add(exchange)
-        try:
-            self._loop.perform(exchange)
-        finally:
-            with self._lock:
-                self._active.discard(exchange)
-        self.check()
+    def begin(self, item: Item, signed: Signed) -> None:
+        """Have the story of `item` told. From a signer's thread."""
+        self._signed.append((item, signed))
+        if not self._called:  # else the loop has been called and not yet looked
+            self._called = True
+            self.loop.call(self._take)
 
-    def moved(self, size: int) -> None:
-        """Count bytes, from any thread; the caller's thread tells them on."""
-        with self._lock:
-            self._moved += size
-            now = time.monotonic()
-            if now - self._told_at < _TELL_EVERY_S:
-                return
-            self._told_at = now
-        self.events.put(None)
-
-    def expect(self, size: int) -> None:
-        """Count bytes that are still to come, from any thread."""
-        with self._lock:
-            self._expected += size
-
-    def take_news(self) -> tuple[int, int]:
-        """Bytes expected and bytes moved that were not told yet."""
-        with self._lock:
-            news = self._expected, self._moved
-            self._expected = self._moved = 0
-        return news
+    def lost(self, why: str) -> None:
+        """The loop has ended."""
+        self.why_lost = why
+        self._end()
+        self.bell.put(None)
 
     def end(self) -> None:
-        """Nothing more is wanted: abort what is going on."""
+        """Nothing more is wanted: abort what is going on. From the caller's thread."""
+        self.ended.set()
+        self.loop.call(self._end)
+        self.closed.wait(_LEAVE_S)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self.loop.leave(self)
+
+    def take_progress(self) -> tuple[int, int]:
+        """Bytes expected and moved that were not told yet. From the caller's thread, when no story runs any more."""
+        left = self._expected, self._moved
+        self._expected = self._moved = 0
+        return left
+
+    # -- in the loop's thread ----------------------------------------------------------------------------------------
+
+    def expect(self, size: int) -> None:
+        """Count bytes that are still to come."""
+        self._expected += size
+
+    def moved(self, size: int) -> None:
+        """Count bytes that came or went."""
+        self._moved += size
+
+    def aside(self, do: Callable[[], object], then: Resume) -> Callable[[], bool]:
+        """See `story.Teller`. The threads are this batch's: one whose source hangs holds up no other."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="transfer-aside")
+
+        def ended(future: Future[object]) -> None:
+            if not future.cancelled():
+                error = future.exception()
+                self.loop.call(lambda: then(None if error else future.result(), error))
+
+        future = self._pool.submit(do)
+        future.add_done_callback(ended)
+        return future.cancel
+
+    def flush(self) -> bool:
+        """Tell the caller's thread what there is to tell, if it is much, or old, or all."""
+        now = time.monotonic()
+        if (self._expected or self._moved) and now - self._told_at >= _TELL_EVERY_S:
+            self._told_at = now
+            self.progress.append(self.take_progress())
+        elif not self._untold:
+            return False
+        elif self._untold < _TELL_AT_ONCE and self._stories and now - self._rung_at < _KEEP_BACK_S:
+            return True
+        self._rung_at = now
+        self._untold = 0
+        self.bell.put(None)
+        return False
+
+    def _take(self) -> None:
+        self._called = False
+        while self._signed:
+            item, signed = self._signed.popleft()
+            if self.ended.is_set():
+                continue
+            story = Story(self._tell(item, signed, self), self, self._on_end)
+            self._stories[story] = item
+            story.step()
+
+    def _on_end(self, story: Story[Stored]) -> None:
+        self.news.append((self._stories.pop(story), story))
+        self._untold += 1
+        if self.ended.is_set() and not self._stories:
+            self.closed.set()
+
+    def _end(self) -> None:
+        self.ended.set()
+        self._signed.clear()
+        for story in list(self._stories):
+            story.close()
+        if not self._stories:
+            self.closed.set()
+
+
+class _Signers(Generic[Item]):
+    """Threads that take items, sign them and hand them to the batch.
+
+    At most `window` are taken and not told as done yet; more where files go by so fast that it would soon be empty.
+
+    The first one starts the next only while signing takes long, so that signatures that cost nothing cost no threads.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Item],
+        sign: Callable[[Item], SignedRequest],
+        batch: Batch[Item],
+        *,
+        most: int,
+        window: int,
+    ) -> None:
+        self.failure: BaseException | None = None
+        self._items, self._sign, self._batch, self._most = iter(items), sign, batch, most
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._free = self._window = self._least_window = window
+        self._counted, self._counted_at = 0, time.monotonic()
+        self._taken = self._told = self._threads = self._idle = 0
+        self._exhausted = False
+        self._slow = True  # until it is known better
+        self._start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all items there are were told as done."""
+        return self._exhausted and self._told == self._taken
+
+    def told(self, count: int) -> None:
+        """So many items are done with."""
         with self._lock:
-            self.ended.set()
-            active = list(self._active)
-        for exchange in active:
-            self._loop.abort(exchange)
+            self._told += count
+            self._free += count
+            now = time.monotonic()
+            if now - self._counted_at >= 0.05:
+                rate = (self._told - self._counted) / (now - self._counted_at)
+                window = max(self._least_window, min(_MOST_WINDOW, int(rate * _WINDOW_S)))
+                self._free += window - self._window
+                self._window, self._counted, self._counted_at = window, self._told, now
+            if self._idle:
+                self._room.notify(min(count, self._idle))
+
+    def close(self) -> None:
+        """No more items are wanted."""
+        with self._lock:
+            self._exhausted = True
+            self._room.notify_all()
+
+    def _start(self) -> None:
+        self._threads += 1
+        threading.Thread(target=self._run, name="transfer-sign", daemon=True).start()
+
+    def _run(self) -> None:
+        while (item := self._take()) is not None:
+            began = time.monotonic()
+            signed: Signed
+            try:
+                signed = self._sign(item)
+            except BaseException as error:
+                signed = error
+            self._slow = time.monotonic() - began > _SLOW_SIGN_S
+            self._batch.begin(item, signed)
+
+    def _take(self) -> Item | None:
+        with self._lock:
+            while self._free <= 0 and not self._exhausted:
+                self._idle += 1
+                self._room.wait()
+                self._idle -= 1
+            if self._exhausted:
+                return None
+            try:
+                item = next(self._items, None)
+            except BaseException as error:
+                self.failure, item = error, None
+            if item is None:
+                self._exhausted = True
+                self._room.notify_all()
+                self._batch.bell.put(None)
+                return None
+            self._free -= 1
+            self._taken += 1
+            if self._slow and not self._idle and self._free > 0 and self._threads < self._most:
+                self._start()
+            return item
 
 
 def run(
     items: Iterable[Item],
-    work: Callable[[Item, Batch], Stored],
+    sign: Callable[[Item], SignedRequest],
+    tell: Callable[[Item, Signed, Batch[Item]], Tale[Stored]],
     watch: Watch,
     loop: TransferLoop,
     *,
-    width: int,
+    signers: int,
+    window: int,
     go_on: bool,
 ) -> None:
-    """Do `work` for all items, `width` at a time.
+    """Tell the story of each item, signed; `window` of them at a time.
 
     `go_on`: past a JobFault or WorkerFault; the first one is raised at the end.
     """
     watch.halt.check()
-    batch = Batch(loop)
-    pool = ThreadPoolExecutor(width, thread_name_prefix="transfer")
-    open_items: dict[Future[Stored], Item] = {}
+    batch: Batch[Item] = Batch(loop, tell, threads=signers)
+    loop.join(batch)
     failure: JobFault | WorkerFault | None = None
-
-    def feed(source: Iterator[Item]) -> None:
-        # Twice the width, so that no worker waits while the caller's thread reports.
-        while len(open_items) < 2 * width and (item := next(source, None)) is not None:
-            future = pool.submit(work, item, batch)
-            open_items[future] = item
-            future.add_done_callback(batch.events.put)
-
+    supply: _Signers[Item] | None = None
     try:
-        with watch.halt.waking(lambda: batch.events.put(None)):
-            source = iter(items)
-            feed(source)
-            while open_items:
-                event = batch.events.get()
+        with watch.halt.waking(lambda: batch.bell.put(None)):
+            supply = _Signers(items, sign, batch, most=signers, window=window)
+            while not supply.is_done:
+                batch.bell.get()
                 watch.halt.check()
-                if event is None:
-                    _tell(batch, watch)
-                    continue
-                item = open_items.pop(event)
-                try:
-                    stored = event.result()
-                except (JobFault, WorkerFault) as error:
-                    if not go_on:
-                        raise
-                    failure = failure or error
-                else:
-                    watch.done(item, stored)
-                feed(source)
-            _tell(batch, watch)
+                if supply.failure is not None:
+                    raise supply.failure
+                while batch.progress:
+                    _tell(batch.progress.popleft(), watch)
+                done = 0
+                for item, story in _drain(batch):
+                    done += 1
+                    if story.error is None and story.result is not None:
+                        watch.done(item, story.result)
+                    elif go_on and isinstance(story.error, JobFault | WorkerFault):
+                        failure = failure or story.error
+                    elif story.error is not None and not isinstance(story.error, Ended):
+                        raise story.error
+                if batch.why_lost:
+                    raise WorkerFault(WorkerReason.INTERNAL, batch.why_lost)
+                supply.told(done)
+            _tell(batch.take_progress(), watch)
     finally:
+        if supply is not None:
+            supply.close()
         batch.end()
-        pool.shutdown(wait=False, cancel_futures=True)
-        wait(open_items, timeout=_LEAVE_S)
     if failure is not None:
         raise failure
 
 
-def _tell(batch: Batch, watch: Watch) -> None:
-    expected, moved = batch.take_news()
+def _drain(batch: Batch[Item]) -> Iterator[tuple[Item, Story[Stored]]]:
+    with contextlib.suppress(IndexError):
+        while True:
+            yield batch.news.popleft()
+
+
+def _tell(progress: tuple[int, int], watch: Watch) -> None:
+    expected, moved = progress
     if expected:
         watch.expect(expected)
     if moved:

@@ -1,7 +1,7 @@
 """What a whole file must hash to, as far as a store says so, and the hashing itself while bytes pass by.
 
-Used by `part` and `upload`. One hash per byte where that is enough: the MD5 or SHA-256 that the store vouches for, else
-SHA-256 for our own record.
+Used by `part`, `body` and `hashing`. One hash per byte where that is enough: the MD5 or SHA-256 that the store vouches
+for, else SHA-256 for our own record.
 
 An ETag of 32 hex digits is an object's MD5 only where S3 is spoken. Other servers make up such an ETag from time and
 size (Starlette's FileResponse does, and with it the local-disk servers of PROTOCOL.md), so it is believed only beside
@@ -15,9 +15,8 @@ import hashlib
 import re
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol, Self
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from jobfetcher.transfer.exchange import Reply
 from jobfetcher.transfer.replies import content_length, strong_etag
@@ -35,8 +34,11 @@ _SUM_HEADERS: dict[str, tuple[Algorithm, int]] = {
 }
 
 
+_OUR_OWN: frozenset[Algorithm] = frozenset({"sha256"})
+
+
 class _Hasher(Protocol):
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None: ...
 
     def hexdigest(self) -> str: ...
 
@@ -45,7 +47,7 @@ class _Crc32:
     def __init__(self) -> None:
         self._value = 0
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: bytes | memoryview, /) -> None:
         self._value = zlib.crc32(data, self._value)
 
     def hexdigest(self) -> str:
@@ -56,17 +58,16 @@ def _hasher(name: str) -> _Hasher:
     return _Crc32() if name == "crc32" else hashlib.new(name, usedforsecurity=False)
 
 
-class Expected(BaseModel):
-    """What a whole object must be, from the headers of the reply that began it; kept beside a part as JSON.
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a whole object must be, from the headers of the reply that began it.
 
     `etag` is a strong one or empty; `size` None where the store does not say; `sums` are hex digits by algorithm.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    etag: str = Field(default="", max_length=202, pattern=r'^("[!#-~]+")?$')
-    size: int | None = Field(default=None, ge=0)
-    sums: dict[Algorithm, str] = {}
+    etag: str
+    size: int | None
+    sums: dict[Algorithm, str]
 
     @classmethod
     def of(cls, reply: Reply) -> Self:
@@ -75,8 +76,10 @@ class Expected(BaseModel):
         if (md5 := etag_md5(reply.headers)) is not None:
             sums["md5"] = md5
         for header, (name, size) in _SUM_HEADERS.items():
+            if header not in reply.headers:
+                continue
             try:
-                digest = base64.b64decode(reply.headers.get(header, ""), validate=True)
+                digest = base64.b64decode(reply.headers[header], validate=True)
             except ValueError:
                 continue  # also `...-3`, the sum of a multipart object's sums
             if len(digest) == size and reply.headers.get("x-amz-checksum-type", "").upper() != "COMPOSITE":
@@ -99,16 +102,20 @@ def etag_md5(headers: Mapping[str, str]) -> str | None:
 class Digests:
     """Running hashes of one stream of bytes."""
 
+    __slots__ = ("_hashers",)
+
     def __init__(self, names: frozenset[Algorithm]) -> None:
-        self._hashers: dict[str, _Hasher] = {name: _hasher(name) for name in sorted(names)}
+        self._hashers: dict[str, _Hasher] = {name: _hasher(name) for name in names}
 
     @classmethod
     def for_expected(cls, expected: Expected) -> Self:
         """Those that `expected` needs, and always one that is good enough to be kept."""
         names = frozenset(expected.sums)
-        return cls(names if "md5" in names or "sha256" in names else names | {"sha256"})
+        if not names:
+            return cls(_OUR_OWN)
+        return cls(names if "md5" in names or "sha256" in names else names | _OUR_OWN)
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         for hasher in self._hashers.values():
             hasher.update(data)
 

@@ -1,20 +1,29 @@
 """The story of one input, top to bottom: sign, fetch, resume, renew, verify (FAULTS.md C1 to C7).
 
-Used by `presigned`, in a batch's worker thread.
+Used by `presigned`, told by a batch in the loop's thread. How many connections bring it is the business of `ranges`.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
 
 from jobfetcher.core.errors import JobFault, JobReason
 from jobfetcher.core.ports import Download
 from jobfetcher.core.run import Stored
 from jobfetcher.core.urls import Method, SignedRequest
 from jobfetcher.transfer import replies
-from jobfetcher.transfer.batch import Batch
+from jobfetcher.transfer.batch import Batch, Signed
+from jobfetcher.transfer.digests import Digests
 from jobfetcher.transfer.exchange import Reply
-from jobfetcher.transfer.part import Discard, Part
+from jobfetcher.transfer.part import Discard, NoRanges, Part, Piece
 from jobfetcher.transfer.patience import Patience, Rules, TryAgain
+from jobfetcher.transfer.ranges import Attempt, Crew
+from jobfetcher.transfer.story import Aside, Tale
 from jobfetcher.transfer.wire import Wire
+
+if TYPE_CHECKING:
+    from jobfetcher.transfer.cache import Cache, Entry
 
 #: New URLs without a new byte before we believe that the storage means it (C1).
 _MAX_RENEWALS = 20
@@ -26,66 +35,140 @@ _MAX_DAMAGED = 3
 _PROGRESS = 1024 * 1024
 
 
-def fetch(item: Download, batch: Batch, wire: Wire, rules: Rules, budget_s: float) -> Stored:
+def fetch(
+    item: Download,
+    signed: Signed,
+    batch: Batch[Download],
+    wire: Wire,
+    rules: Rules,
+    budget_s: float,
+    ranges: int,
+    cache: Cache | None,
+) -> Tale[Stored]:
     """Bring `item.part` to its whole, verified content. Raises JobFault, WorkerFault, or what `item.sign` raises."""
-    batch.check()
-    patience = Patience(rules, budget_s, f"input {item.name}", batch.ended)
-    with Part(item.part, item.name, batch.moved, batch.expect) as part:
-        part.resume(batch.check)
-        request: SignedRequest | None = None
+    patience = Patience(rules, budget_s, f"input {item.name}")
+    part = Part(item.part, item.name, batch, lambda: batch.loop.hashers)
+    crew = Crew(part, batch, wire, ranges)
+    try:
+        part.resume()
+        request: SignedRequest = yield from patience.signed(item.sign, signed)
+        _check_method(request)
+        entry: Entry | None = None
+        if cache is not None and not part.have:
+            entry = yield Aside(partial(cache.find, request))
+        renew = False
         renewals = damaged = 0
         while True:
-            batch.check()
-            if request is None:
-                request = patience.signed(item.sign)
+            if renew:
+                renew = False
+                request = yield from patience.signed(item.sign)
                 _check_method(request)
-            before = part.best
-            try:
-                reply = wire.get(request, part.wanted(), part.accept, batch)
-                if _is_file(reply, part):
-                    part.check_whole(reply)
-                elif replies.is_later(reply):
-                    raise TryAgain(f"the storage answers {replies.words(reply)}", replies.retry_after_s(reply))
-                elif reply.status == 416 or reply.status < 400:
-                    raise Discard(f"the storage answers {replies.words(reply)}")
-            except TryAgain as failure:
-                if isinstance(failure, Discard):
-                    part.restart()
-                if part.best > before:
-                    renewals = 0
-                if part.best - before >= _PROGRESS:
-                    patience.progressed()
-                patience.again(str(failure), failure.retry_after_s)
-                continue
 
-            if _is_file(reply, part):
-                wrong = part.mismatch()
+            reply: Reply | None = None
+            if not part.is_whole:
+                if part.have:
+                    entry = None
+                crew.extra = [] if entry is None else [f"If-None-Match: {entry.etag}"]
+                crew.fill(request)
+                attempt: Attempt | None = yield crew
+                if attempt is None:
+                    continue
+                try:
+                    reply = attempt.outcome()
+                    _check_reply(reply, attempt.piece, part, entry)
+                except TryAgain as failure:
+                    if isinstance(failure, NoRanges):
+                        crew.most = 1
+                        part.join()
+                        continue
+                    if isinstance(failure, Discard):
+                        crew.most = 1 if crew.is_busy else crew.most
+                        crew.stop()
+                        part.restart()
+                    elif crew.is_busy:
+                        crew.fewer()
+                        part.join()
+                        continue
+                    if part.best > attempt.before:
+                        renewals = 0
+                    if part.best - attempt.before >= _PROGRESS:
+                        patience.progressed()
+                    yield from patience.again(str(failure), failure.retry_after_s)
+                    continue
+
+            if part.is_whole:
+                digests = yield from _hashed(part)
+                wrong = "" if part.expected is None else digests.mismatch(part.expected)
                 if not wrong:
-                    return part.stored()
-                damaged += 1
+                    stored = part.stored(digests)
+                    if cache is not None:
+                        yield Aside(partial(cache.keep, request, item.part, stored, check=batch.check))
+                    return stored
+                if part.is_scattered:
+                    crew.most = 1  # it may be the ranges that are wrong: once more without any, before it counts
+                else:
+                    damaged += 1
                 part.restart()
                 if damaged >= _MAX_DAMAGED:
                     part.remove()
                     raise JobFault(
                         JobReason.INPUT_CORRUPT, f"input {item.name} arrived damaged {damaged} times: {wrong}"
                     )
+            elif reply is None or _is_file(reply):
+                continue  # a piece of it; others are on their way
+            elif entry is not None and reply.status == 304:
+                digest: str = "" if cache is None else (yield Aside(partial(cache.take, entry, part.fd, batch.check)))
+                if digest:
+                    return Stored(item.name, entry.size, digest, entry.etag)
+                entry = None
+            elif crew.is_busy:
+                crew.fewer()
+                part.join()
+                renew = replies.is_refused(reply)
+            elif part.is_scattered and not replies.is_refused(reply):
+                crew.most = 1  # the URL has given the file before, so it is the ranges: once more, all of it at once
+                part.restart()
             elif replies.is_missing(reply):
                 raise JobFault(
                     JobReason.INPUT_MISSING, f"input {item.name} not found in storage: {replies.words(reply)}"
                 )
             else:
                 renewals += 1
-                request = None
+                renew = True
                 if renewals > (_MAX_RENEWALS if replies.is_refused(reply) else 1):
                     raise JobFault(
                         JobReason.INPUT_MISSING,
                         f"input {item.name} cannot be had: the storage refuses it with {replies.words(reply)}",
                     )
+    finally:
+        crew.stop()
+        part.close()
 
 
-def _is_file(reply: Reply, part: Part) -> bool:
-    """Whether all the bytes are here now. 416 is the answer to asking for what follows the last one (C5)."""
-    return reply.status in {200, 206} or (reply.status == 416 and replies.unsatisfied_size(reply) == part.offset)
+def _check_reply(reply: Reply, piece: Piece, part: Part, entry: Entry | None) -> None:
+    """Raise TryAgain if it neither brought its piece nor says for good why not."""
+    if _is_file(reply):
+        part.check_whole(piece, reply)
+    elif reply.status == 416 and piece.at and replies.unsatisfied_size(reply) == piece.at == (part.size or piece.at):
+        piece.end = piece.at  # the answer to asking for what follows the last byte (C5)
+    elif reply.status == 304 and entry is not None and reply.headers.get("etag", entry.etag) == entry.etag:
+        pass
+    elif replies.is_later(reply):
+        raise TryAgain(f"the storage answers {replies.words(reply)}", replies.retry_after_s(reply))
+    elif reply.status == 416 or reply.status < 400:
+        raise Discard(f"the storage answers {replies.words(reply)}")
+
+
+def _hashed(part: Part) -> Tale[Digests]:
+    finish = part.finish()
+    if part.is_hashed:
+        return finish()
+    digests: Digests = yield Aside(finish)
+    return digests
+
+
+def _is_file(reply: Reply) -> bool:
+    return reply.status in {200, 206}
 
 
 def _check_method(request: SignedRequest) -> None:

@@ -1,24 +1,29 @@
-"""One HTTP request on one libcurl handle: what goes out, what came back, and everything that is switched off.
+"""One HTTP request and its reply, and the libcurl handle that performs it, with everything that is switched off.
 
-Used by `wire` (makes them) and `multi` (runs them). A worker thread makes an exchange, hands it to the loop and waits
-for `ended`; in between every method with a leading underscore runs in the loop's thread, so no lock is needed. An
-exception in a callback never reaches libcurl: it is kept in `error` and the exchange is ended.
+Used by `wire` (makes exchanges) and `multi` (runs them), in the loop's thread only. A handle is hardened once and then
+stays warm: about thirty options cost more than the rest of a small file. It keeps one method for its life, and each
+exchange sets all that may differ between two requests of that method (`Handle.load`), so nothing of one is left for
+the next. An exception in a callback never reaches libcurl: it is kept in the exchange's `error`, which is then ended.
 """
 
 from __future__ import annotations
 
 import socket
 import ssl
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pycurl
 
-#: Takes the body of a reply, piece by piece.
-Sink = Callable[[bytes], None]
+if TYPE_CHECKING:
+    from jobfetcher.transfer.limits import Bucket
+    from jobfetcher.transfer.multi import TransferLoop
+    from jobfetcher.transfer.story import Resume, Teller
+
+#: Takes the next pieces of a reply's body, and their size in bytes; true when it has all it wants.
+Sink = Callable[[list[bytes], int], bool]
 
 #: Of a reply that is not a file (an error, a redirect, an upload's answer) no more is read.
 MAX_WORDS = 65_536
@@ -26,8 +31,19 @@ MAX_WORDS = 65_536
 #: Of a reply's headers no more are kept; libcurl itself refuses more than 300 KiB of them.
 _MAX_HEADERS, _MAX_HEADER = 100, 16_384
 
-#: Larger reads mean fewer callbacks into Python: 512 KiB is the most that libcurl takes for the one, 2 MiB the other.
-_READ_BUFFER, _SEND_BUFFER = 512 * 1024, 2 * 1024 * 1024
+#: Larger reads mean fewer calls: 512 KiB is the most that libcurl takes for the one, 2 MiB for the other; a small file
+#: is spared the large buffer.
+_READ_BUFFER, _SEND_BUFFER, _SMALL_SEND_BUFFER = 512 * 1024, 2 * 1024 * 1024, 64 * 1024
+
+#: libcurl hands a body over in pieces of 16 KiB (CURL_MAX_WRITE_SIZE). So much of them goes to the file at once, and
+#: what there is at the end of each turn of the loop: one system call and one hand-over of the interpreter for 16.
+_GATHER = 256 * 1024
+
+#: With a limit on bandwidth, an upload takes so much at once, so that many of them share it evenly.
+_LIMITED_READ = 64 * 1024
+
+#: How a head ends; some servers leave the carriage return out.
+_BLANK = frozenset({b"\r\n", b"\n"})
 
 #: CURLOPT_SUPPRESS_CONNECT_HEADERS, which pycurl has no name for: what a proxy says about itself is no reply.
 _SUPPRESS_CONNECT_HEADERS = 265
@@ -77,132 +93,282 @@ class _LentSocket(socket.socket):
 
 
 class Exchange:
-    """One request and its reply. `origin` is scheme, host and port, `target` the path and query.
+    """One request and its reply; a `story.Wait`. `origin` is scheme, host and port, `target` the path and query.
 
-    `on_reply` is called in the loop's thread when the final headers are in, and returns where the body goes, or None
-    to have its first 64 KiB kept as words. `check_address` raises for an address that must not be connected to.
+    `on_start` is called when a connection is free for it, and `on_reply` when the final headers are in; that returns
+    where the body goes, or None to have its first 64 KiB kept as words. Both may raise, which ends it with that
+    `error`.
+    `check_address` raises for an address that must not be connected to.
     """
+
+    __slots__ = (
+        "_check_address",
+        "_loop",
+        "_on_reply",
+        "_refused",
+        "_sink",
+        "age",
+        "body",
+        "code",
+        "error",
+        "failure",
+        "handle",
+        "has_enough",
+        "headers",
+        "in_body",
+        "method",
+        "on_start",
+        "origin",
+        "reply",
+        "resume",
+        "target",
+    )
 
     def __init__(
         self,
         method: str,
         origin: str,
         target: str,
-        headers: Sequence[str],
+        headers: list[str],
         *,
         check_address: Callable[[str], None],
-        on_reply: Callable[[Reply], Sink | None] = lambda _: None,
+        on_start: Callable[[], None] | None = None,
+        on_reply: Callable[[Exchange, Reply], Sink | None] | None = None,
         body: Body | None = None,
     ) -> None:
-        self.ended = threading.Event()
-        self.unwanted = False
+        self.method, self.origin, self.target, self.headers, self.body = method, origin, target, headers, body
+        self.on_start = on_start
+        self._check_address, self._on_reply = check_address, on_reply
         self.reply = Reply()
         self.error: BaseException | None = None
         self.code, self.failure = 0, ""
-        self._method, self._origin, self._target = method, origin, target
-        self._headers, self._body = headers, body
-        self._check_address, self._on_reply = check_address, on_reply
+        self.age = 0
+        self.handle: Handle | None = None
+        self.resume: Resume | None = None
+        self.in_body = self.has_enough = False
+        self._loop: TransferLoop | None = None
         self._sink: Sink | None = None
-        self._in_body = self._enough = False
         self._refused: Exception | None = None
 
-    def prepare(self, curl: pycurl.Curl, net: NetSettings) -> None:
-        """Set up a fresh or reset handle for this request."""
-        _harden(curl, net)
-        slow_for_s = net.slow_for_s
-        curl.setopt(pycurl.URL, self._origin + self._target)
-        if net.proxy is None:
-            curl.setopt(pycurl.REQUEST_TARGET, self._target)  # else `%2f` becomes `%2F`, which may break a signature
-        if self._body is not None:
-            curl.setopt(pycurl.POST if self._method == "POST" else pycurl.UPLOAD, 1)
-            size = pycurl.POSTFIELDSIZE_LARGE if self._method == "POST" else pycurl.INFILESIZE_LARGE
-            curl.setopt(size, self._body.length)
-            curl.setopt(pycurl.READFUNCTION, self._read)
-            curl.setopt(pycurl.SEEKFUNCTION, self._seek)
-            # A server that spools the body first may copy it before it answers, and is silent meanwhile: it gets one
-            # second more for each 32 MiB, which makes 220 s for 5 GiB.
-            slow_for_s += self._body.length >> 25
-        curl.setopt(pycurl.LOW_SPEED_LIMIT, net.slow_bytes_per_s)
-        curl.setopt(pycurl.LOW_SPEED_TIME, slow_for_s)
-        # `Expect:` without a value keeps libcurl from asking first and waiting a second for an answer.
-        curl.setopt(pycurl.HTTPHEADER, ["Accept-Encoding: identity", "Expect:", *self._headers])
-        curl.setopt(pycurl.HEADERFUNCTION, self._header)
-        curl.setopt(pycurl.WRITEFUNCTION, self._write)
-        curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
+    def begin(self, teller: Teller, resume: Resume) -> None:
+        """Run it on the loop; the story goes on when it has ended, in whatever way."""
+        self.resume = resume
+        self._loop = teller.loop
+        self._loop.start(self)
+
+    def cancel(self) -> None:
+        """End it; nobody waits any more."""
+        self.resume = None
+        if self._loop is not None:
+            self._loop.abort(self, pycurl.E_ABORTED_BY_CALLBACK, "aborted")
 
     def finish(self, code: int, failure: str) -> None:
-        """The loop is done with it: libcurl's result and words. Wakes whoever waits."""
-        if self._enough and code == pycurl.E_WRITE_ERROR:
+        """The loop is done with it: libcurl's result and words."""
+        if self.has_enough and code in {pycurl.E_WRITE_ERROR, pycurl.E_ABORTED_BY_CALLBACK}:
             code, failure = 0, ""  # we ended it ourselves, having read as much as we wanted
         if code and not self.reply.status and self.error is None:
             self.error = self._refused
         self.code, self.failure = code, failure
-        self.ended.set()
+
+    def wake(self) -> None:
+        """Let the story go on."""
+        if self.resume is not None:
+            self.resume(self, None)
+
+    def take_headers(self, lines: list[bytes]) -> None:
+        """All lines of one head, status line first. Only the final one counts: 1xx replies come before it."""
+        status = int(lines[0].split(maxsplit=2)[1])
+        if status < 200:
+            return
+        self.reply.status = status
+        headers = self.reply.headers
+        for line in b"".join(lines[1:_MAX_HEADERS]).decode("latin-1").split("\n"):
+            name, colon, value = line.partition(":")
+            if colon and len(line) <= _MAX_HEADER:
+                headers.setdefault(name.strip().lower(), value.strip())
+        self.in_body = True
+        if self._on_reply is not None:
+            self._sink = self._on_reply(self, self.reply)
+
+    def take_body(self, pieces: list[bytes], size: int) -> bool:
+        """The next pieces of the body; true if no more is wanted."""
+        if self._sink is not None:
+            enough = self._sink(pieces, size)
+        else:
+            room = MAX_WORDS - len(self.reply.words)
+            self.reply.words += b"".join(pieces)[:room]
+            enough = size > room
+        self.has_enough |= enough
+        return enough
+
+    def check_address(self, family: int, address: str) -> bool:
+        """Whether this address may be connected to (FAULTS.md T7)."""
+        try:
+            if family not in {socket.AF_INET, socket.AF_INET6}:
+                raise OSError("not an internet address")
+            self._check_address(address)
+        except Exception as error:
+            self.refuse(error)
+            return False
+        return True
+
+    def refuse(self, error: Exception) -> None:
+        """There is no connection to this address; kept apart, since the host's next address may be allowed."""
+        self._refused = error
+
+
+class Handle:
+    """A warm libcurl handle for requests of one method; `exchange` is the one it performs now.
+
+    `limited`: what bounds its bandwidth. `on_bytes` is called when pieces of a body wait for `flush`, and `on_pause`
+    when it stopped for want of tokens.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        net: NetSettings,
+        *,
+        limited: Bucket | None,
+        on_bytes: Callable[[Handle], None],
+        on_pause: Callable[[Handle], None],
+    ) -> None:
+        self.curl = pycurl.Curl()
+        self.method = method
+        self.exchange: Exchange | None = None
+        self._net, self._bucket = net, limited
+        self._on_bytes, self._on_pause = on_bytes, on_pause
+        self._lines: list[bytes] = []
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._headers: list[str] | None = None
+        self._slow_for_s = self._send_buffer = 0
+        curl = self.curl
+        _harden(curl, net)
+        curl.setopt(pycurl.HEADERFUNCTION, self._header)
+        curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
+        curl.setopt(pycurl.LOW_SPEED_LIMIT, net.slow_bytes_per_s)
+        if method == "GET":
+            curl.setopt(pycurl.HTTPGET, 1)
+            curl.setopt(pycurl.WRITEFUNCTION, self._write if limited is None else self._write_limited)
+        else:
+            curl.setopt(pycurl.POST if method == "POST" else pycurl.UPLOAD, 1)
+            curl.setopt(pycurl.WRITEFUNCTION, self._write)
+            curl.setopt(pycurl.READFUNCTION, self._read)
+            curl.setopt(pycurl.SEEKFUNCTION, self._seek)
+
+    def load(self, exchange: Exchange) -> None:
+        """Set all that differs between two requests of one method; raises pycurl.error for what libcurl refuses."""
+        curl, net = self.curl, self._net
+        self.exchange = exchange
+        self._lines.clear()
+        curl.setopt(pycurl.URL, exchange.origin + exchange.target)
+        if net.proxy is None:
+            curl.setopt(pycurl.REQUEST_TARGET, exchange.target)  # else `%2f` becomes `%2F`, and a signature may break
+        if exchange.headers != self._headers:
+            self._headers = None  # should libcurl refuse them
+            # `Expect:` without a value keeps libcurl from asking first and waiting a second for an answer.
+            curl.setopt(pycurl.HTTPHEADER, ["Accept-Encoding: identity", "Expect:", *exchange.headers])
+            self._headers = exchange.headers
+        slow_for_s = net.slow_for_s
+        if exchange.body is not None:
+            length = exchange.body.length
+            curl.setopt(pycurl.POSTFIELDSIZE_LARGE if self.method == "POST" else pycurl.INFILESIZE_LARGE, length)
+            send_buffer = _SEND_BUFFER if length > _SMALL_SEND_BUFFER else _SMALL_SEND_BUFFER
+            if send_buffer != self._send_buffer:
+                curl.setopt(pycurl.UPLOAD_BUFFERSIZE, send_buffer)
+                self._send_buffer = send_buffer
+            # A server that spools the body first may copy it before it answers, and is silent meanwhile: it gets one
+            # second more for each 32 MiB, which makes 220 s for 5 GiB.
+            slow_for_s += length >> 25
+        if slow_for_s != self._slow_for_s:
+            curl.setopt(pycurl.LOW_SPEED_TIME, slow_for_s)
+            self._slow_for_s = slow_for_s
+
+    def unload(self) -> None:
+        """Forget the exchange and whatever it left."""
+        self.exchange = None
+        self._lines.clear()
+        self._pieces.clear()
+        self._size = 0
+
+    def flush(self) -> bool:
+        """Hand the gathered pieces of the body on; false if the exchange must be ended."""
+        exchange, size = self.exchange, self._size
+        if exchange is None or not size:
+            return True
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        try:
+            return not exchange.take_body(pieces, size)
+        except BaseException as error:
+            exchange.error = error
+            return False
 
     def _header(self, line: bytes) -> int | None:
-        try:
-            self._take_header(line.decode("latin-1").rstrip("\r\n"))
-        except BaseException as error:
-            self.error = error
-            return 0  # fewer bytes than given: libcurl ends the exchange
+        exchange = self.exchange
+        if exchange is None or exchange.in_body:
+            return None  # trailers after a chunked body mean nothing to us
+        self._lines.append(line)
+        if line in _BLANK:
+            try:
+                exchange.take_headers(self._lines)
+            except BaseException as error:
+                exchange.error = error
+                return 0  # fewer bytes than given: libcurl ends the exchange
+            self._lines.clear()
         return None
 
-    def _take_header(self, line: str) -> None:
-        if self._in_body:
-            return  # trailers after a chunked body mean nothing to us
-        if line.startswith("HTTP/"):
-            self.reply = Reply(status=int(line.split(maxsplit=2)[1]))
-        elif not line:
-            if self.reply.status >= 200:  # 1xx replies come before the final one
-                self._in_body = True
-                self._sink = self._on_reply(self.reply)
-        elif len(self.reply.headers) < _MAX_HEADERS and len(line) <= _MAX_HEADER:
-            name, colon, value = line.partition(":")
-            if colon:
-                self.reply.headers.setdefault(name.strip().lower(), value.strip())
-
     def _write(self, data: bytes) -> int | None:
-        try:
-            if self._sink is not None:
-                self._sink(data)
-            else:
-                room = MAX_WORDS - len(self.reply.words)
-                self.reply.words += data[:room]
-                if len(data) > room:
-                    self._enough = True
-                    return 0
-        except BaseException as error:
-            self.error = error
+        if not self._size:
+            self._on_bytes(self)
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size >= _GATHER and not self.flush():
             return 0
         return None
 
+    def _write_limited(self, data: bytes) -> int | None:
+        if self._bucket is not None and not self._bucket.take(len(data)):
+            self._on_pause(self)
+            return pycurl.WRITEFUNC_PAUSE
+        return self._write(data)
+
     def _read(self, size: int) -> bytes | int:
+        exchange = self.exchange
+        if exchange is None or exchange.body is None:
+            return b""
+        if self._bucket is not None:
+            size = min(size, _LIMITED_READ)
+            if not self._bucket.take(size):
+                self._on_pause(self)
+                return pycurl.READFUNC_PAUSE
         try:
-            return b"" if self._body is None else self._body.read(size)
+            return exchange.body.read(size)
         except BaseException as error:
-            self.error = error
+            exchange.error = error
             return pycurl.READFUNC_ABORT
 
     def _seek(self, offset: int, origin: int) -> int:
         """libcurl starts a body again when a kept-alive connection turns out to be dead."""
-        if self._body is None or offset or origin:
+        exchange = self.exchange
+        if exchange is None or exchange.body is None or offset or origin:
             return pycurl.SEEKFUNC_CANTSEEK
         try:
-            self._body.rewind()
+            exchange.body.rewind()
         except BaseException as error:
-            self.error = error
+            exchange.error = error
             return pycurl.SEEKFUNC_FAIL
         return pycurl.SEEKFUNC_OK
 
     def _open_socket(self, _purpose: int, address: pycurl.CurlSockAddr) -> socket.socket | int:
         """The one place where connections begin, with the address about to be connected to (FAULTS.md T7)."""
+        exchange = self.exchange
+        if exchange is None or not exchange.check_address(address.family, str(address.addr[0])):
+            return pycurl.SOCKET_BAD
         try:
-            if address.family not in {socket.AF_INET, socket.AF_INET6}:
-                raise OSError("not an internet address")
-            self._check_address(str(address.addr[0]))
             return _LentSocket(address.family, address.socktype, address.protocol)
-        except Exception as error:
-            self._refused = error  # kept apart: the host's next address may be allowed
+        except OSError as error:
+            exchange.refuse(error)
             return pycurl.SOCKET_BAD
 
 
@@ -226,7 +392,6 @@ def _harden(curl: pycurl.Curl, net: NetSettings) -> None:
         (pycurl.CONNECTTIMEOUT_MS, max(1, int(net.connect_timeout_s * 1000))),
         (pycurl.TCP_KEEPALIVE, 1),
         (pycurl.BUFFERSIZE, _READ_BUFFER),
-        (pycurl.UPLOAD_BUFFERSIZE, _SEND_BUFFER),
         (pycurl.USERAGENT, "jobfetcher"),
         *_trust(net.ca_file),
     ):

@@ -34,10 +34,15 @@ class AddressGuard:
         self._api: frozenset[str] | None = None
         self._until = -1.0
 
+    @property
+    def knows(self) -> bool:
+        """Whether the API's addresses are known and not older than a minute."""
+        return self._api is not None and self._clock() < self._until
+
     def learn(self) -> None:
-        """Find the API's addresses; may block, so it is called before the loop gets to `check` anything."""
+        """Find the API's addresses unless they are known; may block, so it is called aside."""
         with self._lock:
-            if self._api is not None and self._clock() < self._until:
+            if self.knows:
                 return
             try:
                 self._api = self._resolver(self._policy.api.host)

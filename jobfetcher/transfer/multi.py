@@ -1,212 +1,459 @@
 """The one thread in which all files move: a `CurlMulti` driven by epoll, for all jobs at once.
 
-Used by `wire`. Threads hand in an exchange and wait; the loop owns all handles and connections, and sleeps in epoll
-whenever there is nothing to do: sockets wake it, libcurl's own timer, and one socket pair for what other threads ask.
-Connections are kept alive and bounded, per host and in all; what is above the bound waits inside libcurl.
+Used by `batch` and the waits of `story`. The loop owns all handles and connections, and sleeps in epoll whenever there
+is nothing to do: sockets wake it, timers, and one eventfd for what other threads ask. They ask by `call`, which wakes
+the loop only if it sleeps. Connections are kept alive and bounded, per origin and in all; what is above the bound waits
+here, where it does not time out, and the bound follows what the server bears (`limits.Origin`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import selectors
-import socket
+import heapq
+import os
+import select
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Protocol
 
 import pycurl
 
 from jobfetcher.core.errors import WorkerFault, WorkerReason
-from jobfetcher.transfer.exchange import Exchange, NetSettings
+from jobfetcher.transfer.exchange import Exchange, Handle, NetSettings
+from jobfetcher.transfer.limits import Bucket, Origin
 
-_SELECT = {
-    pycurl.POLL_IN: selectors.EVENT_READ,
-    pycurl.POLL_OUT: selectors.EVENT_WRITE,
-    pycurl.POLL_INOUT: selectors.EVENT_READ | selectors.EVENT_WRITE,
+_EPOLL = {
+    pycurl.POLL_IN: select.EPOLLIN,
+    pycurl.POLL_OUT: select.EPOLLOUT,
+    pycurl.POLL_INOUT: select.EPOLLIN | select.EPOLLOUT,
 }
+
+#: A hostile server may name many others; of so many origins we remember what they bear.
+_MOST_ORIGINS = 256
+
+#: A loop that never sleeps lets its members tell so often what happened; one that sleeps wakes for what was kept back.
+_FLUSH_EVERY_S = 0.05
+_KEEP_BACK_S = 0.002
+
+#: More than four would take the cores that jobs pay for; one hashes 0.8 to 1.9 GB/s.
+_MOST_HASHERS = 4
+
+
+class Member(Protocol):
+    """Somebody whose stories run here: told when the loop pauses, and when it is gone."""
+
+    def flush(self) -> bool:
+        """A moment to tell other threads what happened; true if something is kept back. In the loop's thread."""
+        ...
+
+    def lost(self, why: str) -> None:
+        """The loop has ended, and with it everything that ran. From any thread."""
+        ...
+
+
+class Timer:
+    """Something to be done later, unless it is cancelled."""
+
+    __slots__ = ("do",)
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self.do: Callable[[], None] | None = do
+
+    def cancel(self) -> None:
+        self.do = None
 
 
 class TransferLoop:
-    """Runs exchanges. Thread-safe; the thread starts with the first exchange and ends with `close`."""
+    """Runs exchanges. The thread starts with the first member and ends with `close`.
 
-    def __init__(self, net: NetSettings, *, max_host_connections: int = 16, max_connections: int = 64) -> None:
+    `bandwidth_limit`: bytes a second, each way; None: no limit.
+    """
+
+    def __init__(
+        self,
+        net: NetSettings,
+        *,
+        max_host_connections: int = 16,
+        max_connections: int = 64,
+        bandwidth_limit: float | None = None,
+    ) -> None:
         self._net = net
-        self._bounds = (max_host_connections, max_connections)
+        self._max_host, self._max_total = max_host_connections, max_connections
+        self.bandwidth_limit = bandwidth_limit
         self._lock = threading.Lock()
-        self._asked: deque[tuple[Exchange, bool]] = deque()  # and whether it shall run (else: be aborted)
-        self._closed = False
+        self._asked: deque[Callable[[], None]] = deque()
+        self._members: set[Member] = set()
+        self._closed = self._asleep = False
+        self._flushed_at = 0.0
         self._thread: threading.Thread | None = None
-        self._waker: socket.socket | None = None
+        self._waker = -1
+        self._poll: _Poll | None = None
+        self._hashers: ThreadPoolExecutor | None = None
 
-    def perform(self, exchange: Exchange) -> None:
-        """Run `exchange` and return when it has ended, in whatever way; never raises for what the network did."""
-        self._ask(exchange, run=True)
-        exchange.ended.wait()
+    # -- from any thread ---------------------------------------------------------------------------------------------
 
-    def abort(self, exchange: Exchange) -> None:
-        """End it now, from any thread; nothing happens if it has ended."""
-        exchange.unwanted = True  # said first: it may not have reached the loop yet
-        if not exchange.ended.is_set():
-            self._ask(exchange, run=False)
+    def join(self, member: Member) -> None:
+        """Have the loop run for `member` until it leaves. Raises WorkerFault when the worker is closing."""
+        with self._lock:
+            if self._closed:
+                raise WorkerFault(WorkerReason.INTERNAL, "files cannot be moved any more: the worker is closing")
+            self._members.add(member)
+            if self._thread is None:
+                self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._thread = threading.Thread(target=self._run, args=(self._waker,), name="transfer", daemon=True)
+                self._thread.start()
+
+    def leave(self, member: Member) -> None:
+        """`member` wants nothing more."""
+        with self._lock:
+            self._members.discard(member)
+
+    def call(self, do: Callable[[], None]) -> None:
+        """Have `do` called in the loop's thread, soon, in the order of asking; not at all if the loop is gone."""
+        self._asked.append(do)
+        if self._asleep:
+            self._asleep = False
+            self._wake()
 
     def close(self) -> None:
         """Abort everything, close all connections and end the thread."""
         with self._lock:
             self._closed = True
             thread = self._thread
-            self._wake()
+        self._wake()
         if thread is not None:
             thread.join()
 
-    def _ask(self, exchange: Exchange, *, run: bool) -> None:
-        with self._lock:
-            if self._closed:
-                if run:
-                    raise WorkerFault(WorkerReason.INTERNAL, "files cannot be moved any more: the worker is closing")
-                return
-            self._asked.append((exchange, run))
-            if self._thread is None:
-                ours, theirs = socket.socketpair()
-                ours.setblocking(False)
-                theirs.setblocking(False)
-                self._waker = ours
-                self._thread = threading.Thread(target=self._run, args=(theirs,), name="transfer", daemon=True)
-                self._thread.start()
-            self._wake()
-
     def _wake(self) -> None:
-        if self._waker is not None:
-            with contextlib.suppress(BlockingIOError):  # full: then it is awake anyway
-                self._waker.send(b"\0")
+        with self._lock:
+            if self._waker >= 0:
+                with contextlib.suppress(BlockingIOError):  # full: then it is awake anyway
+                    os.eventfd_write(self._waker, 1)
 
-    def _run(self, wakes: socket.socket) -> None:
-        """The thread. However it ends, nobody is left waiting, and the next exchange starts a new one."""
-        running: dict[pycurl.Curl, Exchange] = {}
+    # -- in the loop's thread ----------------------------------------------------------------------------------------
+
+    def start(self, exchange: Exchange) -> None:
+        """Run `exchange` as soon as there is a connection for it; its `resume` is called when it has ended."""
+        self._here.start(exchange)
+
+    def abort(self, exchange: Exchange, code: int, why: str) -> None:
+        """End it now with libcurl's `code`; nothing happens if it has ended."""
+        if self._poll is not None:
+            self._poll.abort(exchange, code, why)
+
+    def later(self, seconds: float, do: Callable[[], None]) -> Timer:
+        """Call `do` after so many seconds; never before the caller has returned."""
+        return self._here.later(seconds, do)
+
+    def soon(self, do: Callable[[], None]) -> None:
+        """Call `do` in this turn, when the caller has returned: from libcurl's callbacks nothing may be begun."""
+        self._here.soon(do)
+
+    def free_connections(self, origin: str) -> int:
+        """How many more connections `origin` may have now."""
+        return self._here.free_connections(origin)
+
+    @property
+    def hashers(self) -> ThreadPoolExecutor:
+        """Threads for hashing; started when first used."""
+        if self._hashers is None:
+            threads = min(_MOST_HASHERS, os.cpu_count() or 1)
+            self._hashers = ThreadPoolExecutor(threads, thread_name_prefix="transfer-hash")
+        return self._hashers
+
+    @property
+    def _here(self) -> _Poll:
+        assert self._poll is not None  # noqa: S101 - only the loop's own thread asks
+        return self._poll
+
+    def _run(self, wakes: int) -> None:
+        """The thread. However it ends, nobody is left waiting, and the next member starts a new one."""
         why = "the transfer loop was closed"
         try:
-            with _Poll(self._bounds) as poll:
-                poll.selector.register(wakes, selectors.EVENT_READ)
+            with _Poll(self._net, self._max_host, self._max_total, self.bandwidth_limit, wakes) as poll:
+                self._poll = poll
                 while not self._closed:
-                    if poll.turn(wakes):
-                        self._answer(poll, running)
-                    for curl, code, failure in poll.ended():
-                        poll.give_back(curl)
-                        running.pop(curl).finish(code, failure)
-                for curl in running:
-                    poll.give_back(curl)
-        except Exception as error:
+                    self._answer()
+                    if not poll.turn(0.0):
+                        self._sleep(poll)
+                    elif time.monotonic() - self._flushed_at > _FLUSH_EVERY_S:
+                        self._flush()
+        except BaseException as error:
             why = f"the transfer loop failed: {error!r}"
             raise
         finally:
             with self._lock:
-                wakes.close()
-                if self._waker is not None:
-                    self._waker.close()
-                self._waker = self._thread = None
-                asked = [exchange for exchange, run in self._asked if run]
-                self._asked.clear()
-            for exchange in [*running.values(), *asked]:
-                exchange.finish(pycurl.E_ABORTED_BY_CALLBACK, why)
+                self._poll = self._thread = None
+                self._waker = -1
+                self._asleep = False
+                os.close(wakes)
+                members, self._members = self._members, set()
+                hashers, self._hashers = self._hashers, None
+            for member in members:
+                member.lost(why)
+            # What is still asked for ends stories that can be ended without the loop (files are closed).
+            while self._asked:
+                with contextlib.suppress(Exception):
+                    self._asked.popleft()()
+            if hashers is not None:
+                hashers.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(self, poll: _Poll, running: dict[pycurl.Curl, Exchange]) -> None:
+    def _flush(self) -> bool:
+        self._flushed_at = time.monotonic()
+        kept_back = [member.flush() for member in list(self._members)]
+        return any(kept_back)
+
+    def _sleep(self, poll: _Poll) -> None:
+        keeps_back = self._flush()
+        # Who asks from now on sees that we sleep, and wakes us; who asked before is seen here.
+        self._asleep = True
+        poll.turn(0.0 if self._asked or self._closed else None, at_most=_KEEP_BACK_S if keeps_back else None)
+        self._asleep = False
+
+    def _answer(self) -> None:
         """Do what other threads asked for since the last turn, in their order."""
-        while True:
-            with self._lock:
-                if not self._asked:
-                    return
-                exchange, run = self._asked.popleft()
-            if run and exchange.unwanted:
-                exchange.finish(pycurl.E_ABORTED_BY_CALLBACK, "aborted")
-            elif run:
-                curl = poll.handle()
-                running[curl] = exchange
-                try:
-                    exchange.prepare(curl, self._net)
-                    poll.multi.add_handle(curl)
-                except pycurl.error as error:
-                    del running[curl]
-                    curl.close()
-                    exchange.finish(pycurl.E_FAILED_INIT, str(error))
-            else:
-                for curl in [curl for curl, other in running.items() if other is exchange]:
-                    poll.give_back(curl)
-                    running.pop(curl).finish(pycurl.E_ABORTED_BY_CALLBACK, "aborted")
+        for _ in range(len(self._asked)):
+            self._asked.popleft()()
 
 
 class _Poll:
-    """libcurl's sockets and timer on one selector. Lives in the loop's thread only."""
+    """libcurl's sockets and timers on one epoll, its handles, and who has a connection. In the loop's thread only."""
 
-    def __init__(self, bounds: tuple[int, int]) -> None:
-        self.selector = selectors.DefaultSelector()
-        self.multi = pycurl.CurlMulti()
+    def __init__(
+        self, net: NetSettings, max_host: int, max_total: int, bandwidth_limit: float | None, wakes: int
+    ) -> None:
+        self._net, self._max_host, self._max_total, self._wakes = net, max_host, max_total, wakes
+        self._down = None if bandwidth_limit is None else Bucket(bandwidth_limit)
+        self._up = None if bandwidth_limit is None else Bucket(bandwidth_limit)
+        self._paused: dict[str, list[Handle]] = {"down": [], "up": []}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._numbers = count()
         self._due: float | None = None
-        self._spare: list[pycurl.Curl] = []
-        host, total = bounds
-        self._most_spare = total
-        self.multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
-        self.multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)
-        self.multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, host)
-        self.multi.setopt(pycurl.M_MAX_TOTAL_CONNECTIONS, total)
-        self.multi.setopt(pycurl.M_MAXCONNECTS, total)
+        self._fds: set[int] = set()
+        self._running: dict[pycurl.Curl, Handle] = {}
+        self._spare: dict[str, list[Handle]] = {"GET": [], "PUT": [], "POST": []}
+        self._origins: dict[str, Origin] = {}
+        self._with_bytes: list[Handle] = []
+        self._ready: deque[Callable[[], None]] = deque()
+        self._epoll = select.epoll()
+        self._epoll.register(wakes, select.EPOLLIN)
+        self._multi = pycurl.CurlMulti()
+        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
+        self._multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)
+        self._multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, max_host)
+        self._multi.setopt(pycurl.M_MAX_TOTAL_CONNECTIONS, max_total)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, max_total)
 
     def __enter__(self) -> _Poll:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for curl in self._spare:
-            curl.close()
-        self.multi.close()
-        self.selector.close()
+        for handle in list(self._running.values()):
+            self._multi.remove_handle(handle.curl)
+            handle.unload()
+            handle.curl.close()
+        for spare in self._spare.values():
+            for handle in spare:
+                handle.curl.close()
+        self._multi.close()
+        self._epoll.close()
 
-    def turn(self, wakes: socket.socket) -> bool:
-        """Wait for something and let libcurl deal with it; True if another thread asked for something."""
-        asked = False
-        timeout = None if self._due is None else max(0.0, self._due - time.monotonic())
-        for key, events in self.selector.select(timeout):
-            if key.fileobj is wakes:
-                wakes.recv(4096)
-                asked = True
+    def start(self, exchange: Exchange) -> None:
+        origin = self._origin(exchange.origin)
+        if origin.has_room and len(self._running) < self._max_total:
+            self._begin(exchange, origin)
+        else:
+            origin.waiting.append(exchange)
+
+    def abort(self, exchange: Exchange, code: int, why: str) -> None:
+        handle = exchange.handle
+        if handle is not None:
+            self._end(handle, exchange, code, why)
+            return
+        waiting = self._origin(exchange.origin).waiting
+        if exchange in waiting:
+            waiting.remove(exchange)
+            exchange.finish(code, why)
+            self.soon(exchange.wake)
+
+    def soon(self, do: Callable[[], None]) -> None:
+        self._ready.append(do)
+
+    def later(self, seconds: float, do: Callable[[], None]) -> Timer:
+        timer = Timer(do)
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), timer))
+        return timer
+
+    def free_connections(self, origin: str) -> int:
+        known = self._origin(origin)
+        return min(known.limit - known.active, self._max_total - len(self._running)) if not known.waiting else 0
+
+    def turn(self, timeout: float | None, at_most: float | None = None) -> bool:
+        """Let libcurl and the timers do what is due; `timeout` None: wait for it, `at_most` so many seconds.
+
+        True if anything was done.
+        """
+        if timeout is None:
+            timeout = self._until_due()
+            if at_most is not None:
+                timeout = at_most if timeout is None else min(timeout, at_most)
+        events = self._epoll.poll(-1 if timeout is None else timeout)
+        busy = bool(events)
+        for fd, event in events:
+            if fd == self._wakes:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(fd)
                 continue
-            mask = pycurl.CSELECT_IN if events & selectors.EVENT_READ else 0
-            mask |= pycurl.CSELECT_OUT if events & selectors.EVENT_WRITE else 0
-            self.multi.socket_action(key.fd, mask)
+            mask = pycurl.CSELECT_IN if event & ~select.EPOLLOUT else 0
+            mask |= pycurl.CSELECT_OUT if event & ~select.EPOLLIN else 0
+            self._multi.socket_action(fd, mask)
         if self._due is not None and self._due <= time.monotonic():
             self._due = None  # before the call, which may set the next one
-            self.multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
-        return asked
+            self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+            busy = True
+        if self._with_bytes:
+            self._flush()
+        self._collect()
+        while self._ready:
+            busy = True
+            self._ready.popleft()()
+        return self._ring() or busy
 
-    def ended(self) -> list[tuple[pycurl.Curl, int, str]]:
-        """The handles that are done: result code (0: well) and libcurl's words."""
-        done: list[tuple[pycurl.Curl, int, str]] = []
+    def _until_due(self) -> float | None:
+        if self._ready:
+            return 0.0
+        while self._timers and self._timers[0][2].do is None:
+            heapq.heappop(self._timers)
+        due = self._timers[0][0] if self._timers else None
+        if self._due is not None and (due is None or self._due < due):
+            due = self._due
+        return None if due is None else max(0.0, due - time.monotonic())
+
+    def _ring(self) -> bool:
+        """Do what timers say."""
+        rang = False
+        now = time.monotonic() if self._timers else 0.0
+        last = next(self._numbers)
+        while self._timers and self._timers[0][0] <= now and self._timers[0][1] < last:
+            _, _, timer = heapq.heappop(self._timers)
+            if timer.do is not None:
+                timer.do()
+            rang = True
+        return rang
+
+    def _flush(self) -> None:
+        """Hand on what came in this turn."""
+        handles, self._with_bytes = self._with_bytes, []
+        for handle in handles:
+            if not handle.flush() and handle.exchange is not None:
+                self._end(handle, handle.exchange, pycurl.E_WRITE_ERROR, "the file could not be written")
+
+    def _collect(self) -> None:
+        """Take out what libcurl is done with."""
         left = 1
         while left:
-            left, well, badly = self.multi.info_read()
-            done += [(curl, 0, "") for curl in well]
-            done += badly
-        return done
+            left, well, badly = self._multi.info_read()
+            for curl, code, failure in [*((curl, 0, "") for curl in well), *badly]:
+                handle = self._running[curl]
+                if handle.exchange is not None:
+                    self._end(handle, handle.exchange, code, failure)
 
-    def handle(self) -> pycurl.Curl:
-        """A handle to prepare: a used one where there is one, since making one is dear."""
-        return self._spare.pop() if self._spare else pycurl.Curl()
+    def _begin(self, exchange: Exchange, origin: Origin) -> None:
+        origin.begin(exchange)
+        spare = self._spare[exchange.method]
+        handle = spare.pop() if spare else self._make(exchange.method)
+        self._running[handle.curl] = handle
+        exchange.handle = handle
+        try:
+            if exchange.on_start is not None:
+                exchange.on_start()
+            handle.load(exchange)
+            self._multi.add_handle(handle.curl)
+        except BaseException as error:
+            if not isinstance(error, pycurl.error):
+                exchange.error = error
+            self._end(handle, exchange, pycurl.E_FAILED_INIT, str(error), added=False)
 
-    def give_back(self, curl: pycurl.Curl) -> None:
+    def _end(self, handle: Handle, exchange: Exchange, code: int, failure: str, *, added: bool = True) -> None:
         """Take a handle out of the loop; if it was still at work, its connection is closed."""
-        self.multi.remove_handle(curl)
-        if len(self._spare) < self._most_spare:
-            curl.reset()  # drops the callbacks, and with them the exchange
-            self._spare.append(curl)
+        if added:
+            handle.flush()
+            self._multi.remove_handle(handle.curl)
+        handle.unload()
+        del self._running[handle.curl]
+        for paused in self._paused.values():
+            if handle in paused:
+                paused.remove(handle)
+        spare = self._spare[handle.method]
+        if len(spare) < self._max_host:
+            spare.append(handle)
         else:
-            curl.close()
+            handle.curl.close()
+        exchange.handle = None
+        exchange.finish(code, failure)
+        origin = self._origin(exchange.origin)
+        origin.end(exchange)
+        self.soon(exchange.wake)
+        self._next(origin)
+
+    def _next(self, freed: Origin) -> None:
+        """Give free connections to those who wait: at the origin that has one more, and where only the sum was full."""
+        was_full = len(self._running) == self._max_total - 1
+        for origin in (freed, *self._origins.values()) if was_full else (freed,):
+            while origin.waiting and origin.has_room and len(self._running) < self._max_total:
+                self._begin(origin.waiting.popleft(), origin)
+
+    def _make(self, method: str) -> Handle:
+        def on_pause(handle: Handle) -> None:
+            self._pause(handle, "down" if method == "GET" else "up")
+
+        bucket = self._down if method == "GET" else self._up
+        return Handle(method, self._net, limited=bucket, on_bytes=self._with_bytes_of, on_pause=on_pause)
+
+    def _with_bytes_of(self, handle: Handle) -> None:
+        self._with_bytes.append(handle)
+
+    def _pause(self, handle: Handle, way: str) -> None:
+        """There are no tokens for it; when there are, all that wait go on, first come, first served."""
+        paused = self._paused[way]
+        bucket = self._down if way == "down" else self._up
+        if not paused and bucket is not None:
+            self.later(bucket.wait_s(), lambda: self._unpause(way))
+        if handle not in paused:
+            paused.append(handle)
+
+    def _unpause(self, way: str) -> None:
+        paused, self._paused[way] = self._paused[way], []
+        for handle in paused:
+            exchange = handle.exchange
+            if exchange is not None:
+                try:
+                    handle.curl.pause(pycurl.PAUSE_CONT)  # hands over what was held back, so it may end here
+                except pycurl.error as error:
+                    self._end(handle, exchange, int(error.args[0]), str(error.args[-1]))
+
+    def _origin(self, name: str) -> Origin:
+        origin = self._origins.get(name)
+        if origin is None:
+            if len(self._origins) >= _MOST_ORIGINS:
+                self._origins = {key: known for key, known in self._origins.items() if not known.is_forgettable}
+            origin = self._origins[name] = Origin(self._max_host)
+        return origin
 
     def _on_socket(self, event: int, fd: int, _multi: pycurl.CurlMulti, _data: object) -> None:
-        known = fd in self.selector.get_map()
         if event == pycurl.POLL_REMOVE:
-            if known:
-                self.selector.unregister(fd)
-        elif known:
-            self.selector.modify(fd, _SELECT[event])
+            if fd in self._fds:
+                self._fds.discard(fd)
+                self._epoll.unregister(fd)
+        elif fd in self._fds:
+            self._epoll.modify(fd, _EPOLL[event])
         else:
-            self.selector.register(fd, _SELECT[event])
+            self._epoll.register(fd, _EPOLL[event])
+            self._fds.add(fd)
 
     def _on_timer(self, timeout_ms: int) -> None:
         self._due = None if timeout_ms < 0 else time.monotonic() + timeout_ms / 1000

@@ -6,16 +6,15 @@ Used by `download` and `upload`, one `Patience` per file.
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn
 
 from jobfetcher.core.errors import SourceRefused, SourceUnavailable, WorkerFault, WorkerReason
 from jobfetcher.core.text import clean
-
-T = TypeVar("T")
+from jobfetcher.core.urls import SignedRequest
+from jobfetcher.transfer.story import Aside, Pause, Tale
 
 #: The first tries after a failure come at once: most cuts are one cut.
 _FAST_TRIES = 3
@@ -32,18 +31,18 @@ class TryAgain(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The clock, the sleep (a wait on the batch's end, in seconds) and the dice; replaced in tests."""
+    """The clock, the dice, and how long a pause of so many seconds really is; replaced in tests."""
 
     clock: Callable[[], float] = time.monotonic
-    sleep: Callable[[threading.Event, float], object] = threading.Event.wait
+    pause: Callable[[float], float] = float
     dice: Callable[[], float] = random.random
 
 
 class Patience:
     """What is left of it for one file. `what` names the file for people."""
 
-    def __init__(self, rules: Rules, budget_s: float, what: str, ended: threading.Event) -> None:
-        self._rules, self._budget_s, self._what, self._ended = rules, budget_s, what, ended
+    def __init__(self, rules: Rules, budget_s: float, what: str) -> None:
+        self._rules, self._budget_s, self._what = rules, budget_s, what
         self._failures = 0
         self._since = rules.clock()
 
@@ -51,36 +50,44 @@ class Patience:
         """Something was reached: the budget and the fast tries begin anew."""
         self._failures, self._since = 0, self._rules.clock()
 
-    def again(self, why: str, retry_after_s: float | None = None) -> None:
-        """Wait until the next try is due, or raise WorkerFault when the budget is spent. Ends early with the batch."""
+    def again(self, why: str, retry_after_s: float | None = None) -> Tale[None]:
+        """Wait until the next try is due, or raise WorkerFault when the budget is spent."""
         spent = self._rules.clock() - self._since
         if spent > self._budget_s:
             raise WorkerFault(
                 WorkerReason.STORAGE,
                 f"{self._what} could not be moved for {spent / 3600:.1f} hours, given up: {clean(why, 300)}",
             )
-        self._pause(retry_after_s)
+        yield from self._pause(retry_after_s)
 
-    def signed(self, sign: Callable[[], T]) -> T:
+    def signed(
+        self, sign: Callable[[], SignedRequest], first: SignedRequest | BaseException | None = None
+    ) -> Tale[SignedRequest]:
         """What `sign` gives, asked again while the source is out of reach; its other errors are final.
 
         That costs nothing of the budget: a source that is away for a day takes no job back (FAULTS.md B2, B3).
+        `first`: what it gave already.
         """
         began = self._rules.clock()
         while True:
             try:
-                signed = sign()
+                if isinstance(first, BaseException):
+                    _throw(first)
+                request: SignedRequest = first or (yield Aside(sign))
             except (SourceUnavailable, SourceRefused) as error:
-                if self._ended.is_set():
-                    raise
-                self._pause(getattr(error, "retry_after_s", None))
+                first = None
+                yield from self._pause(getattr(error, "retry_after_s", None))
             else:
                 self._since += self._rules.clock() - began
-                return signed
+                return request
 
-    def _pause(self, retry_after_s: float | None) -> None:
+    def _pause(self, retry_after_s: float | None) -> Tale[None]:
         self._failures += 1
         backoff = min(_CAP_S, 2.0 ** min(self._failures - _FAST_TRIES, 10)) if self._failures > _FAST_TRIES else 0.0
         delay = max(self._rules.dice() * backoff, retry_after_s or 0.0)
         if delay:
-            self._rules.sleep(self._ended, delay)
+            yield Pause(self._rules.pause(delay))
+
+
+def _throw(error: BaseException) -> NoReturn:
+    raise error

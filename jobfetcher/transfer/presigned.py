@@ -1,13 +1,14 @@
 """Files by requests that a server signed for us: S3 and its kin, GCS, Azure, and plain HTTP servers.
 
 The adapter of `core.ports.Transfer` that `build` makes, one for the whole worker. All jobs share its one loop thread
-and its connections; each call has its own window of workers, so a job that waits for its storage holds up no other.
+and its connections; each call has its own window and its own signers, so a job whose source hangs holds up no other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from jobfetcher.core.ports import Download, Upload, Watch
 from jobfetcher.core.urls import UrlPolicy
@@ -17,6 +18,9 @@ from jobfetcher.transfer.guard import AddressGuard, Resolver, resolve
 from jobfetcher.transfer.multi import TransferLoop
 from jobfetcher.transfer.patience import Rules
 from jobfetcher.transfer.wire import Wire
+
+if TYPE_CHECKING:
+    from jobfetcher.transfer.cache import Cache
 
 #: FAULTS.md C2: an input out of reach for this long is the machine's trouble, and another worker may do better.
 DOWNLOAD_BUDGET_S = 6 * 3600.0
@@ -31,7 +35,11 @@ MAX_UPLOAD_BYTES = 5 * 1024**3
 class PresignedTransfer:
     """Moves files as `policy` allows.
 
-    `concurrency`: files at a time in one call. Budgets: seconds without success before a file is given up.
+    `concurrency`: requests signed at the same time in one call. How many small files are on their way is bounded by the
+    connections, `max_host_connections` to one origin and `max_connections` in all: a file of 4 KiB is on the wire for a
+    few hundred microseconds, and eight at a time would leave the wire idle. `ranges`: connections that one large
+    download may use. `bandwidth_limit`: bytes a second each way, of all calls together; None: no limit. `cache`: where
+    inputs are kept for later jobs. Budgets: seconds without success before a file is given up.
     """
 
     def __init__(
@@ -39,6 +47,9 @@ class PresignedTransfer:
         policy: UrlPolicy,
         *,
         concurrency: int = 8,
+        ranges: int = 8,
+        bandwidth_limit: float | None = None,
+        cache: Cache | None = None,
         max_host_connections: int = 16,
         max_connections: int = 64,
         net: NetSettings | None = None,
@@ -50,19 +61,28 @@ class PresignedTransfer:
     ) -> None:
         net = net or NetSettings()
         rules = rules or Rules()
-        self._concurrency = concurrency
-        self._loop = TransferLoop(net, max_host_connections=max_host_connections, max_connections=max_connections)
+        self._loop = TransferLoop(
+            net,
+            max_host_connections=max_host_connections,
+            max_connections=max_connections,
+            bandwidth_limit=bandwidth_limit,
+        )
         wire = Wire(policy, AddressGuard(policy, resolver, rules.clock), proxied=net.proxy is not None)
-        self._fetch = partial(download.fetch, wire=wire, rules=rules, budget_s=download_budget_s)
-        self._send = partial(upload.send, wire=wire, rules=rules, budget_s=upload_budget_s, max_bytes=max_upload_bytes)
+        # One signed request for each signer lies ready while the connections are busy.
+        self._run = partial(batch.run, loop=self._loop, signers=concurrency, window=concurrency + max_host_connections)
+        self._fetch = partial(
+            download.fetch, wire=wire, rules=rules, budget_s=download_budget_s, ranges=ranges, cache=cache
+        )
+        self._send = partial(upload.send, wire=wire, rules=rules, budget_s=upload_budget_s)
+        self._sign_output = partial(upload.sign, max_bytes=max_upload_bytes)
 
     def download(self, items: Iterable[Download], watch: Watch) -> None:
         """Fetch all; ends at the first failure. See `core.ports.Transfer`."""
-        batch.run(items, self._fetch, watch, self._loop, width=self._concurrency, go_on=False)
+        self._run(items, lambda item: item.sign(), self._fetch, watch, go_on=False)
 
     def upload(self, items: Iterable[Upload], watch: Watch) -> None:
         """Send all that can be sent, then raise the first failure. See `core.ports.Transfer`."""
-        batch.run(items, self._send, watch, self._loop, width=self._concurrency, go_on=True)
+        self._run(items, self._sign_output, self._send, watch, go_on=True)
 
     def close(self) -> None:
         """End the loop thread and all connections."""

@@ -1,6 +1,7 @@
 """The story of one output, top to bottom: measure, sign, send, compare (FAULTS.md C8 to C11, C14).
 
-Used by `presigned`, in a batch's worker thread. Every try sends the whole file again: same key, so nothing is doubled.
+Used by `presigned`, told by a batch in the loop's thread. Every try sends the whole file again: same key, so nothing is
+doubled.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from jobfetcher.core.ports import Upload
 from jobfetcher.core.run import Stored
 from jobfetcher.core.urls import Method, SignedRequest
 from jobfetcher.transfer import replies
-from jobfetcher.transfer.batch import Batch
+from jobfetcher.transfer.batch import Batch, Signed
 from jobfetcher.transfer.body import FileBody, changed, form
 from jobfetcher.transfer.digests import etag_md5
 from jobfetcher.transfer.exchange import Reply
 from jobfetcher.transfer.patience import Patience, Rules, TryAgain
+from jobfetcher.transfer.story import Aside, Tale
 from jobfetcher.transfer.wire import Wire
 
 _STORED = frozenset({200, 201, 204})
@@ -30,25 +32,29 @@ _MAX_RENEWALS = 2
 _MAX_DAMAGED = 3
 
 
-def send(item: Upload, batch: Batch, wire: Wire, rules: Rules, budget_s: float, max_bytes: int) -> Stored:
-    """Store one file. Raises JobFault, WorkerFault, or what `item.sign` and `item.open` raise."""
-    batch.check()
+def sign(item: Upload, max_bytes: int) -> SignedRequest:
+    """The first request for `item`. Raises JobFault for one that no request would be good for."""
     if item.size > max_bytes:
         raise _too_large(item, f"the store takes at most {max_bytes / 2**30:g} GB per file")
+    return item.sign(False)
+
+
+def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: Rules, budget_s: float) -> Tale[Stored]:
+    """Store one file. Raises JobFault, WorkerFault, or what `item.sign` and `item.open` raise."""
     batch.expect(item.size)
-    patience = Patience(rules, budget_s, f"output {item.name}", batch.ended)
+    patience = Patience(rules, budget_s, f"output {item.name}")
     refused = damaged = 0
+    first: Signed | None = signed
     renew = False
     while True:
-        batch.check()
-        request = patience.signed(partial(item.sign, renew))
-        renew = False
+        request = yield from patience.signed(partial(item.sign, renew), first)
+        first, renew = None, False
         try:
-            reply, md5 = _once(item, request, batch, wire)
+            reply, md5 = yield from _once(item, request, batch, wire)
             if reply.status not in _STORED and (reply.status < 400 or replies.is_later(reply)):
                 raise TryAgain(f"the storage answers {replies.words(reply)}", replies.retry_after_s(reply))
         except TryAgain as failure:
-            patience.again(str(failure), failure.retry_after_s)
+            yield from patience.again(str(failure), failure.retry_after_s)
             continue
 
         if reply.status in _STORED:
@@ -73,40 +79,49 @@ def send(item: Upload, batch: Batch, wire: Wire, rules: Rules, budget_s: float, 
                 )
 
 
-def _once(item: Upload, request: SignedRequest, batch: Batch, wire: Wire) -> tuple[Reply, str]:
+def _once(item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire) -> Tale[tuple[Reply, str]]:
     """One try: the reply, and the MD5 of what was sent. What was sent in vain is taken back from the progress."""
     if request.method is Method.GET:
         raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out a request that fetches, for a file to be sent")
     head, tail, content_type = b"", b"", None
     if request.method is Method.POST:
         head, tail, content_type = form(request.fields, item.filename)
-    with _opened(item) as file:
-        _check_unchanged(item, file)
-        body = FileBody(file, item.size, item.name, batch.moved, head, tail)
-        stored = False
-        try:
-            reply = wire.send(request, body, content_type, batch)
-            _check_unchanged(item, file)
-            if reply.status in _STORED and not body.complete:
-                raise TryAgain("the storage said that it has the file before all of it was sent")
-            stored = reply.status in _STORED
-            return reply, body.md5
-        finally:
-            if not stored:
-                body.rewind()
+    body = FileBody(partial(_opened, item), item.size, item.name, batch.moved, lambda: batch.loop.hashers, head, tail)
+    stored = False
+    try:
+        reply = yield from wire.send(request, body, content_type, body.open)
+        _check_unchanged(item, body.descriptor())
+        if reply.status in _STORED and not body.complete:
+            raise TryAgain("the storage said that it has the file before all of it was sent")
+        stored = reply.status in _STORED
+        if not stored:
+            return reply, ""
+        md5: str = body.md5() if body.is_small else (yield Aside(body.md5))
+        return reply, md5
+    finally:
+        if not stored:
+            body.take_back()
+        body.close()
 
 
 def _opened(item: Upload) -> BinaryIO:
+    """The file, as the walk saw it."""
     try:
-        return item.open()
+        file = item.open()
     except FileNotFoundError as error:
         raise changed(item.name) from error
     except OSError as error:
         raise WorkerFault(WorkerReason.DISK, f"output {item.name} cannot be read: {error.strerror}") from error
+    try:
+        _check_unchanged(item, file.fileno())
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
-def _check_unchanged(item: Upload, file: BinaryIO) -> None:
-    now = os.fstat(file.fileno())
+def _check_unchanged(item: Upload, descriptor: int) -> None:
+    now = os.fstat(descriptor)
     if not stat.S_ISREG(now.st_mode) or (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
         raise changed(item.name)
 

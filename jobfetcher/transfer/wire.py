@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from urllib.parse import urljoin
 
 import pycurl
@@ -15,13 +16,17 @@ import pycurl
 from jobfetcher.core.errors import WorkerFault, WorkerReason
 from jobfetcher.core.text import clean
 from jobfetcher.core.urls import Method, Origin, SignedRequest, UrlPolicy
-from jobfetcher.transfer.batch import Batch
 from jobfetcher.transfer.exchange import Body, Exchange, Reply, Sink
 from jobfetcher.transfer.guard import AddressGuard
 from jobfetcher.transfer.patience import TryAgain
+from jobfetcher.transfer.story import Aside, Tale
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_HOPS = 3
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+#: So many authorities are remembered as checked.
+_MOST_ORIGINS = 256
 
 #: Trying again would not help: the certificate, the CA file or the URL stays what it is.
 _HOPELESS = frozenset(
@@ -41,55 +46,61 @@ class Wire:
 
     def __init__(self, policy: UrlPolicy, guard: AddressGuard, *, proxied: bool) -> None:
         self._policy, self._guard, self._proxied = policy, guard, proxied
+        self._origins: dict[str, tuple[Origin, str]] = {}
 
     def get(
-        self, request: SignedRequest, extra: Sequence[str], on_reply: Callable[[Reply], Sink | None], batch: Batch
-    ) -> Reply:
+        self, request: SignedRequest, extra: Sequence[str], on_reply: Callable[[Exchange, Reply], Sink | None]
+    ) -> Tale[Reply]:
         """Fetch. At most three redirects, each one checked like the first URL; `extra` headers are ours and go along,
         those of `request` do not."""
         url, headers = request.url, _lines(request)
         for _ in range(_MAX_HOPS + 1):
-            reply = self._ask("GET", url, [*headers, *extra], batch, on_reply=on_reply)
+            exchange = yield from self._ask("GET", url, [*headers, *extra], on_reply=on_reply)
+            reply = exchange.reply
             if reply.status not in _REDIRECTS:
                 return reply
             url, headers = self._next(url, reply), []
         raise WorkerFault(WorkerReason.STORAGE, f"the storage redirects more than {_MAX_HOPS} times")
 
-    def send(self, request: SignedRequest, body: Body, content_type: str | None, batch: Batch) -> Reply:
-        """Send `body` by PUT or POST; a redirect is refused, the file would go where nobody signed for."""
+    def send(
+        self, request: SignedRequest, body: Body, content_type: str | None, on_start: Callable[[], None]
+    ) -> Tale[Reply]:
+        """Send `body` by PUT or POST; a redirect is refused, the file would go where nobody signed for. `on_start` is
+        called when there is a connection for it, and may raise."""
         headers = _lines(request)
         if content_type is not None:
             headers = [line for line in headers if not line.lower().startswith("content-type:")]
             headers.append(f"Content-Type: {content_type}")
         method = "POST" if request.method is Method.POST else "PUT"
-        reply = self._ask(method, request.url, headers, batch, body=body)
-        if reply.status in _REDIRECTS:
+        exchange = yield from self._ask(method, request.url, headers, body=body, on_start=on_start)
+        if exchange.reply.status in _REDIRECTS:
             raise WorkerFault(WorkerReason.STORAGE, "the storage redirects an upload, which is never followed")
-        return reply
+        return exchange.reply
 
     def _ask(
         self,
         method: str,
         url: str,
-        headers: Sequence[str],
-        batch: Batch,
+        headers: list[str],
         *,
-        on_reply: Callable[[Reply], Sink | None] = lambda _: None,
+        on_reply: Callable[[Exchange, Reply], Sink | None] | None = None,
         body: Body | None = None,
-    ) -> Reply:
-        origin = self._policy.check_url(url)
-        self._guard.learn()
+        on_start: Callable[[], None] | None = None,
+    ) -> Tale[Exchange]:
+        origin, base, target = self._checked(url)
+        if not self._guard.knows:
+            yield Aside(self._guard.learn)
         if self._proxied:
-            self._guard.check_name(origin.host)
+            yield Aside(partial(self._guard.check_name, origin.host))
 
         def check_address(address: str) -> None:
             if not self._proxied:  # else it is the proxy's, which the machine's owner named
                 self._guard.check(origin.host, address)
 
         exchange = Exchange(
-            method, *_split(origin, url), headers, check_address=check_address, on_reply=on_reply, body=body
+            method, base, target, headers, check_address=check_address, on_start=on_start, on_reply=on_reply, body=body
         )
-        batch.perform(exchange)
+        yield exchange
         if exchange.error is not None:
             raise exchange.error
         if exchange.code and exchange.reply.status < 400:  # an error's status is enough, even if its words were cut
@@ -97,7 +108,24 @@ class Wire:
             if exchange.code in _HOPELESS:
                 raise WorkerFault(WorkerReason.STORAGE, f"the storage cannot be trusted or asked: {failure}")
             raise TryAgain(failure)
-        return exchange.reply
+        return exchange
+
+    def _checked(self, url: str) -> tuple[Origin, str, str]:
+        """The origin of `url` if it may be asked, the same as text, and the path and query.
+
+        An authority that was found good is remembered: it alone decides, once the characters are known to be those of a
+        URL; parsing each of ten thousand URLs of one store costs as much as a third of fetching them.
+        """
+        found = _AUTHORITY.match(url)
+        authority = found[0] if found else ""
+        checked = self._origins.get(authority) if _is_plain(url) else None
+        if checked is None:
+            origin = self._policy.check_url(url)
+            if len(self._origins) >= _MOST_ORIGINS:
+                self._origins.clear()
+            checked = self._origins[authority] = (origin, _authority(origin))
+        target = url[len(authority) :].partition("#")[0]
+        return *checked, target if target.startswith("/") else f"/{target}"
 
     def _next(self, url: str, reply: Reply) -> str:
         """Where a redirect leads, as a URL that may be asked."""
@@ -118,10 +146,14 @@ def _lines(request: SignedRequest) -> list[str]:
     return [f"{name}: {value}" if value.strip() else f"{name};" for name, value in request.headers]
 
 
-def _split(origin: Origin, url: str) -> tuple[str, str]:
-    """The authority of `url` written as it was checked, so that libcurl cannot read another host into it; and its path
-    and query byte for byte, since a signature may cover them as they are."""
+def _is_plain(url: str) -> bool:
+    """Whether all characters are ones that `UrlPolicy.check_url` lets pass, and not too many."""
+    return len(url) <= 16_384 and url.isascii() and url.isprintable() and " " not in url and "\\" not in url
+
+
+def _authority(origin: Origin) -> str:
+    """The origin written as it was checked, so that libcurl cannot read another host into it. Path and query go byte
+    for byte, since a signature may cover them as they are."""
     host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    port = "" if origin.port == {"http": 80, "https": 443}[origin.scheme] else f":{origin.port}"
-    target = _AUTHORITY.sub("", url, count=1).partition("#")[0]
-    return f"{origin.scheme}://{host}{port}", target if target.startswith("/") else f"/{target}"
+    port = "" if origin.port == _DEFAULT_PORTS[origin.scheme] else f":{origin.port}"
+    return f"{origin.scheme}://{host}{port}"

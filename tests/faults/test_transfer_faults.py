@@ -19,6 +19,7 @@ import pytest
 from jobfetcher.core.errors import JobFault, JobReason, Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.ports import Transfer
 from jobfetcher.core.urls import Method, SignedRequest
+from jobfetcher.transfer.cache import Cache
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.multi import TransferLoop
 from tests.support.file_server import Act, FileServer, Object
@@ -435,6 +436,60 @@ def test_a_useless_416_starts_over(server: FileServer, moving: Transfer, tmp_pat
     assert ranges(server) == [None, "bytes=1000000-", None]
 
 
+# --- inputs that an earlier job had
+
+
+@pytest.fixture
+def kept(server: FileServer, nap: Nap, tmp_path: Path) -> Iterator[tuple[Transfer, Path]]:
+    """A transfer with a cache that holds /in, and the cache's directory."""
+    cache = Cache(tmp_path / "cache", 2**30, lambda *_, **__: None, room_for=lambda _: None)
+    (first := tmp_path / "first").mkdir()
+    with closing(transfer(rules=nap.rules, cache=cache)) as made:
+        made.download([wanted(first, "in", getting(server.url("/in")))], Recorder())
+        server.seen.clear()
+        yield made, tmp_path / "cache"
+
+
+def _again(made: Transfer, server: FileServer, folder: Path) -> Recorder:
+    (second := folder / "second").mkdir()
+    watch = Recorder()
+    made.download([wanted(second, "in", getting(server.url("/in")))], watch)
+    assert (second / "in.part").read_bytes() == CONTENT
+    assert watch.stored[0].digest == f"md5:{MD5}"
+    return watch
+
+
+def test_an_input_that_is_kept_is_asked_about_and_not_moved(
+    server: FileServer, kept: tuple[Transfer, Path], tmp_path: Path
+) -> None:
+    server.script("/in", Act(status=503), Act(status=304, headers={"ETag": f'"{MD5}"'}))
+    watch = _again(kept[0], server, tmp_path)
+    assert [seen.header("if-none-match") for seen in server.seen] == [f'"{MD5}"'] * 2
+    assert (sent(server), watch.sizes, watch.stored[0].etag) == (0, [], f'"{MD5}"')
+
+
+def test_a_kept_input_that_is_damaged_is_fetched(
+    server: FileServer, kept: tuple[Transfer, Path], tmp_path: Path
+) -> None:
+    (entry,) = kept[1].iterdir()
+    with entry.open("r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"rot")
+    server.script("/in", Act(status=304, headers={"ETag": f'"{MD5}"'}))
+    assert sum(_again(kept[0], server, tmp_path).sizes) == len(CONTENT)
+    assert [seen.header("if-none-match") for seen in server.seen] == [f'"{MD5}"', None]
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["not asked for", "of another object"])
+def test_a_304_that_means_nothing_is_not_believed(
+    server: FileServer, kept: tuple[Transfer, Path], tmp_path: Path, nap: Nap, cached: bool
+) -> None:
+    server.script("/in", Act(status=304, headers={"ETag": '"other"'}))
+    with closing(transfer(rules=nap.rules)) as without:
+        _again(kept[0] if cached else without, server, tmp_path)
+    assert len(server.seen) == 2
+
+
 # --- C7: missing, refused
 
 
@@ -518,14 +573,20 @@ def test_an_input_larger_than_the_disk_is_refused_before_a_byte_is_written(
 def test_a_write_that_fails_is_the_disks_fault(
     server: FileServer, moving: Transfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = os.pwrite
+    one, several = os.pwrite, os.pwritev
 
     def full(fd: int, data: bytes, offset: int) -> int:
         if offset > 1_000_000:
             raise OSError(28, "No space left on device")
-        return written(fd, data, offset)
+        return one(fd, data, offset)
+
+    def full_too(fd: int, data: list[bytes], offset: int) -> int:
+        if offset > 1_000_000:
+            raise OSError(28, "No space left on device")
+        return several(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full_too)
     with pytest.raises(WorkerFault, match="input in could not be written: No space left on device") as caught:
         fetch(moving, server, tmp_path)
     assert caught.value.reason is WorkerReason.DISK
@@ -727,10 +788,7 @@ class _Changing:
     def seek(self, offset: int) -> int:
         return self._file.seek(offset)
 
-    def __enter__(self) -> "_Changing":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._file.close()
 
 

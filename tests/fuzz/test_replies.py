@@ -33,6 +33,7 @@ from jobfetcher.sources.worker_api.source import Filter, WorkerApi
 from jobfetcher.telemetry import logs
 from jobfetcher.transfer import digests, replies
 from jobfetcher.transfer.exchange import Reply as StoreReply
+from jobfetcher.transfer.part import Note
 from tests.fuzz.hostile import attempt, fuzz, texts, values
 from tests.support.jobs import Emitted
 
@@ -228,7 +229,8 @@ def test_a_stores_reply_is_read_or_ignored(headers: dict[str, str], status: int,
     for judge in (replies.is_later, replies.is_refused, replies.is_missing):
         assert judge(reply) in {True, False}
     expected = digests.Expected.of(reply)
-    assert digests.Expected.model_validate_json(expected.model_dump_json()) == expected
+    note = Note.of(expected, [])  # what is read back by the next process
+    assert Note.model_validate_json(note.model_dump_json()).expected == expected
     assert all(re.fullmatch("[0-9a-f]{8,64}", digest) for digest in expected.sums.values())
 
 

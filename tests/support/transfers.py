@@ -20,6 +20,7 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.ports import Download, Upload
 from jobfetcher.core.run import Stored
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy, parse_origin
+from jobfetcher.transfer.cache import Cache
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.patience import Rules
 from jobfetcher.transfer.presigned import PresignedTransfer
@@ -59,19 +60,20 @@ class Recorder:
 
 
 class Nap:
-    """A sleep that takes no time, and a clock that believes it did."""
+    """Pauses that take no time, and a clock that believes they did."""
 
     def __init__(self) -> None:
         self.naps: list[float] = []
         self.now = 1000.0
 
-    def sleep(self, _ended: threading.Event, seconds: float) -> None:
+    def pause(self, seconds: float) -> float:
         self.naps.append(seconds)
         self.now += seconds
+        return 0.0
 
     @property
     def rules(self) -> Rules:
-        return Rules(clock=lambda: self.now, sleep=self.sleep, dice=lambda: 1.0)
+        return Rules(clock=lambda: self.now, pause=self.pause, dice=lambda: 1.0)
 
 
 def transfer(
@@ -80,6 +82,9 @@ def transfer(
     net: NetSettings | None = None,
     rules: Rules | None = None,
     concurrency: int = 8,
+    ranges: int = 8,
+    bandwidth_limit: float | None = None,
+    cache: Cache | None = None,
     max_host_connections: int = 16,
     max_upload_bytes: int = 5 * 1024**3,
     resolver: Callable[[str], frozenset[str]] | None = None,
@@ -92,6 +97,9 @@ def transfer(
         net=net or NetSettings(connect_timeout_s=5.0),
         rules=rules or Nap().rules,
         concurrency=concurrency,
+        ranges=ranges,
+        bandwidth_limit=bandwidth_limit,
+        cache=cache,
         max_host_connections=max_host_connections,
         max_upload_bytes=max_upload_bytes,
         resolver=resolver or (lambda host: frozenset({host})),

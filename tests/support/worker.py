@@ -36,7 +36,14 @@ _GRACE_S = 10.0  # until a worker that was told to stop has ended, and until its
 UNTIL_LET_GO = "until [ -e /files/go ]; do sleep 0.05; done"
 
 #: What may lie in PATH_BASE while no job is open.
-_OWN_FILES = {"lock", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast", "jobs"}
+_OWN_FILES = {"lock", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast", "jobs", "cache"}
+
+#: Settings that every worker of a lab has unless its test says otherwise, as `TESTS_WITH="PREFETCH=1 MAX_JOBS=3"`: the
+#: tests of faults hold with everything on as well (scripts/test).
+TESTS_WITH = {
+    name.lower(): value
+    for name, _, value in (setting.partition("=") for setting in os.environ.get("TESTS_WITH", "").split())
+}
 
 #: Words that end an account's time with a job; `queued` is the release (PROTOCOL.md S10).
 _ENDS = {"finished", "error", "queued"}
@@ -249,7 +256,7 @@ class Lab:
             "job_network": "none",
             "pull_policy": "never",
         }
-        return {**quick, **signing_in, **changes}
+        return {**quick, **signing_in, **TESTS_WITH, **changes}
 
     def settings(self, **changes: str) -> Settings:
         """`options`, checked, for a worker in this process."""

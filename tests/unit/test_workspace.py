@@ -136,6 +136,37 @@ def test_what_would_not_leave_the_reserve_is_refused_before_it_comes(tmp_path: P
         assert fault.value.reason is WorkerReason.DISK
 
 
+@pytest.mark.fault("D2")
+def test_what_is_free_is_promised_to_one_job_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs whose inputs each fit, and do not fit together."""
+    free = [100]
+
+    def disk(path: Path) -> os.statvfs_result:
+        return os.statvfs_result((1 << 20, 1 << 20, 200, free[0], free[0], 0, 0, 0, 0, 255))  # blocks of 1 MiB
+
+    monkeypatch.setattr("jobfetcher.workspace._disk", disk)
+    one, two, mib = JobId("1"), JobId("2"), 1 << 20
+    with Base(tmp_path / "base", reserve_mib=10) as base:
+        base.awaits(one, 60 * mib)
+        base.check_room()
+        with pytest.raises(WorkerFault, match=r"60 MiB more do not fit into .*: 40 MiB are free and 10 MiB") as fault:
+            base.awaits(two, 60 * mib)
+        assert fault.value.reason is WorkerReason.DISK
+        base.awaits(two, 30 * mib)
+        free[0] -= 50  # so much has come of the first
+        base.awaits(one, 10 * mib)
+        base.awaits(two, 30 * mib)
+        free[0] -= 5  # somebody else's
+        with pytest.raises(WorkerFault, match="promised to inputs on their way"):
+            base.check_room()
+        assert base.is_full() == "", "a job that runs is not stopped for what may come"
+        base.awaits(two, 29 * mib)  # less than before is never refused
+        base.awaits(two, 0)
+        base.check_room()
+        base.awaits(one, 0)
+        base.awaits(two, 35 * mib)
+
+
 # -- quarantine -------------------------------------------------------------------------------------------------------
 
 
