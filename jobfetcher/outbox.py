@@ -135,7 +135,7 @@ class Outbox:
         delivered = [self.deliver(lease, outcome) for lease, outcome in waiting]
         self._failures = 0 if all(delivered) else self._failures + 1
         spread = random.uniform(0.9, 1.1)  # noqa: S311 - spreads load only
-        self._due = self._clock() + min(_FLUSH_CAP_S, 2.0**self._failures) * spread
+        self._due = self._clock() + min(_FLUSH_CAP_S, 2.0 ** min(self._failures, 10)) * spread
 
     def _still_open(self, lease: Lease, outcome: Outcome) -> str:
         """Keep it for `flush`; returns the level to log at: said once, not per try (FAULTS.md J10)."""

@@ -182,7 +182,9 @@ class Settings(BaseModel):
         600.0, "A prefetched job that has waited for so long is given back for other workers, such as 10m."
     )
     cache_size: Mib = _field(0, "Disk for inputs that are kept for later jobs, such as 50GiB. 0: none is kept.")
-    transfers: Annotated[int, Field(ge=1, le=64)] = _field(8, "Files moved at the same time, per job.")
+    transfers: Annotated[int, Field(ge=1, le=64)] = _field(
+        8, "Files that the server is asked for at the same time, per job; more helps where it is far away."
+    )
     transfer_ranges: Annotated[int, Field(ge=1, le=16)] = _field(
         8, "Connections that one large download may use; as many as make it faster are used. 1: never more than one."
     )

@@ -10,9 +10,10 @@ With `prefetch`, jobs may be taken whose turn comes when a running one ends: the
 while one queues nothing is taken past it, so a large job is never starved by small ones. What is offered for such a job
 is what will be free when the job that computes longest has ended.
 
-Memory of others is read only while nothing is held, and that last idle reading is kept while jobs run: what a running
-job really uses is part of its share and must not be counted twice. Until the first idle moment of a process that came
-back to running jobs, those are taken to use all that they hold.
+Memory of others is read only while nothing is held (with a queue that never runs dry: when the next in it gets its
+share), and that last idle reading is kept while jobs run: what a running job really uses is part of its share and must
+not be counted twice. Until the first idle moment of a process that came back to running jobs, those are taken to use
+all that they hold.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Reservation:
 
     def __init__(self, share: Share | None, budget: Budget | None = None, needs: Needs | None = None) -> None:
         self.needs = needs
+        #: How often it did not even fit while nothing was held.
+        self.misfits = 0
         #: Set when something changed for one that waits.
         self.changed = threading.Event()
         self._share = share
@@ -74,7 +77,9 @@ class Reservation:
         return self._share is None
 
     def wait(self, halt: Halt, at_most_s: float | None, clock: Callable[[], float] = time.monotonic) -> Share:
-        """The share, as soon as it is this one's turn. Raises Stopped, with WAITED after `at_most_s` (None: never)."""
+        """The share, as soon as it is this one's turn. Raises Stopped, with WAITED after `at_most_s` (None: never), and
+        WorkerFault(DOES_NOT_FIT) where this machine has become too small for it.
+        """
         give_up_at = math.inf if at_most_s is None else clock() + at_most_s
         with halt.waking(self.changed.set):
             while self._share is None:
@@ -116,6 +121,10 @@ NOTHING = Reservation(Share(cpu_cores=0.0, memory_mib=0))
 #: A slot is free, and yet the first in the queue does not fit: a GPU's memory is given back by the driver a moment
 #: after the process that had it. Looked at again after so many seconds.
 _LOOK_AGAIN_S = 2.0
+
+#: While nothing is held only other programs or a lost GPU can be in its way. After so many looks, half a minute, it is
+#: given up: nothing would be taken past it.
+_MISFITS = 15
 
 
 class Budget:
@@ -159,20 +168,16 @@ class Budget:
     def offer(self) -> Offer | None:
         """What a job could have now, or else one that may queue later; None while neither can be taken."""
         with self._lock:
-            probing = not (self._held and self._seen_idle)
-            if not self._may_start() and not self._may_queue():
+            probing = self._sees_others()
+            if not self._may_start() and not self._may_prefetch():
                 return None
-        gpus = tuple(self._probe_gpus())
-        in_use_mib = self._probe_memory() if probing else None
+        gpus, in_use_mib = self._probe(probing)
         with self._lock:
-            self._gpus = gpus
-            if in_use_mib is not None and not (self._held and self._seen_idle):
-                self._seen_idle = not self._held
-                self._others_mib = max(0, in_use_mib - sum(one.share.memory_mib for one in self._held))
+            self._note(gpus, in_use_mib)
             free = self._free()
             if self._may_start() and _useful(free):
                 return free
-            if self._may_queue() and _useful(later := self._free_after_the_first()):
+            if self._may_prefetch() and _useful(later := self._free_after_the_first()):
                 return later
             return None
 
@@ -219,20 +224,25 @@ class Budget:
 
     def grant(self, waiting: Reservation) -> float:
         """Give one that waits its share, if it is its turn and fits. Else: seconds after which to ask again, if nothing
-        changes before."""
+        changes before. Raises WorkerFault(DOES_NOT_FIT) where waiting for others to end is of no use."""
         with self._lock:
             if not self._is_next(waiting):
                 return math.inf
-        gpus = tuple(self._probe_gpus())
+            probing = self._sees_others()
+        gpus, in_use_mib = self._probe(probing)
         with self._lock:
             if not self._is_next(waiting):
                 return math.inf
             assert waiting.needs is not None  # noqa: S101 - it queued with them
-            self._gpus = gpus
+            self._note(gpus, in_use_mib)
             try:
                 share = self._share_for(waiting.needs, self._free())
             except WorkerFault:
-                return _LOOK_AGAIN_S
+                waiting.misfits += not self._held
+                if waiting.misfits > _MISFITS:
+                    raise
+                # Of CPU and memory of others that compute nothing comes back before one of them ends, and that is told.
+                return _LOOK_AGAIN_S if waiting.needs.gpu or not self._held else math.inf
             self._queue.popleft()
             self._held[waiting] = None
             waiting.grant(share)
@@ -242,7 +252,7 @@ class Budget:
     def expired(self, waiting: Reservation) -> None:
         """One that waits is given up: no other job is to wait in vain, too, until a running one has ended."""
         with self._lock:
-            self._expired = True
+            self._expired = bool(self._held)
         self.release(waiting)
 
     def cancel(self, waiting: Reservation) -> bool:
@@ -288,11 +298,28 @@ class Budget:
             one.changed.set()
         self._changes.put(None)
 
+    def _sees_others(self) -> bool:
+        """Whether memory in use that is read now tells of other programs (see the module's docstring)."""
+        return not (self._held and self._seen_idle)
+
+    def _probe(self, memory: bool) -> tuple[tuple[Gpu, ...], int | None]:
+        return tuple(self._probe_gpus()), self._probe_memory() if memory else None
+
+    def _note(self, gpus: tuple[Gpu, ...], in_use_mib: int | None) -> None:
+        self._gpus = gpus
+        if in_use_mib is not None and self._sees_others():
+            self._seen_idle = not self._held
+            self._others_mib = max(0, in_use_mib - sum(one.share.memory_mib for one in self._held))
+
     def _may_start(self) -> bool:
         return len(self._held) < self.slots and not self._queue
 
+    def _may_prefetch(self) -> bool:
+        return self._may_queue() and not self._expired
+
     def _may_queue(self) -> bool:
-        return bool(self._held) and len(self._queue) < self.prefetch and not self._expired
+        """Also where all has changed since the offer: what was handed out then is as good as any other."""
+        return bool(self._held or self._queue) and len(self._queue) < self.prefetch
 
     def _is_next(self, waiting: Reservation) -> bool:
         return bool(self._queue) and self._queue[0] is waiting and len(self._held) < self.slots
@@ -311,7 +338,10 @@ class Budget:
 
     def _free_after_the_first(self) -> Offer:
         """What will be free when the job that has computed for longest has ended."""
-        free, first = self._free(), next(iter(self._held)).share
+        free = self._free()
+        if not self._held:
+            return free
+        first = next(iter(self._held)).share
         return Offer(free.cpu_cores + first.cpu_cores, free.memory_mib + first.memory_mib, (*free.gpus, *first.gpus))
 
     def _free_when_idle(self) -> Offer:

@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     code = 1
     try:
-        asked = Options(options.kills, seed, options.engine, options.jobs, options.max_jobs)
+        asked = Options(
+            options.kills, seed, options.engine, options.jobs, options.max_jobs, options.prefetch, options.cache
+        )
         verdict = run(asked, directory, _show)
         code = _report(verdict)
     except KeyboardInterrupt:
@@ -80,6 +82,7 @@ examples:
   python -m tests.chaos                           50 kills, some minutes
   python -m tests.chaos --kills 1000 --seed 7     an hour or two
   python -m tests.chaos --engine --kills 30       kills an engine of its own, too; needs root
+  python -m tests.chaos --max-jobs 3 --prefetch 1 --cache
 
 Exit codes: 0 all well; 1 something is wrong; 2 something is missing here; 130 Ctrl-C.
 """,
@@ -92,6 +95,10 @@ Exit codes: 0 all well; 1 something is wrong; 2 something is missing here; 130 C
     parser.add_argument(
         "--max-jobs", type=int, default=8, metavar="K", help="jobs computing side by side (default: %(default)s)"
     )
+    parser.add_argument(
+        "--prefetch", type=int, default=0, metavar="N", help="jobs brought while others compute (default: %(default)s)"
+    )
+    parser.add_argument("--cache", action="store_true", help="keep inputs for later jobs (CACHE_SIZE)")
     parser.add_argument("--keep", action="store_true", help="keep the directory also when all is well")
     return parser
 

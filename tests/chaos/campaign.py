@@ -55,13 +55,18 @@ class CampaignError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What to do. `jobs` None: as many as the kills need, the queue never runs dry; `engine`: kill an engine, too."""
+    """What to do. `jobs` None: as many as the kills need, the queue never runs dry; `engine`: kill an engine, too.
+
+    `max_jobs`, `prefetch` and `cache` (whether inputs are kept) are the worker's settings.
+    """
 
     kills: int = 50
     seed: int = 1
     engine: bool = False
     jobs: int | None = None
     max_jobs: int = 8
+    prefetch: int = 0
+    cache: bool = False
 
 
 def run(options: Options, directory: Path, progress: Progress = lambda line: None) -> Verdict:
@@ -119,7 +124,7 @@ class Campaign:
             self._keep_queue_full()
             held = open_jobs(self._lab.base)
             with self._worker(held) as worker:
-                if len(held) >= 2 * self._options.max_jobs:
+                if len(held) >= 2 * self._options.max_jobs + self._options.prefetch:
                     self._breathe(worker, frozenset(held))
                 self._live_and_die(worker)
             self._say()
@@ -148,7 +153,9 @@ class Campaign:
     def _worker(self, held: dict[int, str]) -> Iterator[Command]:
         """A worker; whatever the block does, its life is on record afterwards. `held`: see `open_jobs`."""
         own_engine = {} if self._own_engine is None else {"docker_host": self._own_engine.url}
-        env = self._lab.env(timeout_status="1", log_level="debug", **own_engine)
+        cache_size = "1GiB" if self._options.cache else "0"
+        ahead = {"prefetch": str(self._options.prefetch), "cache_size": cache_size}
+        env = self._lab.env(timeout_status="1", log_level="debug", **ahead, **own_engine)
         started = time.time()
         with command(["run", "--max-jobs", str(self._options.max_jobs)], env, self._logs) as worker:
             try:

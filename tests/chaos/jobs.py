@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 _MIB = 1024 * 1024
 
-#: Sizes of the inputs, in bytes; jobs share them.
+#: Sizes of the inputs, in bytes; jobs share them, so that a cache of inputs has something to do.
 INPUT_SIZES = (0, 1, 1000, 100_000, _MIB, 3 * _MIB + 7, 8 * _MIB)
 
 #: What the worker itself adds to the logs of every job. The first is known in advance, the second is not.
@@ -69,6 +69,18 @@ def _copies(number: int, chance: random.Random) -> Planned:
     return Planned("copies", command, _objects(files), reads={"data/in.bin": index}, writes=_OUT)
 
 
+def _gathers(number: int, chance: random.Random) -> Planned:
+    """Copies inputs that other jobs have as well, then spoils its own."""
+    indexes = chance.sample(range(len(INPUT_SIZES)), 3)
+    command = (
+        f"{_CLEAN} sleep {_seconds(chance):.2f}; cp /files/data/*.bin /files/out/;"
+        " for i in /files/data/*.bin; do printf spoiled | dd of=$i conv=notrunc 2> /dev/null; done"
+    )
+    reads = {f"data/{index}.bin": index for index in indexes}
+    files = {"output/out/began": b"", **{f"output/out/{index}.bin": input_content(index) for index in indexes}}
+    return Planned("gathers", command, _objects(files), reads=reads, writes=_OUT)
+
+
 def _several(number: int, chance: random.Random) -> Planned:
     """Outputs of all three kinds, one of 2 MiB, folders, and something printed."""
     command = (
@@ -115,7 +127,7 @@ def _fails(number: int, chance: random.Random) -> Planned:
     return Planned("fails", command, objects, writes=_OUT, exit_code=FAILS)
 
 
-_KINDS = (_copies, _several, _trivial, _stubborn, _polite)
+_KINDS = (_copies, _several, _trivial, _stubborn, _polite, _gathers)
 
 
 def _seconds(chance: random.Random) -> float:

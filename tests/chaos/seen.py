@@ -21,7 +21,7 @@ from tests.support.worker import Lab
 #: The mock API's lease, in seconds.
 LEASE_S = 300.0
 
-_OWN_FILES = {"lock", "jobs", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast"}
+_OWN_FILES = {"lock", "jobs", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast", "cache"}
 
 
 class Starts:

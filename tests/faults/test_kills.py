@@ -19,8 +19,9 @@ SEED = 20
 
 def report(options: Options, verdict: Verdict) -> str:
     """What a person needs to see of a campaign that went wrong, and how to do it again."""
-    engine = " --engine" if options.engine else ""
-    again = f"again: python -m tests.chaos --kills {options.kills} --seed {options.seed}{engine} --keep"
+    switches = "".join(f" --{name}" for name in ("engine", "cache") if getattr(options, name))
+    switches += f" --max-jobs {options.max_jobs} --prefetch {options.prefetch}"
+    again = f"again: python -m tests.chaos --kills {options.kills} --seed {options.seed}{switches} --keep"
     wrong = [f"{'campaign' if job is None else f'job {job}'}: {'; '.join(why)}" for job, why in verdict.wrong.items()]
     return "\n".join([again, str(verdict.numbers()), *wrong])
 
@@ -38,6 +39,18 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     assert verdict.jobs >= 20
     assert verdict.restart_to_beat_p99_s is not None
     assert verdict.restart_to_beat_p99_s <= 10.0
+
+
+@pytest.mark.slow
+@pytest.mark.docker
+@pytest.mark.timeout(900)
+@pytest.mark.fault("N1", "A2", "A4", "A6")
+def test_kills_lose_nothing_with_jobs_ahead_and_inputs_kept(tmp_path: Path) -> None:
+    options = Options(kills=12, seed=SEED, jobs=24, max_jobs=3, prefetch=1, cache=True)
+    verdict = run(options, tmp_path)
+    print(report(options, verdict))
+    assert verdict.good, report(options, verdict)
+    assert verdict.kills >= 12
 
 
 @pytest.mark.slow

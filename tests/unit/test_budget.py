@@ -1,19 +1,24 @@
-"""resources.budget: what is offered, what a job gets, what comes back, and the waiting for it."""
+"""resources.budget: what is offered, what a job gets, what comes back, the waiting for it, and the queue."""
 
 import math
 import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from jobfetcher.core.errors import WorkerFault, WorkerReason
+from jobfetcher.core.errors import Stopped, StopReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Needs
 from jobfetcher.core.machine import Gpu, Inventory, Offer, Share
+from jobfetcher.resources import budget as budget_module
 from jobfetcher.resources.budget import Budget, Reservation, auto_slots, default_reserve_memory_mib
+from tests.support.services import wait_until
 
 SMALL = Gpu("GPU-b", "NVIDIA RTX A2000", 6000, "8.6")
 LARGE = Gpu("GPU-a", "NVIDIA RTX A4000", 16000, "8.6")
@@ -45,6 +50,7 @@ def budget(
     others: Others | None = None,
     reserve_cpus: float = 0.0,
     reserve_memory_mib: int | None = 0,
+    prefetch: int = 0,
 ) -> Budget:
     others = others or Others(gpus=gpus)
     return Budget(
@@ -54,6 +60,7 @@ def budget(
         read_gpus=others.read_gpus,
         reserve_cpus=reserve_cpus,
         reserve_memory_mib=reserve_memory_mib,
+        prefetch=prefetch,
     )
 
 
@@ -320,6 +327,241 @@ def test_a_signal_handler_may_wake() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+# -- the queue (PREFETCH) ----------------------------------------------------------------------------------------------
+
+PART = Needs(cpu_cores=1, memory_mib=1_000)
+
+
+def in_background(reservation: Reservation, halt: Halt | None = None, at_most_s: float | None = None) -> Future[Share]:
+    """The share that a thread waits for."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(reservation.wait, halt or Halt(), at_most_s)
+    finally:
+        pool.shutdown(wait=False)
+
+
+def test_without_prefetch_nothing_queues() -> None:
+    of = budget(slots=1)
+    with of.reserve(PART):
+        assert of.offer() is None
+        assert "all 1 job slots are taken" in refused(of, PART)
+
+
+def test_what_is_offered_while_one_computes_is_what_is_free_when_the_first_has_ended() -> None:
+    of = budget(8.0, 10_000, (SMALL, LARGE), slots=2, prefetch=1)
+    first = of.reserve(Needs(cpu_cores=2, memory_mib=3_000, gpu_model=LARGE.model))
+    assert of.offer() == Offer(6.0, 7_000, (SMALL,)), "a slot is free: what may start now"
+    second = of.reserve(Needs(cpu_cores=5, memory_mib=6_000, gpu_mem_mib=0))
+    assert of.offer() == Offer(3.0, 4_000, (SMALL, LARGE))
+    first.release()
+    third = of.reserve(Needs(cpu_cores=1, memory_mib=500, gpu_mem_mib=0))
+    assert of.offer() == Offer(7.0, 9_500, (SMALL, LARGE)), "the second is the first now"
+    with of.reserve(PART) as waiting:
+        assert waiting.is_waiting
+        assert of.offer() is None
+        assert of.free() == Offer(2.0, 3_500, (SMALL, LARGE)), "what waits holds nothing"
+        assert "all 2 job slots are taken" in refused(of, PART)
+    for one in (second, third):
+        one.release()
+    assert of.free() == Offer(8.0, 10_000, (SMALL, LARGE))
+
+
+def test_what_would_not_fit_if_nothing_else_ran_does_not_queue() -> None:
+    of = budget(8.0, 10_000, (SMALL,), slots=1, prefetch=1)
+    with of.reserve(Needs()):
+        assert "9 CPU cores; 8 are free" in refused(of, Needs(cpu_cores=9))
+        assert "a GPU with 6001 MiB" in refused(of, Needs(gpu_mem_mib=6_001))
+        assert of.reserve(Needs(cpu_cores=8, memory_mib=10_000, gpu_mem_mib=6_000)).is_waiting
+
+
+def test_the_queue_is_first_come_first_served_and_nothing_passes_it() -> None:
+    of = budget(8.0, 10_000, slots=2, prefetch=2)
+    small, large = of.reserve(PART), of.reserve(Needs(cpu_cores=7, memory_mib=1_000))
+    whole = of.reserve(Needs(cpu_cores=8, memory_mib=1_000))
+    after = of.reserve(PART)
+    waits = [in_background(one) for one in (whole, after)]
+    large.release()
+    # a slot is free, and the second would fit into what is free: it waits for the first
+    assert of.offer() is None
+    assert of.grant(after) == math.inf
+    assert [wait.done() for wait in waits] == [False, False]
+    assert "all 2 job slots are taken" in refused(of, PART)
+    small.release()
+    assert waits[0].result(20) == Share(8.0, 1_000)
+    assert after.is_waiting
+    whole.release()
+    assert waits[1].result(20) == Share(1.0, 1_000)
+
+
+def test_one_that_leaves_the_queue_lets_the_next_one_go_on() -> None:
+    of = budget(8.0, 10_000, slots=2, prefetch=2)
+    of.reserve(PART)
+    of.reserve(Needs(cpu_cores=7, memory_mib=1_000)).release()
+    running = of.reserve(PART)
+    blocks, after = of.reserve(Needs(cpu_cores=8, memory_mib=1_000)), of.reserve(PART)
+    running.release()
+    wait = in_background(after)
+    assert of.grant(blocks) == math.inf
+    blocks.release()
+    assert wait.result(20) == Share(1.0, 1_000)
+    assert not blocks.cancel(), "it has left already"
+
+
+def test_what_waits_gets_the_gpu_that_the_other_one_gives_back() -> None:
+    of = budget(gpus=(SMALL,), slots=1, prefetch=1)
+    first = of.reserve(Needs(gpu_mem_mib=1))
+    second = of.reserve(Needs(gpu_mem_mib=6_000))
+    wait = in_background(second)
+    first.release()
+    assert wait.result(20).gpus == (SMALL,)
+
+
+def test_a_gpu_whose_memory_comes_back_late_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget_module, "_LOOK_AGAIN_S", 0.005)
+    others = Others(gpus=(SMALL,))
+    of = budget(gpus=(SMALL,), slots=1, prefetch=1, others=others)
+    first = of.reserve(Needs(gpu_mem_mib=1))
+    wait = in_background(of.reserve(Needs(gpu_mem_mib=6_000)))
+    others.gpus = (Gpu(SMALL.uuid, SMALL.model, 100, SMALL.archi),)
+    first.release()
+    asked = others.asked
+    wait_until(lambda: others.asked > asked + 2, "it looks again", 20)
+    assert not wait.done()
+    others.gpus = (SMALL,)
+    assert wait.result(20).gpus == (SMALL,)
+
+
+@pytest.mark.fault("E14")
+def test_a_job_that_this_machine_has_no_room_for_any_more_does_not_block_it_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even where nothing is ever given back, and no time limits the wait."""
+    monkeypatch.setattr(budget_module, "_LOOK_AGAIN_S", 0.001)
+    others = Others(gpus=(SMALL,))
+    of = budget(gpus=(SMALL,), slots=1, prefetch=1, others=others)
+    first = of.reserve(Needs(gpu_mem_mib=1))
+    with of.reserve(Needs(gpu_mem_mib=1)) as second:
+        wait = in_background(second)
+        others.gpus = ()  # it fell off the bus
+        first.release()
+        with pytest.raises(WorkerFault, match="no GPU is free") as fault:
+            wait.result(20)
+        assert fault.value.reason is WorkerReason.DOES_NOT_FIT
+        assert of.offer() is None
+    assert of.offer() is not None
+
+
+def test_memory_of_others_is_read_again_when_the_next_in_the_queue_gets_its_share() -> None:
+    others = Others(1_000)
+    of = budget(slots=1, prefetch=1, others=others)
+    assert of.offer() == Offer(8.0, 9_000)
+    first = of.reserve(Needs())
+    assert first.share.memory_mib == 9_000
+    with of.reserve(Needs()) as second:
+        others.memory_mib = 4_000  # of which 3,000 may be the running job's own: not read while it runs
+        assert of.free() == Offer(0.0, 0)
+        first.release()
+        assert second.wait(Halt(), 0).memory_mib == 6_000
+
+
+def test_one_that_waited_for_too_long_leaves_and_no_other_queues_before_one_has_ended() -> None:
+    of = budget(slots=2, prefetch=1)
+    first, second = of.reserve(PART), of.reserve(PART)
+    of.wait_for_change(0)
+    with of.reserve(PART) as waiting, pytest.raises(Stopped) as stopped:
+        waiting.wait(Halt(), 0.01)
+    assert stopped.value.reason is StopReason.WAITED
+    assert of.wait_for_change(0)
+    assert of.offer() is None
+    first.release()
+    assert of.offer() is not None
+    third = of.reserve(PART)
+    assert not third.is_waiting
+    assert of.reserve(PART).is_waiting
+    second.release()
+
+
+def test_what_was_handed_out_before_all_changed_still_queues() -> None:
+    """Between the offer and the answer, what ran ends, or what waited is given back."""
+    of = budget(slots=1, prefetch=2)
+    first, second = of.reserve(PART), of.reserve(PART)
+    assert of.offer() is not None
+    first.release()  # the second was not told yet
+    third = of.reserve(PART)
+    assert third.is_waiting
+    second.wait(Halt(), None)
+    of.expired(third)
+    assert of.offer() is None
+    assert of.reserve(PART).is_waiting
+
+
+def test_giving_up_when_nothing_runs_any_more_pauses_nothing() -> None:
+    of = budget(slots=1, prefetch=1)
+    first = of.reserve(PART)
+    waiting = of.reserve(PART)
+    first.release()
+    of.expired(waiting)
+    with of.reserve(PART):
+        assert of.offer() is not None
+        assert of.reserve(PART).is_waiting
+
+
+@pytest.mark.parametrize("reason", [StopReason.CANCELLED, StopReason.DETACH, StopReason.SHUTDOWN])
+def test_a_halt_ends_the_wait_and_the_place_is_free(reason: StopReason) -> None:
+    of = budget(slots=1, prefetch=1)
+    with of.reserve(PART):
+        halt = Halt()
+        waiting = of.reserve(PART)
+        wait = in_background(waiting, halt)
+        halt.set(reason)
+        with pytest.raises(Stopped) as stopped:
+            wait.result(20)
+        assert stopped.value.reason is reason
+        waiting.release()
+        assert of.reserve(PART).is_waiting
+
+
+def test_a_job_that_runs_again_in_a_new_process_goes_before_the_one_that_waited() -> None:
+    of = budget(slots=1, prefetch=1)
+    kept = of.hold(Share(8.0, 10_000))
+    waiting = of.reserve(PART)
+    wait = in_background(waiting)
+    assert of.offer() is None
+    kept.release()
+    assert wait.result(20) == Share(1.0, 1_000)
+
+
+def test_of_a_cancel_and_a_grant_at_the_same_time_one_wins() -> None:
+    """As in a drain: who is taken out of the queue has no share, and who is not has one and runs."""
+    won = {True: 0, False: 0}
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(300):
+            of = budget(slots=1, prefetch=1)
+            whole = of.free()
+            running, waiting, halt = of.reserve(PART), of.reserve(PART), Halt()
+            wait = pool.submit(waiting.wait, halt, None)
+            ending = pool.submit(running.release)
+            if number % 3:
+                ending.result(20)
+            if number % 3 == 2:
+                wait.result(20)
+            cancelled = waiting.cancel()
+            won[cancelled] += 1
+            if cancelled:
+                halt.set(StopReason.SHUTDOWN)
+                assert isinstance(wait.exception(20), Stopped)
+                assert waiting.is_waiting
+            else:
+                assert wait.result(20) == Share(1.0, 1_000)
+                assert of.free() == Offer(7.0, 9_000)
+            ending.result(20)
+            waiting.release()
+            assert of.free() == whole
+    assert won[True]
+    assert won[False]
+
+
 # -- the promise ------------------------------------------------------------------------------------------------------
 
 GPUS = (SMALL, LARGE, OLD)
@@ -403,3 +645,95 @@ def test_many_threads_share_one_budget() -> None:
         thread.join()
     assert clashes == []
     assert of.free() == whole
+
+
+class Machine(RuleBasedStateMachine):
+    """Jobs come, queue, wait, leave the queue and end, in any order."""
+
+    jobs: Bundle[Reservation] = Bundle("jobs")
+
+    @initialize(
+        cores=st.floats(0.6, 16),
+        memory_mib=st.integers(100, 16_000),
+        gpus=st.lists(st.sampled_from(GPUS), unique=True).map(tuple),
+        slots=st.integers(1, 4),
+        prefetch=st.integers(0, 3),
+    )
+    def starts(self, cores: float, memory_mib: int, gpus: tuple[Gpu, ...], slots: int, prefetch: int) -> None:
+        self.of = budget(cores, memory_mib, gpus, slots, reserve_cpus=0.1, reserve_memory_mib=10, prefetch=prefetch)
+        self.whole = self.of.free()
+        self.queue: list[Reservation] = []
+        self.held: list[Reservation] = []
+
+    @rule(target=jobs, needs=NEEDS)
+    def comes(self, needs: Needs) -> Reservation:
+        before, offer = self.of.free(), self.of.offer()
+        try:
+            job = self.of.reserve(needs)
+        except WorkerFault:
+            assert self.of.free() == before
+            return multiple()  # type: ignore[return-value]  # no job, which hypothesis has no type for
+        assert offer is not None or not self.held, "it was taken though nothing was offered"
+        (self.queue if job.is_waiting else self.held).append(job)
+        return job
+
+    @rule(job=jobs)
+    def asks(self, job: Reservation) -> None:
+        first = bool(self.queue) and self.queue[0] is job
+        self.of.grant(job)
+        if first and not job.is_waiting:
+            self.held.append(self.queue.pop(0))
+
+    @rule(job=consumes(jobs))
+    def ends(self, job: Reservation) -> None:
+        job.release()
+        job.release()
+        self._forget(job)
+
+    @rule(job=jobs)
+    def leaves_the_queue(self, job: Reservation) -> None:
+        assert job.cancel() == (job in self.queue)
+        if job in self.queue:
+            self.queue.remove(job)
+
+    @rule(job=consumes(jobs))
+    def gives_up(self, job: Reservation) -> None:
+        self.of.expired(job)
+        self._forget(job)
+
+    def _forget(self, job: Reservation) -> None:
+        for jobs in (self.queue, self.held):
+            if job in jobs:
+                jobs.remove(job)
+
+    @invariant()
+    def holds(self) -> None:
+        if not hasattr(self, "of"):
+            return
+        assert len(self.queue) <= self.of.prefetch
+        assert all(job.is_waiting for job in self.queue)
+        shares = [job.share for job in self.held]
+        assert len(shares) <= self.of.slots
+        assert math.fsum(share.cpu_cores for share in shares) <= self.whole.cpu_cores + 1e-9
+        assert sum(share.memory_mib for share in shares) <= self.whole.memory_mib
+        uuids = [gpu.uuid for share in shares for gpu in share.gpus]
+        assert len(uuids) == len(set(uuids))
+
+    def teardown(self) -> None:
+        """When all that compute have ended, each one that waits has its turn."""
+        if not hasattr(self, "of"):
+            return
+        while self.held or self.queue:
+            for job in list(self.held):
+                job.release()
+                self._forget(job)
+            if self.queue:
+                job = self.queue.pop(0)
+                self.of.grant(job)
+                assert not job.is_waiting, "nothing runs, and the first in the queue does not get its share"
+                self.held.append(job)
+        assert self.of.free() == self.whole
+
+
+Machine.TestCase.settings = settings(deadline=None, max_examples=150, stateful_step_count=30)
+TestMachine = Machine.TestCase

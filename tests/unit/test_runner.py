@@ -59,7 +59,12 @@ class Bench:
         self.base = Base(self.path / "base", reserve_mib=0)
         self.journal = Journal(self.base.path / "journal.db")
         self.budget = Budget(
-            Inventory(4.0, 4096), slots=1, memory_in_use_mib=lambda: 0, read_gpus=lambda: (), reserve_memory_mib=0
+            Inventory(4.0, 4096),
+            slots=1,
+            memory_in_use_mib=lambda: 0,
+            read_gpus=lambda: (),
+            reserve_memory_mib=0,
+            prefetch=1,
         )
         self.halt = Halt()
         self.naps: list[float] = []
@@ -599,6 +604,85 @@ def test_the_journal_is_written_before_the_source_hears(bench: Bench) -> None:
     on_record = dict(phases)
     assert on_record["running"] in {Phase.RUNNING, Phase.STAGING_OUT, Phase.SETTLING}
     assert on_record["finished"] is Phase.SETTLING
+
+
+@pytest.mark.fault("A9")
+def test_a_prefetched_job_waits_with_all_its_inputs_and_is_not_blamed_for_crashes_meanwhile(bench: Bench) -> None:
+    bench.transfer.objects[f"{URL}/b/in"] = b"input"
+    running = bench.budget.reserve(make_job().needs)
+    outcome = bench.in_thread(make_job(inputs={"in": "b/in"}))
+    until(lambda: bench.emit.named("wait") != [])
+    assert (bench.base.path / "jobs" / "7" / "files" / "in").read_bytes() == b"input"
+    assert bench.engine.prepared == ["busybox:latest"]
+    assert bench.engine.specs == []
+    for _ in range(20):  # so many processes died meanwhile, each after it had come to this wait again
+        assert bench.journal.resuming(SEVEN) == 1
+        bench.journal.acquit(SEVEN)
+    running.release()
+    assert outcome().ending is Ending.FINISHED
+    assert bench.words == ["claimed", "running", "staging_out", "finished"]
+    assert bench.nothing_is_left()
+
+
+def test_a_resumed_job_that_waits_is_acquitted(bench: Bench) -> None:
+    with bench.budget.reserve(make_job().needs):
+        job = make_job()
+        bench.source.put(job)
+        lease = bench.source.resume("t", job.id)
+        bench.journal.claim(job.id, lease.token, job)
+        for crashes in range(1, 5):
+            assert bench.journal.resuming(job.id) == crashes
+        hold = bench.budget.reserve(job.needs)
+        thread = threading.Thread(target=bench.runner.run, args=(lease, job, hold, bench.halt))
+        thread.start()
+        until(lambda: bench.emit.named("wait") != [])
+        assert bench.journal.resuming(job.id) == 1
+        bench.halt.set(StopReason.SHUTDOWN)
+        thread.join(20)
+    assert bench.last == ("released", "the worker was shut down")
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.parametrize("fails", ["image", "input"])
+@pytest.mark.fault("E6", "C7")
+def test_the_image_comes_while_inputs_do_and_one_failure_ends_both(bench: Bench, fails: str) -> None:
+    """The other one would take for ever."""
+    bench.transfer.objects[f"{URL}/b/in"] = b"input"
+    real = bench.engine.prepare
+    pulling = threading.Event()
+
+    def prepare(reference: str, halt: Halt, progress: Any) -> Any:
+        pulling.set()
+        if fails == "image":
+            until(lambda: any(record.phase is Phase.STAGING_IN for record in bench.journal.records()))
+            raise JobFault(JobReason.IMAGE_MISSING, "the registry does not have it")
+        assert halt.wait(20), "nobody told it to end"
+        halt.check()
+        return real(reference, halt, progress)
+
+    setattr(bench.engine, "prepare", prepare)  # noqa: B010 - a registry that is slow, or does not have it
+    if fails == "image":
+        bench.transfer.stall.add("in")
+    else:
+        download = bench.transfer.download
+
+        def missing(*arguments: Any) -> None:
+            assert pulling.wait(20)
+            bench.transfer.objects.clear()
+            download(*arguments)
+
+        setattr(bench.transfer, "download", missing)  # noqa: B010 - gone while the image is pulled
+    outcome = bench.run(make_job(inputs={"in": "b/in"}))
+    assert outcome.reason is (JobReason.IMAGE_MISSING if fails == "image" else JobReason.INPUT_MISSING)
+    assert bench.last[0] == "error"
+    assert bench.engine.specs == []
+    assert bench.nothing_is_left()
+
+
+def test_how_long_each_step_took_is_on_record_with_the_wait(bench: Bench) -> None:
+    bench.run()
+    record = json.loads(bench.stored["log/jobfetcher/provenance.json"])
+    assert record["seconds"].keys() >= {"stage_in", "prepare", "wait", "run"}
 
 
 # -- an end that nobody hears (J9) ------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Bench:
     halt: Halt = field(default_factory=Halt)
     marks: list[Stored] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
+    awaited: list[int] = field(default_factory=list)
 
     def input(self, ref: str, content: bytes) -> None:
         self.transfer.objects[f"{URL}/{ref}"] = content
@@ -45,6 +46,7 @@ class Bench:
             have=have or {},
             mark=self.marks.append,
             progress=self.progress,
+            awaits=self.awaited.append,
         )
 
     def send(self, job: Job, have: Mapping[str, Stored] | None = None) -> StagedOut:
@@ -93,6 +95,19 @@ def test_inputs_arrive_at_their_names_and_are_marked(bench: Bench) -> None:
     assert {name: item.size for name, item in stored.items()} == {"data/one.bin": 1, "two": 2}
     assert {mark.name for mark in bench.marks} == set(stored)
     assert (bench.progress.files, bench.progress.files_total, bench.progress.moved) == (2, 2, 3)
+
+
+@pytest.mark.fault("D2")
+def test_it_says_how_much_is_still_to_come_and_at_the_end_that_nothing_is(bench: Bench) -> None:
+    bench.input("b/one", b"1" * 100)
+    bench.input("b/two", b"2" * 50)
+    bench.bring(make_job(inputs={"one": "b/one", "two": "b/two"}))
+    assert bench.awaited == [100, 0, 50, 0, 0]
+    bench.awaited.clear()
+    bench.transfer.failures["three"] = [WorkerFault(WorkerReason.STORAGE, "away")]
+    with pytest.raises(WorkerFault):
+        bench.bring(make_job(inputs={"one": "b/one", "three": "b/three"}))
+    assert bench.awaited[-1] == 0, "of one that failed nothing comes any more"
 
 
 def test_a_job_without_inputs_gets_its_output_folders(bench: Bench) -> None:

@@ -40,7 +40,7 @@ from tests.support.jobs import Emitted, make_job
 from tests.support.trees import names_in
 
 URL = "http://files.invalid"
-BEATS = {"claimed", "running", "staging_out"}
+BEATS = {"claimed", "staging_in", "running", "staging_out"}
 
 
 class WaitingBudget(Budget):
@@ -77,17 +77,23 @@ class ScriptedSource(FakeSource):
 
 
 class Bench:
-    def __init__(self, path: Path, *, slots: int = 1) -> None:
+    def __init__(self, path: Path, *, slots: int = 1, prefetch: int = 0) -> None:
         self.source, self.transfer, self.emit = ScriptedSource(), FakeTransfer(), Emitted()
         self.scripts: dict[str, Script] = {}
         self.engine = FakeEngine(self._script)
         self.base = Base(path / "base", reserve_mib=0)
         self.journal = Journal(self.base.path / "journal.db")
         self.budget = WaitingBudget(
-            Inventory(8.0, 8192), slots=slots, memory_in_use_mib=lambda: 0, read_gpus=lambda: (), reserve_memory_mib=0
+            Inventory(8.0, 8192),
+            slots=slots,
+            memory_in_use_mib=lambda: 0,
+            read_gpus=lambda: (),
+            reserve_memory_mib=0,
+            prefetch=prefetch,
         )
         self.budget.waits = []
         self.jobs = 0
+        self.rules = Rules(beat_interval_s=3600.0, limits=Limits(stop_grace_s=0.1))
         self.stop_when: Callable[[int, float], bool] = lambda taken, idle_s: taken >= self.jobs
         self.worker = self.make_worker()
 
@@ -103,7 +109,7 @@ class Bench:
             transfer=self.transfer,
             engine=self.engine,
             build_spec=partial(build_run_spec, attempt=1, instance="i", policy=BoxPolicy()),
-            rules=Rules(beat_interval_s=3600.0, limits=Limits(stop_grace_s=0.1)),
+            rules=self.rules,
             emit=self.emit,
             sleep=lambda _: None,
         )
@@ -132,6 +138,10 @@ class Bench:
     def ends(self, job_id: str) -> list[str]:
         return [word for word in self.words(job_id) if word not in BEATS]
 
+    def waiting(self) -> list[object]:
+        """The jobs that have waited for a share, with all their inputs here."""
+        return [event["job"] for event in self.emit.named("wait")]
+
     def close(self) -> None:
         self.journal.close()
         self.base.close()
@@ -155,6 +165,15 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[Bench]:
     made = Bench(tmp_path, slots=2)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """One slot, and PREFETCH=1; a container that runs is looked at often, so that a detach is quick."""
+    monkeypatch.setattr("jobfetcher.watching._SLICE_S", 0.05)
+    made = Bench(tmp_path, prefetch=1)
     yield made
     made.close()
 
@@ -266,6 +285,220 @@ def test_a_job_handed_out_again_goes_on_as_it_is(bench: Bench) -> None:
     thread.join(20)
     assert len(bench.engine.specs) == 1
     assert bench.ends("1") == ["finished"]
+
+
+# -- jobs ahead (PREFETCH) --------------------------------------------------------------------------------------------
+
+
+def prefetched(bench: Bench, *more: Job) -> threading.Thread:
+    """The worker, where job 1 computes until it is let go and job 2 has all its inputs here and waits."""
+    bench.scripts["1"] = Script(held=True)
+    bench.transfer.objects[f"{URL}/b/in"] = b"input"
+    bench.put(make_job("1"), make_job("2", inputs={"in": "b/in"}), *more)
+    bench.stop_when = lambda taken, idle_s: False
+    thread = beside(bench.worker.run)
+    until(lambda: bench.waiting() == ["2"])
+    until(lambda: bench.budget.offer() is None and bench.engine.containers != [])
+    assert (bench.base.path / "jobs" / "2" / "files" / "in").read_bytes() == b"input"
+    assert [spec.job_id for spec in bench.engine.specs] == ["1"]
+    assert set(bench.words("2")) == {"claimed"}
+    return thread
+
+
+def test_a_prefetched_job_is_brought_while_another_one_computes_and_starts_when_that_has_ended(ahead: Bench) -> None:
+    ahead.scripts["2"] = Script(held=True)
+    thread = prefetched(ahead, make_job("3"))
+    asked = ahead.source.asked
+    waits = len(ahead.budget.waits)
+    until(lambda: len(ahead.budget.waits) > waits + 5)
+    assert ahead.source.asked == asked, "one is enough"
+    ahead.engine.containers[0].release()
+    until(lambda: [spec.job_id for spec in ahead.engine.specs] == ["1", "2"])
+    until(lambda: ahead.waiting() == ["2", "3"])
+    ahead.worker.leave(Leaving.DRAIN)
+    until(lambda: ahead.ends("3") == ["released"])
+    ahead.engine.containers[-1].release()
+    thread.join(20)
+    assert ahead.ends("1") == ahead.ends("2") == ["finished"]
+    assert ahead.nothing_is_left()
+
+
+def test_one_job_is_one_job_with_prefetch_as_well(ahead: Bench) -> None:
+    ahead.scripts["1"] = Script(held=True)
+    ahead.put(make_job("1"), make_job("2"))
+    ahead.stop_when = lambda taken, idle_s: taken > 0  # --once
+    thread = beside(ahead.worker.run)
+    until(lambda: ahead.engine.containers != [])
+    waits = len(ahead.budget.waits)
+    until(lambda: len(ahead.budget.waits) > waits + 5)
+    ahead.engine.containers[0].release()
+    thread.join(20)
+    assert ahead.ends("1") == ["finished"]
+    assert ahead.source.asked == 1
+    assert ahead.nothing_is_left()
+
+
+def test_a_worker_that_had_enough_finishes_what_waits_as_well(ahead: Bench) -> None:
+    ahead.scripts["1"] = Script(held=True)
+    ahead.put(make_job("1"), make_job("2"))
+    thread = beside(ahead.worker.run)
+    until(lambda: ahead.waiting() == ["2"])
+    until(lambda: ahead.engine.containers != [])
+    ahead.engine.containers[0].release()
+    thread.join(20)
+    assert ahead.ends("1") == ahead.ends("2") == ["finished"]
+    assert ahead.nothing_is_left()
+
+
+@pytest.mark.fault("F2")
+def test_a_drain_gives_the_one_that_waits_back_at_once(ahead: Bench) -> None:
+    thread = prefetched(ahead)
+    ahead.worker.leave(Leaving.DRAIN)
+    until(lambda: ahead.ends("2") == ["released"])
+    until(lambda: ahead.worker.running == ["1"])
+    assert ahead.ends("1") == []
+    said = [str(event["message"]) for event in ahead.emit.named("draining")]
+    assert said[0].startswith("finishing job 1; ")
+    assert said[1:] == ["giving it back: it waits for one that computes"]
+    ahead.engine.containers[0].release()
+    thread.join(20)
+    assert ahead.ends("1") == ["finished"]
+    assert ahead.worker.worker_faults == 0
+    assert ahead.nothing_is_left()
+
+
+@pytest.mark.fault("F2")
+def test_a_drain_gives_back_what_is_still_downloading_for_its_turn(ahead: Bench) -> None:
+    ahead.scripts["1"] = Script(held=True)
+    ahead.transfer.stall.add("in")
+    ahead.put(make_job("1"), make_job("2", inputs={"in": "b/in"}))
+    thread = beside(ahead.worker.run)
+    until(lambda: [event["job"] for event in ahead.emit.named("stage_in")] == ["2"])
+    ahead.worker.leave(Leaving.DRAIN)
+    until(lambda: ahead.ends("2") == ["released"])
+    ahead.engine.containers[0].release()
+    thread.join(20)
+    assert ahead.ends("1") == ["finished"]
+    assert ahead.nothing_is_left()
+
+
+@pytest.mark.fault("F2")
+def test_where_nothing_is_given_back_a_drain_finishes_both(ahead: Bench) -> None:
+    ahead.rules = Rules(beat_interval_s=3600.0, worker_fault_is_error=True, prefetch_hold_s=None)
+    ahead.worker = ahead.make_worker()
+    thread = prefetched(ahead)
+    ahead.worker.leave(Leaving.DRAIN)
+    until(lambda: ahead.emit.named("draining") != [])
+    assert "finishing job 1, 2" in str(ahead.emit.named("draining")[0]["message"])
+    ahead.engine.containers[0].release()
+    thread.join(20)
+    assert ahead.ends("1") == ahead.ends("2") == ["finished"]
+    assert ahead.nothing_is_left()
+
+
+@pytest.mark.fault("F3")
+def test_the_second_signal_gives_back_both(ahead: Bench) -> None:
+    thread = prefetched(ahead)
+    ahead.worker.leave(Leaving.STOP_JOBS)
+    thread.join(20)
+    assert ahead.ends("1") == ahead.ends("2") == ["released"]
+    assert ahead.worker.worker_faults == 0
+    assert ahead.nothing_is_left()
+
+
+@pytest.mark.fault("F2")
+def test_detached_from_both_the_next_start_goes_on_in_the_same_order(ahead: Bench) -> None:
+    thread = prefetched(ahead)
+    ahead.worker.leave(Leaving.DETACH)
+    thread.join(20)
+    until(lambda: ahead.worker.running == [])  # the command would have left without
+    assert ahead.worker.detached
+    assert {record.id: record.phase for record in ahead.journal.records()} == {
+        "1": Phase.RUNNING,
+        "2": Phase.STAGING_IN,
+    }
+    assert ahead.budget.free() == Offer(8.0 - 0.1, 8192)
+    again = ahead.make_worker()
+    ahead.stop_when = lambda taken, idle_s: ahead.ends("2") != []
+    ahead.transfer.objects.clear()  # the input is here, and not fetched again
+    thread = beside(again.run)
+    until(lambda: ahead.waiting() == ["2", "2"])
+    assert [spec.job_id for spec in ahead.engine.specs] == ["1"]
+    ahead.engine.containers[0].release()
+    thread.join(20)
+    assert ahead.ends("1") == ahead.ends("2") == ["finished"]
+    assert [spec.job_id for spec in ahead.engine.specs] == ["1", "2"]
+    assert ahead.nothing_is_left()
+
+
+@pytest.mark.fault("A2")
+def test_without_prefetch_at_the_next_start_the_one_that_waited_is_given_back(ahead: Bench) -> None:
+    thread = prefetched(ahead)
+    ahead.worker.leave(Leaving.DETACH)
+    thread.join(20)
+    until(lambda: ahead.worker.running == [])  # the command would have left without
+    ahead.budget.prefetch = 0
+    again = ahead.make_worker()
+    ahead.stop_when = lambda taken, idle_s: ahead.ends("1") != []
+    thread = beside(again.run)
+    until(lambda: ahead.ends("2") == ["released"])
+    ahead.engine.containers[0].release()
+    thread.join(20)
+    assert ahead.ends("1") == ["finished"]
+    assert ahead.nothing_is_left()
+
+
+@pytest.mark.parametrize("standing", [Standing.CANCEL, Standing.LOST])
+@pytest.mark.fault("B17")
+def test_one_that_is_taken_back_while_it_waits_makes_room_for_another(ahead: Bench, standing: Standing) -> None:
+    ahead.rules = Rules(beat_interval_s=0.01, limits=Limits(stop_grace_s=0.1))
+    ahead.worker = ahead.make_worker()
+    thread = prefetched(ahead, make_job("3"))
+    ahead.source.said[JobId("2")].answers.append(standing)
+    until(lambda: ahead.waiting() == ["2", "3"])
+    assert set(ahead.words("2")) == {"claimed"}
+    ahead.stop_when = lambda taken, idle_s: ahead.ends("3") != []
+    ahead.engine.containers[0].release()
+    thread.join(20)
+    assert ahead.ends("1") == ahead.ends("3") == ["finished"]
+    assert ahead.nothing_is_left()
+
+
+def test_one_that_waits_for_too_long_is_given_back_without_a_fault_and_none_follows_it(ahead: Bench) -> None:
+    ahead.rules = Rules(beat_interval_s=3600.0, limits=Limits(stop_grace_s=0.1), prefetch_hold_s=0.05)
+    ahead.worker = ahead.make_worker()
+    thread = prefetched(ahead, *(make_job(str(number)) for number in range(3, 9)))
+    until(lambda: ahead.ends("2") == ["released"])
+    until(lambda: ahead.worker.running == ["1"])
+    assert ahead.source.said[JobId("2")].details[-1] == "another job computed here for longer than PREFETCH_HOLD"
+    waits = len(ahead.budget.waits)
+    until(lambda: len(ahead.budget.waits) > waits + 5)
+    assert ahead.source.asked == 2
+    assert ahead.emit.levels("job_ended") == ["info"]
+    ahead.stop_when = lambda taken, idle_s: ahead.ends("8") != []
+    ahead.engine.containers[0].release()
+    thread.join(20)
+    assert [ahead.ends(str(number)) for number in (1, *range(3, 9))] == [["finished"]] * 7
+    assert ahead.worker.worker_faults == 0
+    assert ahead.emit.named("many_failures") == []
+    assert ahead.nothing_is_left()
+
+
+def test_many_jobs_with_slots_and_prefetch_each_end_exactly_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slots=3, prefetch=2)
+    for number in range(40):
+        bench.put(make_job(str(number), needs={"cpu_cores": 1 + number % 7}))
+        if number % 3 == 0:
+            bench.source.said[JobId(str(number))].answers += [SourceUnavailable("x")] * (number % 7)
+        if number % 5 == 0:
+            bench.scripts[str(number)] = Script(exit=Exit(number % 2))
+    bench.stop_when = lambda taken, idle_s: taken >= 40 and all(bench.ends(str(number)) for number in range(40))
+    bench.worker.run()
+    for number in range(40):
+        assert bench.ends(str(number)) == ["error" if number % 5 == 0 and number % 2 else "finished"]
+    assert bench.nothing_is_left()
+    assert bench.budget.free() == Offer(8.0 - 0.1, 8192)
+    bench.close()
 
 
 # -- trouble ----------------------------------------------------------------------------------------------------------
@@ -463,6 +696,22 @@ def test_an_end_that_stays_unheard_is_kept_for_the_next_start(bench: Bench) -> N
     again = bench.make_worker()
     bench.jobs = 0
     again.run()
+    assert bench.ends("1") == ["finished"]
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("B3")
+def test_an_end_may_stay_unheard_for_longer_than_a_day(bench: Bench) -> None:
+    """At a minute each, more rounds than a power of two has room for."""
+    bench.put(make_job("1"))
+    said = bench.source.said[JobId("1")]
+    said.answers += [Standing.KEEP] * 3 + [SourceUnavailable("down")] * 1200
+    bench.worker.run()
+    for _ in range(1100):
+        bench.worker._outbox.flush(now=True)
+    assert 0 < bench.worker._outbox.due_in_s() <= 66
+    said.answers.clear()
+    bench.worker._outbox.flush(now=True)
     assert bench.ends("1") == ["finished"]
     assert bench.nothing_is_left()
 
