@@ -16,7 +16,6 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -33,6 +32,7 @@ import httpx
 
 from benchmarks.frame import MIB, Bench, Row, in_turns, seconds
 from benchmarks.link import running_link
+from benchmarks.servers import running_nginx
 from jobfetcher import build
 from jobfetcher.core.job import Job
 from jobfetcher.core.machine import Share
@@ -198,16 +198,20 @@ class Site:
 
 @contextlib.contextmanager
 def site(place: Path, worker_settings: dict[str, str] | None = None, *, link_rate: int = 0) -> Iterator[Site]:
-    """A worker that waits for jobs, and its API; with `link_rate` (bytes a second each way), over a link."""
+    """A worker that waits for jobs, and its API.
+
+    With `link_rate` (bytes a second each way) the files are nginx's, behind a link; it throws away what it is sent.
+    """
     with closing(docker_client()) as engine:
         image = ensure_busybox_image(engine)
     with ExitStack() as opened:
-        api = opened.enter_context(running_api(place / "api"))
-        url = api.url
+        storage = {}
         if link_rate:
-            port = opened.enter_context(running_link(place, int(url.rpartition(":")[2]), in_all=link_rate))
-            url = f"http://127.0.0.1:{port}"
-        given = {"api_url": url, "path_base": str(place / "base"), **_SETTINGS, **(worker_settings or {})}
+            nginx = opened.enter_context(running_nginx(place / "nginx", place / "api" / "data" / "files"))
+            port = opened.enter_context(running_link(place, nginx.port, in_all=link_rate))
+            storage["MOCK_API_STORAGE_URL"] = f"http://127.0.0.1:{port}"
+        api = opened.enter_context(running_api(place / "api", **storage))
+        given = {"api_url": api.url, "path_base": str(place / "base"), **_SETTINGS, **(worker_settings or {})}
         worker = opened.enter_context(command(["run"], {name.upper(): value for name, value in given.items()}, place))
         worker.wait_for("taking jobs from")
         yield Site(api, worker, Settings.model_validate(given), image, place)
@@ -283,9 +287,10 @@ def side_by_side(bench: Bench) -> Iterator[Row]:
 def overlap(bench: Bench) -> Iterator[Row]:
     """P6. Seconds from the first job handed out to the last one told `finished`.
 
-    All the worker's traffic, its API calls, too, goes through one link with a limit for each direction. Everything lies
-    in memory. The engine alone makes the containers one after the other on files that are there, a few in each turn,
-    each as long as the mean of them; what the bytes alone take at the link's speed is known.
+    The files come from and go to nginx over a link with a limit for each direction: mock_api would need as much of the
+    processor for them as the job. Everything lies in memory. The engine alone makes the containers one after the other
+    on files that are there, a few in each turn, each as long as the mean of them; what the bytes alone take at the
+    link's speed is known.
     """
     count, compute_s, size, rate = (3, 0.2, 4 * MIB, 100 * MIB) if bench.short else (20, 2.0, 100 * MIB, 100 * MIB)
     cmd = (f"cp /files/in/a /files/out/a && sleep {compute_s:g}",)
@@ -298,10 +303,7 @@ def overlap(bench: Bench) -> Iterator[Row]:
 
         def ours() -> float:
             jobs = here.run(spec, count)
-            took = here.api.finished_at(jobs)[-1] - here.api.pulled_at(jobs)[0]
-            for job in jobs:
-                shutil.rmtree(here.api.data_dir / "files" / "outputs" / str(job))  # memory is finite
-            return took
+            return here.api.finished_at(jobs)[-1] - here.api.pulled_at(jobs)[0]
 
         config = here.container(cmd, files)
         with closing(Peer()) as peer:

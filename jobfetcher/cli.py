@@ -26,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes 0.1 s to draw boxes around the help
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Takes container jobs that fit this machine from a job server, runs them, and reports how they ended.",
     epilog="Settings come from options, the environment and .env; `jobfetcher config` shows all of them.",
@@ -103,7 +104,10 @@ def config(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     env_file: EnvFile = None,
 ) -> None:
-    """Show every setting, its value and where it came from; secrets are masked."""
+    """Show every setting, its value and where it came from.
+
+    Secrets are masked.
+    """
     from jobfetcher.settings import check_server
     from jobfetcher.show import config_rows, print_json, print_table
 

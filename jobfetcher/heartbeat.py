@@ -105,9 +105,8 @@ class Pulse:
                     )
                 if last_try:
                     return
-                asked = error.retry_after_s or 0.0 if isinstance(error, SourceUnavailable) else 0.0
-                pause = RETRY_S[min(failures, len(RETRY_S)) - 1] * self._jitter()
-                due = self._clock() + max(pause, min(asked, ASKED_MOST_S))
+                asked = error.retry_after_s if isinstance(error, SourceUnavailable) else None
+                due = self._clock() + retry_pause_s(failures, asked, self._interval_s, self._jitter())
                 continue
             except Exception as error:
                 # A bug of ours must not end the beats silently: the server would hand the job on while it runs here.
@@ -150,6 +149,24 @@ class Pulse:
                 self._changed.wait(left)
 
 
+def beat_jitter() -> float:
+    """By how much to multiply a pause between two beats."""
+    return random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - spreads load only
+
+
+def retry_pause_s(failures: int, asked_s: float | None, interval_s: float, jitter: float) -> float:
+    """Seconds until the next try after so many failures in a row, when the server `asked_s` for patience, or did not.
+
+    What it asks of all may be one and the same moment (Retry-After with a date): they come within one interval after
+    it, as on any day, as far as ASKED_MOST_S leaves room.
+    """
+    pause_s = RETRY_S[min(failures, len(RETRY_S)) - 1] * jitter
+    if not asked_s:
+        return pause_s
+    spread_s = random.uniform(0.0, interval_s)  # noqa: S311 - spreads load only
+    return max(pause_s, min(asked_s + spread_s, ASKED_MOST_S))
+
+
 @contextmanager
 def beating(
     lease: Lease,
@@ -160,7 +177,7 @@ def beating(
     phase: Phase = Phase.CLAIMED,
     silence_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
-    jitter: Callable[[], float] = lambda: random.uniform(1 - _JITTER, 1 + _JITTER),  # noqa: S311 - spreads load only
+    jitter: Callable[[], float] = beat_jitter,
 ) -> Iterator[Pulse]:
     """Beat for `lease` while inside, beginning with `phase`; sets `halt` when the source says the job is not ours.
 

@@ -67,10 +67,11 @@ class Pace:
         if message != self._trouble:
             self._trouble = message
             self._emit("not_polling", level="error", message=f"no job can be taken: {message}")
-        # At least as long as the server asks for, and never at once: `Retry-After: 0` must not make a busy loop.
-        asked = error.retry_after_s if isinstance(error, SourceUnavailable) and error.retry_after_s else 0.0
-        cap = min(_CAP_S, self.interval_s * 2.0 ** min(self._failures, 10))
-        wait_s = max(asked, random.uniform(min(1.0, cap), cap))  # noqa: S311 - spreads load only
+        # Never before the server wants it, never at once (`Retry-After: 0` must not make a busy loop), and never just
+        # when it wants it: with a date, or after one answer to many at once, that is the same moment for all.
+        asked_s = error.retry_after_s if isinstance(error, SourceUnavailable) and error.retry_after_s else 0.0
+        cap_s = min(_CAP_S, self.interval_s * 2.0 ** min(self._failures, 10))
+        wait_s = asked_s + random.uniform(min(1.0, cap_s), cap_s)  # noqa: S311 - spreads load only
         if isinstance(error, SourceError):
             self._wait_until(self._clock() + wait_s)  # a job that ends meanwhile makes the server no better
         return wait_s

@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 #: Libraries that do I/O or are slow to load: the job path and the core know none of them.
-IO_LIBRARIES = {"docker", "httpx", "httpcore", "pycurl", "psutil", "pynvml", "requests", "rich", "structlog", "typer"}
+IO_LIBRARIES = {"docker", "httpx", "httpcore", "pycurl", "psutil", "pynvml", "requests", "rich", "typer"}
 
 
 def room_of(path: Path) -> str:
@@ -165,5 +165,5 @@ def test_importing_the_package_loads_nothing() -> None:
 def test_help_loads_no_slow_library() -> None:
     code = "import sys, jobfetcher.cli; print(' '.join(sorted({name.split('.')[0] for name in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    slow = {"docker", "httpx", "pycurl", "psutil", "pynvml", "pydantic", "structlog", "tenacity", "sqlite3"}
+    slow = {"docker", "httpx", "pycurl", "psutil", "pynvml", "pydantic", "tenacity", "sqlite3"}
     assert not slow & set(done.stdout.split())

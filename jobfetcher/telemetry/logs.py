@@ -6,7 +6,8 @@ or warns of goes the same way, so nothing else writes to the stream. Promises, f
 - one record is one line, and nothing in it drives a terminal (FAULTS.md T17, by core.text.clean);
 - registered secrets, and the values of what is named like a signature or a token, are masked (FAULTS.md T10).
 
-structlog gives the pipeline and brings records of the standard `logging` into it; it is imported on first use.
+One `logging.Formatter` does both, for records that carry an event of ours and for those of libraries. No library for
+it: structlog loads rich, attrs and asyncio, 13 MiB that a waiting worker would hold for two lines an hour.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol, TextIO, cast
 from urllib.parse import quote, quote_plus
@@ -35,6 +36,9 @@ _MASK = "***"
 
 #: Long enough for one sentence with a job's last lines in it; a registry may answer with megabytes.
 _VALUE_LIMIT = 2000
+
+#: Under which name a log record carries the event it is about.
+_EVENT = "jobfetcher_event"
 
 #: What comes first in a line, in this order.
 _HEAD = ("time", "level", "event", "job", "message")
@@ -145,32 +149,19 @@ def configure(format: Format = "auto", level: str = "info", stream: Stream | Non
     libraries are heard from warning on. Colour: only on a terminal, and as NO_COLOR and TERM say. Calling it again
     replaces what was set up before.
     """
-    import structlog
-
     output: Stream = sys.stderr if stream is None else stream
     plain = format == "plain" or (format == "auto" and output.isatty())
-    renderer = _Plain(_has_colour(output)) if plain else _render_json
-    formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=[_from_library],
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _make_safe, renderer],
-    )
     handler = _Handler(cast(TextIO, output))  # StreamHandler uses write and flush only
-    handler.setFormatter(formatter)
+    handler.setFormatter(_Formatter(_Plain(_has_colour(output)) if plain else _render_json))
     logging.basicConfig(force=True, level=logging.WARNING, handlers=[handler])
     logging.captureWarnings(True)
     ours = logging.getLogger("jobfetcher")
     ours.setLevel(level.upper())
-    log = structlog.stdlib.BoundLogger(
-        ours,
-        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        context={},
-    )
 
     def log_event(event: Event) -> None:
         if not event.name.startswith("progress"):  # several a second, for bars only
             number = logging.getLevelNamesMapping().get(event.level.upper(), logging.INFO)
-            # `fields` is one value so that no field can collide with a parameter of the logging call
-            log.log(number, event.name, fields=event.fields, time=event.time, level_name=event.level)
+            ours.log(number, "%s", event.name, extra={_EVENT: event})
 
     return log_event
 
@@ -182,23 +173,34 @@ class _Handler(logging.StreamHandler[TextIO]):
             self.stream.write(f"a log line of {record.name} could not be written: {type(sys.exception()).__name__}\n")
 
 
-def _from_library(_logger: object, _method: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:
+class _Formatter(logging.Formatter):
+    """A record as one safe line, as `render` writes it."""
+
+    def __init__(self, render: Callable[[Mapping[str, Any]], str]) -> None:
+        super().__init__()
+        self._render = render
+
+    def format(self, record: logging.LogRecord) -> str:
+        event: Event | None = getattr(record, _EVENT, None)
+        return self._render(_safe(event or _from_library(record)))
+
+
+def _from_library(record: logging.LogRecord) -> Event:
     """A record of the standard `logging` in the form of our own events."""
-    record: logging.LogRecord = line["_record"]
-    fields: dict[str, object] = {"message": line["event"], "logger": record.name}
+    fields: dict[str, object] = {"message": record.getMessage(), "logger": record.name}
     if record.exc_info and record.exc_info[1]:
         fields["error"] = record.exc_info[1]
-    return {**line, "event": "log", "fields": fields, "time": record.created, "level_name": record.levelname.lower()}
+    return Event("log", record.levelname.lower(), fields, record.created)
 
 
-def _make_safe(_logger: object, _method: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:
+def _safe(event: Event) -> Mapping[str, Any]:
     """Mask, then clean, every name and value: what is left is safe to show. Masked first, as cleaning changes text."""
     safe: dict[str, object] = {}
-    for name, value in line["fields"].items():
+    for name, value in event.fields.items():
         hidden = _NAMED.fullmatch(name) is not None and value is not None
         safe[clean(mask(name), 80)] = _MASK if hidden else _safe_value(value)
     # the record's own facts come last: no field can stand in for them
-    safe |= {"time": float(line["time"]), "level": clean(line["level_name"], 20), "event": _safe_text(line["event"])}
+    safe |= {"time": float(event.time), "level": clean(event.level, 20), "event": _safe_text(event.name)}
     first = {name: safe[name] for name in _HEAD if name in safe}
     return first | safe
 
@@ -227,7 +229,7 @@ def _describe(error: BaseException) -> str:
     return f"{text}; in {' < '.join(places[:-6:-1])}" if places else text
 
 
-def _render_json(_logger: object, _method: str, line: Mapping[str, Any]) -> str:
+def _render_json(line: Mapping[str, Any]) -> str:
     """One object; `time` as RFC 3339 in UTC. ASCII only, so that it can be written whatever the locale."""
     moment = datetime.fromtimestamp(line["time"], UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return json.dumps({**line, "time": moment})
@@ -245,7 +247,7 @@ class _Plain:
     def __init__(self, colour: bool) -> None:
         self._colour = colour
 
-    def __call__(self, _logger: object, _method: str, line: Mapping[str, Any]) -> str:
+    def __call__(self, line: Mapping[str, Any]) -> str:
         sentence = str(line.get("message") or line["event"].replace("_", " "))
         if line["level"] in self._COLOURS:
             sentence = self._paint(self._COLOURS[line["level"]], f"{line['level']}: {sentence}")

@@ -6,6 +6,7 @@ No fixed sleeps: intervals are either very short or longer than any test, and te
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ from jobfetcher.core.job import JobId
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Lease, Standing
 from jobfetcher.core.run import Ending, Outcome
-from jobfetcher.heartbeat import RETRY_S, Pulse, beating
+from jobfetcher.heartbeat import ASKED_MOST_S, RETRY_S, Pulse, beating, retry_pause_s
 from jobfetcher.testing.fake_source import FakeLease, FakeSource
 from tests.support.jobs import Emitted, make_job
 
@@ -167,6 +168,17 @@ def test_a_failed_beat_is_repeated_and_told_once(error: SourceUnavailable | Sour
 def test_ten_tries_fit_into_a_lease() -> None:
     waits = [RETRY_S[min(number, len(RETRY_S)) - 1] * 1.1 for number in range(1, 10)]
     assert sum(waits) + 10 * 10 <= 300  # J3: each try may take its whole deadline of 10 s
+
+
+@pytest.mark.fault("B11")
+def test_heartbeats_that_were_all_told_the_same_moment_come_spread_and_within_a_minute() -> None:
+    pauses = [retry_pause_s(1, 20.0, 30.0, 1.0) for _ in range(3000)]
+    assert min(pauses) >= 20.0
+    assert max(pauses) <= 50.0
+    assert max(Counter(int(pause) for pause in pauses).values()) <= 2 * len(pauses) / 30
+    assert all(retry_pause_s(1, 600.0, 30.0, 1.0) == ASKED_MOST_S for _ in range(100))
+    assert retry_pause_s(3, None, 30.0, 1.1) == RETRY_S[2] * 1.1
+    assert retry_pause_s(1, 0.0, 30.0, 1.0) == RETRY_S[0]
 
 
 def test_while_the_source_is_down_a_new_phase_does_not_hammer_it() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from jobfetcher.core.errors import JobReason, SourceUnavailable, WorkerFault, WorkerReason
@@ -85,8 +87,19 @@ def test_an_idle_worker_waits_at_most_five_minutes_and_never_not_at_all(pace: Pa
 
 @pytest.mark.fault("J8")
 def test_what_the_server_asks_for_is_waited_whatever_gets_free(pace: Pace) -> None:
-    assert pace.failed(SourceUnavailable("busy", retry_after_s=500.0)) == 500.0
-    assert pace.left_s() == 500.0
+    wait_s = pace.failed(SourceUnavailable("busy", retry_after_s=500.0))
+    assert 501.0 <= wait_s <= 560.0  # and the back-off of a first failure
+    assert pace.left_s() == pytest.approx(wait_s)
+
+
+@pytest.mark.fault("J8")
+def test_workers_that_were_all_told_the_same_moment_do_not_come_at_it_together(clock: Clock) -> None:
+    told = SourceUnavailable("maintenance", retry_after_s=500.0)
+    waits = [Pace(30.0, Emitted(), clock=clock).failed(told) for _ in range(3000)]
+    busiest = max(Counter(int(wait - 500.0) for wait in waits).values())
+    assert min(waits) >= 501.0
+    assert max(waits) <= 560.0
+    assert busiest <= 2 * len(waits) / 60  # 50 a second on average; chance gives some 70
 
 
 def test_trouble_of_this_machine_is_looked_at_again_as_soon_as_something_changes(pace: Pace) -> None:

@@ -11,14 +11,16 @@ import email.utils
 import json
 import time
 from collections.abc import Mapping, Sequence
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
+
+import httpx
 
 from jobfetcher.core.errors import SourceError, SourceRefused, SourceUnavailable
 from jobfetcher.core.text import clean
 from jobfetcher.core.urls import Origin, parse_origin
 from jobfetcher.sources.worker_api.auth import Auth
-from jobfetcher.sources.worker_api.deadline import NOT_SENT, TRANSPORT_ERRORS, Address, Connections, Proxy, deadline
+from jobfetcher.sources.worker_api.deadline import NOT_SENT, TRANSPORT_ERRORS, DeadlineTransport, Proxy, deadline
 
 #: DESIGN.md rule 9: connect 5 s, whole call 30 s, body 4 MiB.
 CONNECT_S, CALL_S, BODY_BYTES = 5.0, 30.0, 4 * 1024 * 1024
@@ -34,9 +36,6 @@ _TRY_LATER = frozenset({408, 425, 429})
 
 #: FAULTS.md B11: a server may ask for at most this much patience.
 _RETRY_AFTER_MAX_S = 600.0
-
-#: Sent with every request. No encoding: a small answer must not become a large one (FAULTS.md T16).
-_HEADERS = {b"User-Agent": b"jobfetcher", b"Accept": b"application/json", b"Accept-Encoding": b"identity"}
 
 Params = Sequence[tuple[str, str]]
 
@@ -109,8 +108,15 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self.origin: Origin = parse_origin(base_url)
         self._proxy = None if proxy is None else Proxy.parse(proxy)
-        self._base = Address.parse(self.base_url)
-        self._connections = Connections(call_s=CALL_S, connect_s=CONNECT_S, ca_file=ca_file, proxy=self._proxy)
+        self._http = httpx.Client(
+            transport=DeadlineTransport(ca_file=ca_file, proxy=self._proxy),
+            timeout=httpx.Timeout(CALL_S, connect=CONNECT_S),
+            trust_env=False,
+            follow_redirects=False,
+            headers={"User-Agent": "jobfetcher", "Accept": "application/json", "Accept-Encoding": "identity"},
+        )
+        # A cookie jar is shared state between threads and a place for a server to leave things: it takes none.
+        self._http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self.auth: Auth | None = None
 
     def request(self, method: str, path: str, params: Params = (), *, within_s: float = CALL_S) -> Reply:
@@ -119,13 +125,13 @@ class Client:
         Raises SourceUnavailable when there is no answer; any status is returned, 401 after one renewal of the token.
         """
         assert self.auth is not None  # noqa: S101 - set by build before the first request
-        target = self._base.target.rstrip(b"/") + path.encode() + _query(params)
+        url = f"{self.base_url}{path}"
         token = self.auth.token()
-        reply = self._send(method, self._base, target, {"Authorization": f"Bearer {token}"}, b"", within_s)
+        reply = self.send(method, url, params, {"Authorization": f"Bearer {token}"}, within_s=within_s)
         if reply.status != 401:
             return reply
         token = self.auth.renew(token)
-        return self._send(method, self._base, target, {"Authorization": f"Bearer {token}"}, b"", within_s)
+        return self.send(method, url, params, {"Authorization": f"Bearer {token}"}, within_s=within_s)
 
     def send(
         self,
@@ -133,59 +139,49 @@ class Client:
         url: str,
         params: Params = (),
         headers: Mapping[str, str] | None = None,
-        content: bytes = b"",
+        content: bytes | None = None,
         *,
         within_s: float = CALL_S,
     ) -> Reply:
         """Send one request as given, without a token. Raises SourceUnavailable; `sent` says whether it went out."""
         try:
-            address = Address.parse(url)
-        except ValueError as error:
-            raise SourceUnavailable(f"{clean(url, 200)} {error}", sent=False) from None
-        return self._send(method, address, address.target + _query(params), headers or {}, content, within_s)
-
-    def _send(
-        self, method: str, address: Address, target: bytes, headers: Mapping[str, str], content: bytes, within_s: float
-    ) -> Reply:
-        raw = {**_HEADERS, **{name.encode(): value.encode() for name, value in headers.items()}}
-        body = bytearray()
-        try:
-            with (
-                deadline(within_s),
-                self._connections.answer(method, address, target, raw, content) as (status, answered, pieces),
-            ):
-                most = BODY_BYTES if status < 300 else _ERROR_BYTES
-                for piece in pieces:
-                    body += piece
-                    if len(body) > most:
-                        break
+            request = self._http.build_request(
+                method, url, params=list(params) or None, headers=dict(headers or {}), content=content
+            )
+            with deadline(within_s):
+                response = self._http.send(request, stream=True)
+                try:
+                    body = bytearray()
+                    most = BODY_BYTES if response.status_code < 300 else _ERROR_BYTES
+                    for piece in response.iter_raw():
+                        body += piece
+                        if len(body) > most:
+                            break
+                finally:
+                    response.close()
         except TRANSPORT_ERRORS as error:
             raise SourceUnavailable(
-                f"no answer from {self._where(address)}: {clean(str(error) or type(error).__name__, 200)}",
+                f"no answer from {self._where(url)}: {clean(str(error) or type(error).__name__, 200)}",
                 sent=not isinstance(error, NOT_SENT),
             ) from error
-        if status < 300 and len(body) > BODY_BYTES:
+        if response.status_code < 300 and len(body) > BODY_BYTES:
             size = f"larger than {BODY_BYTES >> 20} MiB"
-            path = clean(target.partition(b"?")[0].decode(), 200)
             raise UnusableAnswer(
-                f"the server's answer to {method} {path} is {size}; it was cut off",
+                f"the server's answer to {method} {request.url.path} is {size}; it was cut off",
                 bytes(body[:_WORDS_BYTES]),
                 f"it is {size}",
             )
-        return Reply(status, bytes(body), answered)
+        return Reply(response.status_code, bytes(body), response.headers)
 
     def close(self) -> None:
         """Close all connections."""
-        self._connections.close()
+        self._http.close()
 
-    def _where(self, address: Address) -> str:
+    def _where(self, url: str) -> str:
         """Who did not answer, for a person: nothing of it is a secret."""
-        where = address.name if address.origin == self.origin else clean(address.url, 200)
+        host = f"[{self.origin.host}]" if ":" in self.origin.host else self.origin.host
+        where = f"{host}:{self.origin.port}" if url.startswith(self.base_url) else clean(url, 200)
         return where if self._proxy is None else f"{where} through the proxy {self._proxy.name}"
-
-
-def _query(params: Params) -> bytes:
-    return b"?" + urlencode(params).encode() if params else b""
 
 
 def is_definite(reply: Reply) -> bool:

@@ -1,6 +1,6 @@
-"""Connections with a total deadline for each call.
+"""An httpx transport with a total deadline.
 
-httpcore times out single reads: a server that sends one byte every few seconds holds a call for ever
+httpx and httpcore time out single reads: a server that sends one byte every few seconds holds a call for ever
 (FAULTS.md B14, J7). Here every network operation of a call is given what is left of the call's own time, so the whole
 call ends on time. Name resolution is the operating system's and has its own limits.
 """
@@ -11,7 +11,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,9 +19,9 @@ from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 import httpcore
+import httpx
 
 from jobfetcher.core.errors import ConfigError
-from jobfetcher.core.urls import Origin, parse_origin
 
 #: What httpcore raises; it has no root class of its own.
 TRANSPORT_ERRORS = (
@@ -30,6 +30,9 @@ TRANSPORT_ERRORS = (
     httpcore.ProtocolError,
     httpcore.ProxyError,
     httpcore.UnsupportedProtocol,
+    httpx.HTTPError,
+    httpx.InvalidURL,
+    httpx.StreamError,
 )
 
 #: Errors that certainly came before the first byte of the request was sent.
@@ -106,34 +109,15 @@ class _Backend(httpcore.SyncBackend):
         return _Stream(super().connect_tcp(host, port, left, local_address, options))
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a request goes. `target` is path and query, as they are sent (RFC 9112, 3.2.1)."""
+class _Body(httpx.SyncByteStream):
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
 
-    url: str
-    origin: Origin
-    target: bytes
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._inner
 
-    @classmethod
-    def parse(cls, url: str) -> Self:
-        """Of an absolute http(s) URL, percent-encoded. Raises ValueError that says why it is none."""
-        origin, parts = parse_origin(url), urlsplit(url)
-        return cls(url, origin, f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}".encode())
-
-    @property
-    def name(self) -> str:
-        """Host and port."""
-        return f"{self._host}:{self.origin.port}"
-
-    @property
-    def host_header(self) -> bytes:
-        """RFC 9110, 7.2; the port only where it is not the scheme's own."""
-        usual = self.origin.port == {"http": 80, "https": 443}[self.origin.scheme]
-        return (self._host if usual else self.name).encode()
-
-    @property
-    def _host(self) -> str:
-        return f"[{self.origin.host}]" if ":" in self.origin.host else self.origin.host
+    def close(self) -> None:
+        self._inner.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +145,13 @@ class Proxy:
         return cls(name, f"{parts.scheme}://{name}", login)
 
 
-class Connections:
+class DeadlineTransport(httpx.BaseTransport):
     """Kept-alive HTTP/1.1 connections whose every operation respects `deadline`. Thread-safe.
 
     Through `proxy`, an https call is a tunnel (CONNECT), so that the proxy sees host and port; an http call is not.
-    `call_s` and `connect_s` bound single operations, in seconds.
     """
 
-    def __init__(
-        self, *, call_s: float, connect_s: float, ca_file: str | None = None, proxy: Proxy | None = None
-    ) -> None:
+    def __init__(self, *, ca_file: str | None = None, proxy: Proxy | None = None) -> None:
         context = _tls(ca_file)
         options: dict[str, Any] = {
             "ssl_context": context,
@@ -179,7 +160,6 @@ class Connections:
             "keepalive_expiry": 60.0,
             "network_backend": _Backend(),
         }
-        self._timeouts = {"timeout": {"connect": connect_s, "read": call_s, "write": call_s, "pool": call_s}}
         self._pool: httpcore.ConnectionPool
         if proxy is None:
             self._pool = httpcore.ConnectionPool(**options)
@@ -187,40 +167,26 @@ class Connections:
             to_proxy = _tls(ca_file) if proxy.url.startswith("https") else None
             self._pool = httpcore.HTTPProxy(proxy.url, proxy.login, proxy_ssl_context=to_proxy, **options)
 
-    @contextmanager
-    def answer(
-        self, method: str, address: Address, target: bytes, headers: Mapping[bytes, bytes], content: bytes
-    ) -> Iterator[tuple[int, Mapping[str, str], Iterator[bytes]]]:
-        """Status, headers (names in lower case) and body of the answer to one request to `target` at the origin of
-        `address`; the block reads it.
-
-        Straight to the pool below httpx: what that adds (cookies, redirects, authentication, joining of URLs) is not
-        wanted here, and is 0.3 ms of the 0.5 ms of processor time of a small call, and 8 MiB of an idle worker.
-        """
-        size = [] if method == "GET" else [(b"Content-Length", b"%d" % len(content))]
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
         response = self._pool.handle_request(
             httpcore.Request(
-                method,
-                httpcore.URL(
-                    scheme=address.origin.scheme.encode(),
-                    host=address.origin.host.encode(),
-                    port=address.origin.port,
-                    target=target,
+                method=request.method,
+                url=httpcore.URL(
+                    scheme=request.url.raw_scheme,
+                    host=request.url.raw_host,
+                    port=request.url.port,
+                    target=request.url.raw_path,
                 ),
-                headers=[(b"Host", address.host_header), *size, *headers.items()],
-                content=content,
-                extensions=self._timeouts,
+                headers=request.headers.raw,
+                content=request.stream,
+                extensions=request.extensions,
             )
         )
-        try:
-            assert isinstance(response.stream, Iterable)  # noqa: S101 - a pool for threads gives no other
-            answered = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
-            yield response.status, answered, iter(response.stream)
-        finally:
-            response.close()
+        return httpx.Response(
+            response.status, headers=response.headers, stream=_Body(response.stream), extensions=response.extensions
+        )
 
     def close(self) -> None:
-        """Close all connections."""
         self._pool.close()
 
 
