@@ -98,6 +98,10 @@ class Journal:
         self._lock = threading.RLock()
         self._ballast = path.with_name("journal.ballast")
         self._group: threading.Timer | None = None  # runs while marks wait for their commit
+        #: Whether the last commit waited for the disk. One that did not is the only one: of several, a power cut may
+        #: keep the later and lose the earlier, which looks like damage (journal_file.read).
+        self._synced = True
+        self._syncing = True
         self._boot_id = _boot_id() if boot_id is None else boot_id
         self._wall = wall
         unusable = f"the journal {path} cannot be used"
@@ -363,7 +367,8 @@ class Journal:
     def _carry_out(self, statements: tuple[Statement, ...], commit: bool, durable: bool) -> None:
         try:
             if statements and not self._db.in_transaction:  # inside one the level cannot be changed: marks keep FULL
-                self._db.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+                self._syncing = durable or not self._synced
+                self._db.execute(f"PRAGMA synchronous={'FULL' if self._syncing else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
                 self._db.execute(statement, values)
@@ -372,6 +377,7 @@ class Journal:
             elif self._db.in_transaction:
                 failpoint("before:commit")
                 self._db.execute("COMMIT")
+                self._synced = self._syncing
                 self._forget_group()
                 failpoint("after:commit")
         except BaseException:

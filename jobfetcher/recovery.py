@@ -97,11 +97,12 @@ def _resumes(record: Record, journal: Journal, emit: Emit) -> int:
 def _hold(record: Record, job: Job, budget: Budget) -> Reservation:
     if record.phase is Phase.STAGING_OUT:
         return NOTHING  # compute was given back already: what is left to do is to upload
-    if record.phase is Phase.RUNNING:
-        if record.share is None:
-            raise WorkerFault(WorkerReason.RESTARTED, "the worker was replaced by a newer one while it ran")
+    if record.phase is Phase.RUNNING and record.share is None:
+        raise WorkerFault(WorkerReason.RESTARTED, "the worker was replaced by a newer one while it ran")
+    if record.phase is Phase.RUNNING and record.share is not None and not record.rebooted:
         return budget.hold(record.share)
-    return budget.reserve(job.needs)
+    # Nothing of it runs. One that ran before a reboot may have given its share to the next one already.
+    return budget.queue(job.needs)
 
 
 def clear_strays(journal: Journal, engine: Engine, base: Base, emit: Emit, *, older_than_s: float = 0.0) -> None:

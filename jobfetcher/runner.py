@@ -178,6 +178,7 @@ class Runner:
                 if not self._journal.again(job.id):
                     raise
                 failpoint("after:again")
+                hold.again(job.needs)
                 message = f"{fault}; running it once more, from a clean state"
                 self._emit("again", level="warning", job=job.id, message=message)
 
@@ -265,7 +266,7 @@ class Runner:
     def _share(self, job: Job, hold: Reservation, halt: Halt, seconds: dict[str, float]) -> Share:
         """What the job may use; a prefetched one waits for it here, while it goes on saying that it is alive."""
         saying = ""
-        if hold.is_waiting:
+        if not hold.take():
             saying = "all is here; waiting for a job that computes to end"
             self._journal.acquit(job.id)  # crashes from here on are others' doing (A9): this one does nothing
         with self._step(job.id, "wait", "", seconds, saying):

@@ -96,9 +96,22 @@ class Reservation:
                     self.changed.wait(None if longest == math.inf else longest)
         return self._share
 
-    def grant(self, share: Share) -> None:
-        """For the budget: it may be used from now on."""
+    def take(self) -> bool:
+        """The share at once, if it is this one's turn and it fits; whether it has it now."""
+        if self._share is None and self._budget is not None:
+            self._budget.grant(self)
+        return self._share is not None
+
+    def set_share(self, share: Share | None) -> None:
+        """For the budget: it may be used from now on; None: it has to be waited for."""
         self._share = share
+
+    def again(self, needs: Needs) -> None:
+        """Give the share back and queue for another one: the job is to run once more, and what it had may be somebody
+        else's by now."""
+        assert self._budget is not None  # noqa: S101 - of a job that runs
+        self.needs = needs
+        self._budget.requeue(self)
 
     def cancel(self) -> bool:
         """Leave the queue; False if it has its share already, or had left."""
@@ -215,6 +228,25 @@ class Budget:
                 self._queue.append(reservation)
             return reservation
 
+    def queue(self, needs: Needs) -> Reservation:
+        """Queue for what `needs` asks for, whatever `prefetch` says: a job that an earlier process began is here.
+
+        Raises WorkerFault(DOES_NOT_FIT) where it would not even fit if nothing else ran.
+        """
+        with self._lock:
+            self._share_for(needs, self._free_when_idle())
+            reservation = Reservation(None, self, needs)
+            self._queue.append(reservation)
+            return reservation
+
+    def requeue(self, reservation: Reservation) -> None:
+        """See `Reservation.again`."""
+        with self._lock:
+            self._held.pop(reservation, None)
+            reservation.set_share(None)
+            self._queue.append(reservation)
+        self._tell_of_change()
+
     def hold(self, share: Share) -> Reservation:
         """Hold exactly `share`, free or not: a container that an earlier process started has it already."""
         reservation = Reservation(share, self)
@@ -245,7 +277,7 @@ class Budget:
                 return _LOOK_AGAIN_S if waiting.needs.gpu or not self._held else math.inf
             self._queue.popleft()
             self._held[waiting] = None
-            waiting.grant(share)
+            waiting.set_share(share)
         self._tell_of_change()  # there is room in the queue again
         return math.inf
 

@@ -158,7 +158,7 @@ def test_one_that_waits_for_too_long_is_given_back_in_silence(lab: Lab) -> None:
     """No mail, no fault, no slower pace; and none is prefetched before the one that computes has ended."""
     first, second = lab.submit(UNTIL_LET_GO), second_of(lab)
     others = [lab.submit("true") for _ in range(2)]
-    with running_worker(lab.settings(**AHEAD, prefetch_hold="0.5"), lambda taken, idle_s: taken == 4) as running:
+    with running_worker(lab.settings(**AHEAD, prefetch_hold="4"), lambda taken, idle_s: taken == 4) as running:
         running.heard.wait_for("wait")
         running.heard.wait_for("job_ended")
         heard_beats(lab)

@@ -664,16 +664,17 @@ class Machine(RuleBasedStateMachine):
         self.whole = self.of.free()
         self.queue: list[Reservation] = []
         self.held: list[Reservation] = []
+        self.again: list[Reservation] = []  # they queue in any case
 
     @rule(target=jobs, needs=NEEDS)
     def comes(self, needs: Needs) -> Reservation:
-        before, offer = self.of.free(), self.of.offer()
+        self.of.offer()
+        before = self.of.free()
         try:
             job = self.of.reserve(needs)
         except WorkerFault:
             assert self.of.free() == before
             return multiple()  # type: ignore[return-value]  # no job, which hypothesis has no type for
-        assert offer is not None or not self.held, "it was taken though nothing was offered"
         (self.queue if job.is_waiting else self.held).append(job)
         return job
 
@@ -683,6 +684,14 @@ class Machine(RuleBasedStateMachine):
         self.of.grant(job)
         if first and not job.is_waiting:
             self.held.append(self.queue.pop(0))
+
+    @rule(job=jobs)
+    def runs_again(self, job: Reservation) -> None:
+        if job in self.held and job.needs is not None:
+            self.held.remove(job)
+            job.again(job.needs)
+            self.again.append(job)
+            self.queue.append(job)
 
     @rule(job=consumes(jobs))
     def ends(self, job: Reservation) -> None:
@@ -710,7 +719,7 @@ class Machine(RuleBasedStateMachine):
     def holds(self) -> None:
         if not hasattr(self, "of"):
             return
-        assert len(self.queue) <= self.of.prefetch
+        assert sum(job not in self.again for job in self.queue) <= self.of.prefetch
         assert all(job.is_waiting for job in self.queue)
         shares = [job.share for job in self.held]
         assert len(shares) <= self.of.slots

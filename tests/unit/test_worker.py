@@ -432,7 +432,7 @@ def test_detached_from_both_the_next_start_goes_on_in_the_same_order(ahead: Benc
 
 
 @pytest.mark.fault("A2")
-def test_without_prefetch_at_the_next_start_the_one_that_waited_is_given_back(ahead: Bench) -> None:
+def test_without_prefetch_at_the_next_start_the_one_that_waited_goes_on_waiting(ahead: Bench) -> None:
     thread = prefetched(ahead)
     ahead.worker.leave(Leaving.DETACH)
     thread.join(20)
@@ -441,10 +441,11 @@ def test_without_prefetch_at_the_next_start_the_one_that_waited_is_given_back(ah
     again = ahead.make_worker()
     ahead.stop_when = lambda taken, idle_s: ahead.ends("1") != []
     thread = beside(again.run)
-    until(lambda: ahead.ends("2") == ["released"])
+    until(lambda: ahead.waiting() == ["2", "2"])
+    assert ahead.ends("2") == []
     ahead.engine.containers[0].release()
     thread.join(20)
-    assert ahead.ends("1") == ["finished"]
+    assert ahead.ends("1") == ahead.ends("2") == ["finished"]
     assert ahead.nothing_is_left()
 
 

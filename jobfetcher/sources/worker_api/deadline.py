@@ -155,7 +155,9 @@ class DeadlineTransport(httpx.BaseTransport):
         context = _tls(ca_file)
         options: dict[str, Any] = {
             "ssl_context": context,
-            "max_connections": 32,
+            # One for each thread that asks, and their number is bounded by the settings: with a bound here, signatures
+            # that hang would keep the keep-alives of all jobs waiting (FAULTS.md B13).
+            "max_connections": None,
             "max_keepalive_connections": 16,
             "keepalive_expiry": 60.0,
             "network_backend": _Backend(),
