@@ -5,7 +5,8 @@ URLs are known beforehand, since curl does not sign. The transfer's part of a jo
 `download` or `upload`; it makes new connections each time, as curl does. Of one file curl's time is what it says of the
 transfer itself (`time_total`); of many files it is that of the command, whose start and end are some 20 ms.
 
-What the worker does on top, and is not taken off: it hashes every byte (SHA-256 coming in, MD5 going out).
+What the worker does on top, and is not taken off: it hashes every byte that comes in (SHA-256). What goes out is hashed
+only for an S3, which says the MD5 of what it got; nginx says none.
 """
 
 from __future__ import annotations

@@ -174,6 +174,7 @@ def stage_out(
     def items() -> Iterator[Upload]:
         for output in job.outputs:
             for found in tree.walk(workspace.files, output.path.split("/")):
+                halt.check()  # many in a row may have been sent by an earlier attempt
                 if isinstance(found, tree.Skipped):
                     result.skip("/".join(found.parts), found.why)
                     continue

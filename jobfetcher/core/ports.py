@@ -135,11 +135,11 @@ class Watch(Protocol):
     def halt(self) -> Halt: ...
 
     def expect(self, size: int) -> None:
-        """`size` more bytes will go over the wire than were known of."""
+        """`size` more bytes will come or go than were known of (negative: so many less)."""
         ...
 
     def moved(self, size: int) -> None:
-        """`size` more bytes went over the wire (negative when a piece must be moved again)."""
+        """`size` more bytes came or went, also out of the cache (negative when they must be moved again)."""
         ...
 
     def done(self, item: Download | Upload, stored: Stored) -> None:

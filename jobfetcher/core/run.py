@@ -93,7 +93,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One file that reached its place: bytes, the digest we computed (`sha256:...` or `md5:...`), the store's ETag."""
+    """One file that reached its place: bytes, the digest we computed (`sha256:...` or `md5:...`), the store's ETag.
+
+    `digest` is empty for an output whose store does not say what it got: there is nothing to compare with.
+    """
 
     name: str
     size: int

@@ -35,6 +35,9 @@ Signed = SignedRequest | BaseException
 #: Progress is told at most this often, so that a fast link does not drown the caller.
 _TELL_EVERY_S = 0.1
 
+#: But so many bytes that are to come are told at once, since the disk may not have room for them.
+_MUCH = 8 * 1024**2
+
 #: Files that ended are told when there are so many, or at the latest after so many seconds. In that time a fast store
 #: brings twenty more, which then cost one hand-over together.
 _TELL_AT_ONCE = 32
@@ -93,7 +96,7 @@ class Batch(Generic[Item]):
         self._signed.append((item, signed))
         if not self._called:  # else the loop has been called and not yet looked
             self._called = True
-            self.loop.call(self._take)
+            self._call(self._take)
 
     def lost(self, why: str) -> None:
         """The loop has ended."""
@@ -104,11 +107,22 @@ class Batch(Generic[Item]):
     def end(self) -> None:
         """Nothing more is wanted: abort what is going on. From the caller's thread."""
         self.ended.set()
-        self.loop.call(self._end)
+        self._call(self._end)
         self.closed.wait(_LEAVE_S)
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self.loop.leave(self)
+
+    def _call(self, do: Callable[[], None]) -> None:
+        """Have `do` called in the loop's thread; if it raises, only this batch is lost."""
+
+        def safely() -> None:
+            try:
+                do()
+            except Exception as error:
+                self.lost(f"a transfer failed: {error!r}")
+
+        self.loop.call(safely)
 
     def take_progress(self) -> tuple[int, int]:
         """Bytes expected and moved that were not told yet. From the caller's thread, when no story runs any more."""
@@ -127,23 +141,42 @@ class Batch(Generic[Item]):
         self._moved += size
 
     def aside(self, do: Callable[[], object], then: Resume) -> Callable[[], bool]:
-        """See `story.Teller`. The threads are this batch's: one whose source hangs holds up no other."""
+        """See `story.Teller`. The threads are this batch's: one whose source hangs holds up no other.
+
+        Raises Ended when nobody wants it any more, WorkerFault when there is no thread for it.
+        """
+        self.check()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="transfer-aside")
+        future: Future[object] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = do()
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
 
         def ended(future: Future[object]) -> None:
             if not future.cancelled():
                 error = future.exception()
-                self.loop.call(lambda: then(None if error else future.result(), error))
+                self._call(lambda: then(None if error else future.result(), error))
 
-        future = self._pool.submit(do)
         future.add_done_callback(ended)
+        try:
+            self._pool.submit(run)
+        except RuntimeError as error:  # no new thread; but the call is queued, and a thread there is may have begun it
+            if future.cancel():
+                raise _no_thread(error) from error
         return future.cancel
 
     def flush(self) -> bool:
         """Tell the caller's thread what there is to tell, if it is much, or old, or all."""
         now = time.monotonic()
-        if (self._expected or self._moved) and now - self._told_at >= _TELL_EVERY_S:
+        late = now - self._told_at >= _TELL_EVERY_S
+        if self._expected >= _MUCH or (late and (self._expected or self._moved)):
             self._told_at = now
             self.progress.append(self.take_progress())
         elif not self._untold:
@@ -199,19 +232,24 @@ class _Signers(Generic[Item]):
     ) -> None:
         self.failure: BaseException | None = None
         self._items, self._sign, self._batch, self._most = iter(items), sign, batch, most
+        # Who walks holds no lock that others need: what was sent before is passed over here, for as long as that takes.
+        self._walk = threading.Lock()
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._free = self._window = self._least_window = window
         self._counted, self._counted_at = 0, time.monotonic()
         self._taken = self._told = self._threads = self._idle = 0
-        self._exhausted = False
+        self._exhausted = threading.Event()
         self._slow = True  # until it is known better
-        self._start()
+        try:
+            self._start()
+        except RuntimeError as error:
+            raise _no_thread(error) from error
 
     @property
     def is_done(self) -> bool:
         """Whether all items there are were told as done."""
-        return self._exhausted and self._told == self._taken
+        return self._exhausted.is_set() and self._told == self._taken
 
     def told(self, count: int) -> None:
         """So many items are done with."""
@@ -230,12 +268,12 @@ class _Signers(Generic[Item]):
     def close(self) -> None:
         """No more items are wanted."""
         with self._lock:
-            self._exhausted = True
+            self._exhausted.set()
             self._room.notify_all()
 
     def _start(self) -> None:
-        self._threads += 1
         threading.Thread(target=self._run, name="transfer-sign", daemon=True).start()
+        self._threads += 1
 
     def _run(self) -> None:
         while (item := self._take()) is not None:
@@ -250,26 +288,31 @@ class _Signers(Generic[Item]):
 
     def _take(self) -> Item | None:
         with self._lock:
-            while self._free <= 0 and not self._exhausted:
+            while self._free <= 0 and not self._exhausted.is_set():
                 self._idle += 1
                 self._room.wait()
                 self._idle -= 1
-            if self._exhausted:
+            if self._exhausted.is_set():
+                return None
+            self._free -= 1
+        with self._walk:
+            if self._exhausted.is_set():
                 return None
             try:
                 item = next(self._items, None)
             except BaseException as error:
                 self.failure, item = error, None
-            if item is None:
-                self._exhausted = True
-                self._room.notify_all()
-                self._batch.bell.put(None)
-                return None
-            self._free -= 1
-            self._taken += 1
-            if self._slow and not self._idle and self._free > 0 and self._threads < self._most:
-                self._start()
-            return item
+            with self._lock:
+                if item is None or self._exhausted.is_set():  # the end, or closed meanwhile
+                    self._exhausted.set()
+                    self._room.notify_all()
+                    self._batch.bell.put(None)
+                    return None
+                self._taken += 1
+                if self._slow and not self._idle and self._free > 0 and self._threads < self._most:
+                    with contextlib.suppress(RuntimeError):  # no new thread: those there are sign them all
+                        self._start()
+                return item
 
 
 def run(
@@ -331,7 +374,11 @@ def _drain(batch: Batch[Item]) -> Iterator[tuple[Item, Story[Stored]]]:
 
 def _tell(progress: tuple[int, int], watch: Watch) -> None:
     expected, moved = progress
+    if moved:  # first: what is here already takes no more of the disk's room
+        watch.moved(moved)
     if expected:
         watch.expect(expected)
-    if moved:
-        watch.moved(moved)
+
+
+def _no_thread(error: RuntimeError) -> WorkerFault:
+    return WorkerFault(WorkerReason.INTERNAL, f"a thread for transfers cannot be started: {error}")

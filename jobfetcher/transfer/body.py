@@ -1,6 +1,6 @@
 """What is sent: one file, raw for PUT, or as the last part of a form for POST (PROTOCOL.md; S3 refuses chunked).
 
-Used by `upload`. Streams; the MD5 of the file's own bytes is computed meanwhile.
+Used by `upload`. Streams; where a store will say the MD5 of what it got, ours is computed meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SMALL = 256 * 1024
 class FileBody:
     """`head`, then `size` bytes of the file that `open_` opens, then `tail`; `close` it.
 
-    `moved` is told of the file's bytes only. The file is opened by `open`, when there is a connection for it.
+    `moved` is told of the file's bytes only. The file is opened by `open`, when there is a connection for it. `hashes`:
+    its MD5 will be asked for, so it is computed on the way; else `md5` reads the file again.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class FileBody:
         hashers: Callable[[], ThreadPoolExecutor],
         head: bytes = b"",
         tail: bytes = b"",
+        *,
+        hashes: bool,
     ) -> None:
         self._open, self._size, self._name, self._moved, self._hashers = open_, size, name, moved, hashers
-        self._head, self._tail = head, tail
+        self._head, self._tail, self.hashes = head, tail, hashes
         self._at = self._sent = 0
         self._file: BinaryIO | None = None
-        self._digests = Digests(_MD5)
+        self._digests: Digests | None = None
         self._follower: Follower | None = None
 
     def open(self) -> None:
@@ -70,13 +73,15 @@ class FileBody:
         return -1 if self._file is None else self._file.fileno()
 
     @property
-    def is_small(self) -> bool:
+    def is_hashed(self) -> bool:
         """Whether `md5` has nothing left to do."""
-        return self._follower is None
+        return self._digests is not None
 
     def md5(self) -> str:
-        """Of the file's bytes handed out so far, in hex digits; blocks unless the file is small."""
-        digests = self._digests if self._follower is None else self._follower.finish()
+        """Of the whole file, in hex digits; blocks unless it `is_hashed`."""
+        digests = self._digests
+        if digests is None:
+            digests = (self._follower or self._follow()).finish(self._size)
         return digests.digest.removeprefix("md5:")
 
     def read(self, size: int) -> bytes:
@@ -106,9 +111,14 @@ class FileBody:
     def _begin(self) -> None:
         if self._follower is not None:
             self._follower.stop()
-        self._digests = Digests(_MD5)
-        if self._size > _SMALL:
-            self._follower = Follower(self.descriptor(), self._digests, f"output {self._name}", self._hashers())
+        self._digests = self._follower = None
+        if self.hashes and self._size <= _SMALL:
+            self._digests = Digests(_MD5)
+        elif self.hashes:
+            self._follower = self._follow()
+
+    def _follow(self) -> Follower:
+        return Follower(self.descriptor(), Digests(_MD5), f"output {self._name}", self._hashers)
 
     def _read_file(self, size: int) -> bytes:
         self.open()
@@ -121,9 +131,9 @@ class FileBody:
             raise changed(self._name)
         self._sent += len(piece)
         self._moved(len(piece))
-        if self._follower is None:
+        if self._digests is not None:
             self._digests.update(piece)
-        else:
+        elif self._follower is not None:
             self._follower.advance(self._sent)
         return piece
 

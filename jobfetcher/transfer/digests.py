@@ -14,8 +14,9 @@ import base64
 import hashlib
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol, Self
 
 from jobfetcher.transfer.exchange import Reply
@@ -54,8 +55,13 @@ class _Crc32:
         return f"{self._value:08x}"
 
 
-def _hasher(name: str) -> _Hasher:
-    return _Crc32() if name == "crc32" else hashlib.new(name, usedforsecurity=False)
+#: Made by their constructors: to find one by its name takes longer than to hash a small file.
+_HASHERS: dict[Algorithm, Callable[[], _Hasher]] = {
+    "md5": partial(hashlib.md5, usedforsecurity=False),
+    "sha256": partial(hashlib.sha256, usedforsecurity=False),
+    "sha1": partial(hashlib.sha1, usedforsecurity=False),
+    "crc32": _Crc32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,7 @@ class Digests:
     __slots__ = ("_hashers",)
 
     def __init__(self, names: frozenset[Algorithm]) -> None:
-        self._hashers: dict[str, _Hasher] = {name: _hasher(name) for name in names}
+        self._hashers: dict[str, _Hasher] = {name: _HASHERS[name]() for name in names}
 
     @classmethod
     def for_expected(cls, expected: Expected) -> Self:

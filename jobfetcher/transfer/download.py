@@ -117,9 +117,12 @@ def fetch(
             elif reply is None or _is_file(reply):
                 continue  # a piece of it; others are on their way
             elif entry is not None and reply.status == 304:
+                batch.expect(entry.size)
                 digest: str = "" if cache is None else (yield Aside(partial(cache.take, entry, part.fd, batch.check)))
                 if digest:
+                    batch.moved(entry.size)
                     return Stored(item.name, entry.size, digest, entry.etag)
+                batch.expect(-entry.size)
                 entry = None
             elif crew.is_busy:
                 crew.fewer()

@@ -39,6 +39,9 @@ _READ_BUFFER, _SEND_BUFFER, _SMALL_SEND_BUFFER = 512 * 1024, 2 * 1024 * 1024, 64
 #: what there is at the end of each turn of the loop: one system call and one hand-over of the interpreter for 16.
 _GATHER = 256 * 1024
 
+#: A server may send tiny chunks, and one write takes 1,024 pieces (IOV_MAX).
+_MOST_PIECES = 512
+
 #: With a limit on bandwidth, an upload takes so much at once, so that many of them share it evenly.
 _LIMITED_READ = 64 * 1024
 
@@ -95,9 +98,9 @@ class _LentSocket(socket.socket):
 class Exchange:
     """One request and its reply; a `story.Wait`. `origin` is scheme, host and port, `target` the path and query.
 
-    `on_start` is called when a connection is free for it, and `on_reply` when the final headers are in; that returns
-    where the body goes, or None to have its first 64 KiB kept as words. Both may raise, which ends it with that
-    `error`.
+    `on_start` is called when a connection is free for it, and `on_reply` with the final headers, before the first byte
+    of the body; that returns where the body goes, or None to have its first 64 KiB kept as words. Both may raise, which
+    ends it with that `error`. An exchange that is cancelled before gets no `on_reply`.
     `check_address` raises for an address that must not be connected to.
     """
 
@@ -175,14 +178,19 @@ class Exchange:
         if self.resume is not None:
             self.resume(self, None)
 
-    def take_headers(self, lines: list[bytes]) -> None:
-        """All lines of one head, status line first. Only the final one counts: 1xx replies come before it."""
-        status = int(lines[0].split(maxsplit=2)[1])
-        if status < 200:
-            return
+    def take_head(self, lines: list[bytes]) -> None:
+        """All lines of the reply's head. Only the final one counts: 1xx replies come before it."""
+        start, status = 0, int(lines[0].split(maxsplit=2)[1])
+        while status < 200:
+            start += next(number for number, line in enumerate(lines[start:], 1) if line in _BLANK)
+            if start == len(lines):
+                return
+            status = int(lines[start].split(maxsplit=2)[1])
         self.reply.status = status
         headers = self.reply.headers
-        for line in b"".join(lines[1:_MAX_HEADERS]).decode("latin-1").split("\n"):
+        for line in b"".join(lines[start + 1 : start + _MAX_HEADERS]).decode("latin-1").split("\n"):
+            if line in {"", "\r"}:
+                break  # what follows an empty body, a chunked one's trailers, means nothing to us
             name, colon, value = line.partition(":")
             if colon and len(line) <= _MAX_HEADER:
                 headers.setdefault(name.strip().lower(), value.strip())
@@ -245,7 +253,8 @@ class Handle:
         self._slow_for_s = self._send_buffer = 0
         curl = self.curl
         _harden(curl, net)
-        curl.setopt(pycurl.HEADERFUNCTION, self._header)
+        # A method of C: it is called for each line, and a call into Python for each would be a tenth of a small file.
+        curl.setopt(pycurl.HEADERFUNCTION, self._lines.append)
         curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
         curl.setopt(pycurl.LOW_SPEED_LIMIT, net.slow_bytes_per_s)
         if method == "GET":
@@ -292,6 +301,18 @@ class Handle:
         self._pieces.clear()
         self._size = 0
 
+    def take_head(self) -> bool:
+        """Read the reply's head, if it is there and was not read; false if the exchange must be ended."""
+        exchange, lines = self.exchange, self._lines
+        if exchange is None or exchange.in_body or not lines or lines[-1] not in _BLANK:
+            return True
+        try:
+            exchange.take_head(lines)
+        except BaseException as error:
+            exchange.error = error
+            return False
+        return True
+
     def flush(self) -> bool:
         """Hand the gathered pieces of the body on; false if the exchange must be ended."""
         exchange, size = self.exchange, self._size
@@ -304,26 +325,14 @@ class Handle:
             exchange.error = error
             return False
 
-    def _header(self, line: bytes) -> int | None:
-        exchange = self.exchange
-        if exchange is None or exchange.in_body:
-            return None  # trailers after a chunked body mean nothing to us
-        self._lines.append(line)
-        if line in _BLANK:
-            try:
-                exchange.take_headers(self._lines)
-            except BaseException as error:
-                exchange.error = error
-                return 0  # fewer bytes than given: libcurl ends the exchange
-            self._lines.clear()
-        return None
-
     def _write(self, data: bytes) -> int | None:
         if not self._size:
+            if not self.take_head():
+                return 0  # fewer bytes than given: libcurl ends the exchange
             self._on_bytes(self)
         self._pieces.append(data)
         self._size += len(data)
-        if self._size >= _GATHER and not self.flush():
+        if (self._size >= _GATHER or len(self._pieces) >= _MOST_PIECES) and not self.flush():
             return 0
         return None
 

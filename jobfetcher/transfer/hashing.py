@@ -7,8 +7,10 @@ goes on. No thread waits for a file: work is queued when there is some, and a fi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from jobfetcher.core.errors import WorkerFault, WorkerReason
@@ -24,7 +26,7 @@ _WORTH_WAKING = 4 * _BLOCK
 class Follower:
     """Hashes `fd` from its start as `advance` says how far its bytes are there."""
 
-    def __init__(self, fd: int, digests: Digests, name: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, fd: int, digests: Digests, name: str, pool: Callable[[], ThreadPoolExecutor]) -> None:
         self._fd, self.digests, self._name, self._pool = fd, digests, name, pool
         self._lock = threading.Lock()
         self._front = self._at = 0
@@ -35,10 +37,12 @@ class Follower:
         self._front = front
         if not self._queued and front - self._at >= _WORTH_WAKING:
             self._queued = True
-            self._pool.submit(self._follow)
+            with contextlib.suppress(RuntimeError):  # no thread to be had: `finish` does it all
+                self._pool().submit(self._follow)
 
-    def finish(self) -> Digests:
-        """Hash what is left; blocks. Raises WorkerFault if the file cannot be read."""
+    def finish(self, front: int) -> Digests:
+        """Hash what is left before `front`; blocks. Raises WorkerFault if the file cannot be read."""
+        self._front = front
         self._catch_up()
         return self.digests
 

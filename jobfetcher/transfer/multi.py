@@ -9,6 +9,7 @@ here, where it does not time out, and the bound follows what the server bears (`
 from __future__ import annotations
 
 import contextlib
+import gc
 import heapq
 import os
 import select
@@ -38,6 +39,10 @@ _MOST_ORIGINS = 256
 #: A loop that never sleeps lets its members tell so often what happened; one that sleeps wakes for what was kept back.
 _FLUSH_EVERY_S = 0.05
 _KEEP_BACK_S = 0.002
+
+#: Closing takes milliseconds, unless libcurl waits for a look-up of a name, which nothing can interrupt (only from 8.20
+#: on it may be told not to, by CURLMOPT_QUICK_EXIT, which pycurl does not have). Then the thread is left to itself.
+_CLOSE_S = 2.0
 
 #: More than four would take the cores that jobs pay for; one hashes 0.8 to 1.9 GB/s.
 _MOST_HASHERS = 4
@@ -101,11 +106,22 @@ class TransferLoop:
         with self._lock:
             if self._closed:
                 raise WorkerFault(WorkerReason.INTERNAL, "files cannot be moved any more: the worker is closing")
-            self._members.add(member)
             if self._thread is None:
-                self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-                self._thread = threading.Thread(target=self._run, args=(self._waker,), name="transfer", daemon=True)
-                self._thread.start()
+                self._start()
+            self._members.add(member)
+
+    def _start(self) -> None:
+        try:
+            waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError as error:
+            raise WorkerFault(WorkerReason.INTERNAL, f"files cannot be moved: {error.strerror}") from error
+        thread = threading.Thread(target=self._run, args=(waker,), name="transfer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            os.close(waker)
+            raise WorkerFault(WorkerReason.INTERNAL, f"a thread for transfers cannot be started: {error}") from error
+        self._waker, self._thread = waker, thread
 
     def leave(self, member: Member) -> None:
         """`member` wants nothing more."""
@@ -120,13 +136,13 @@ class TransferLoop:
             self._wake()
 
     def close(self) -> None:
-        """Abort everything, close all connections and end the thread."""
+        """Abort everything, close all connections and end the thread, within about `_CLOSE_S`."""
         with self._lock:
             self._closed = True
             thread = self._thread
         self._wake()
         if thread is not None:
-            thread.join()
+            thread.join(_CLOSE_S)
 
     def _wake(self) -> None:
         with self._lock:
@@ -172,6 +188,9 @@ class TransferLoop:
 
     def _run(self, wakes: int) -> None:
         """The thread. However it ends, nobody is left waiting, and the next member starts a new one."""
+        # What is loaded by now stays. Small files leave no garbage in circles, but make so many objects that everything
+        # there is would be searched for it every few thousand files: up to a fifth of the time they take.
+        gc.freeze()
         why = "the transfer loop was closed"
         try:
             with _Poll(self._net, self._max_host, self._max_total, self.bandwidth_limit, wakes) as poll:
@@ -208,6 +227,7 @@ class TransferLoop:
         return any(kept_back)
 
     def _sleep(self, poll: _Poll) -> None:
+        poll.take_heads()
         keeps_back = self._flush()
         # Who asks from now on sees that we sleep, and wakes us; who asked before is seen here.
         self._asleep = True
@@ -323,6 +343,12 @@ class _Poll:
             self._ready.popleft()()
         return self._ring() or busy
 
+    def take_heads(self) -> None:
+        """Read the heads of replies whose body is still to come: it may not, and what they say is known now."""
+        for handle in list(self._running.values()):
+            if not handle.take_head() and handle.exchange is not None:
+                self._end(handle, handle.exchange, pycurl.E_WRITE_ERROR, "the reply is not wanted")
+
     def _until_due(self) -> float | None:
         if self._ready:
             return 0.0
@@ -360,12 +386,20 @@ class _Poll:
             for curl, code, failure in [*((curl, 0, "") for curl in well), *badly]:
                 handle = self._running[curl]
                 if handle.exchange is not None:
+                    handle.take_head()
                     self._end(handle, handle.exchange, code, failure)
 
     def _begin(self, exchange: Exchange, origin: Origin) -> None:
-        origin.begin(exchange)
+        """Give it a connection. If it cannot even begin it has ended, and the connection is free as before."""
         spare = self._spare[exchange.method]
-        handle = spare.pop() if spare else self._make(exchange.method)
+        try:
+            handle = spare.pop() if spare else self._make(exchange.method)
+        except Exception as error:
+            exchange.error = error
+            exchange.finish(pycurl.E_FAILED_INIT, str(error))
+            self.soon(exchange.wake)
+            return
+        origin.begin(exchange)
         self._running[handle.curl] = handle
         exchange.handle = handle
         try:
@@ -376,13 +410,17 @@ class _Poll:
         except BaseException as error:
             if not isinstance(error, pycurl.error):
                 exchange.error = error
-            self._end(handle, exchange, pycurl.E_FAILED_INIT, str(error), added=False)
+            self._release(handle, exchange, pycurl.E_FAILED_INIT, str(error))
 
-    def _end(self, handle: Handle, exchange: Exchange, code: int, failure: str, *, added: bool = True) -> None:
+    def _end(self, handle: Handle, exchange: Exchange, code: int, failure: str) -> None:
         """Take a handle out of the loop; if it was still at work, its connection is closed."""
-        if added:
-            handle.flush()
-            self._multi.remove_handle(handle.curl)
+        handle.flush()
+        self._multi.remove_handle(handle.curl)
+        self._release(handle, exchange, code, failure)
+        self._next(self._origin(exchange.origin))
+
+    def _release(self, handle: Handle, exchange: Exchange, code: int, failure: str) -> None:
+        """The handle is free for another exchange, and the story of this one goes on."""
         handle.unload()
         del self._running[handle.curl]
         for paused in self._paused.values():
@@ -395,10 +433,8 @@ class _Poll:
             handle.curl.close()
         exchange.handle = None
         exchange.finish(code, failure)
-        origin = self._origin(exchange.origin)
-        origin.end(exchange)
+        self._origin(exchange.origin).end(exchange)
         self.soon(exchange.wake)
-        self._next(origin)
 
     def _next(self, freed: Origin) -> None:
         """Give free connections to those who wait: at the origin that has one more, and where only the sum was full."""

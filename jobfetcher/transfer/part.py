@@ -18,6 +18,8 @@ import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -67,19 +69,23 @@ class Tally(Protocol):
 
 
 class Note(BaseModel):
-    """What lies beside a part: an `Expected`, and which bytes are there, as first and behind-the-last one (none: all
-    from 0 to the end of the file)."""
+    """What lies beside a part: an `Expected`, and which bytes are there.
+
+    `in_order`: all from 0 to the end of the file; else those that `have` names, as first and behind-the-last one.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     etag: str = Field(default="", max_length=202, pattern=r'^("[!#-~]+")?$')
     size: int | None = Field(default=None, ge=0)
     sums: dict[Algorithm, str] = {}
-    have: list[tuple[int, int]] = []
+    in_order: bool
+    have: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, expected: Expected, have: list[tuple[int, int]]) -> Self:
-        return cls(etag=expected.etag, size=expected.size, sums=expected.sums, have=have)
+    def of(cls, expected: Expected, have: list[tuple[int, int]] | None) -> Self:
+        """`have` None: in order."""
+        return cls(etag=expected.etag, size=expected.size, sums=expected.sums, in_order=have is None, have=have or [])
 
     @property
     def expected(self) -> Expected:
@@ -158,18 +164,18 @@ class Part:
         note, size = self._read_note(), os.fstat(self.fd).st_size
         if note is None or not note.etag or (note.size is not None and size > note.size):
             return self.restart()
-        have = note.have or [(0, size)]
-        if have[0][0]:
+        have = [(0, size)] if note.in_order else note.have
+        if not have or have[0][0]:
             have = [(0, 0), *have]
         ends = [*(first for first, _ in have[1:]), note.size]
         pieces = [Piece(first, last, end) for (first, last), end in zip(have, ends, strict=True)]
         if any(not piece.start <= piece.at <= size or piece.left < 0 for piece in pieces):
             return self.restart()
         self.pieces = pieces
-        self.is_scattered = bool(note.have)
+        self.is_scattered = not note.in_order
         self.have = self.best = sum(piece.at - piece.start for piece in pieces)
         self._begin_with(note.expected)
-        self._merge()
+        self.merge()
         return None
 
     def restart(self) -> None:
@@ -253,7 +259,6 @@ class Part:
         if piece.end is not None:
             if not piece.is_full:
                 raise TryAgain(f"the storage sent {piece.at} of {piece.end} bytes")
-            self._merge()
             return
         chunked = "chunked" in reply.headers.get("transfer-encoding", "").lower()
         if not chunked and not expected.sums:
@@ -265,8 +270,7 @@ class Part:
         follower = self._follower
         if follower is None:
             return lambda: self._digests
-        follower.advance(self.pieces[0].at)
-        return follower.finish
+        return partial(follower.finish, self.pieces[0].at)
 
     @property
     def is_hashed(self) -> bool:
@@ -321,8 +325,8 @@ class Part:
         self.is_scattered = self._write_note(have) or self.is_scattered
         return self.is_scattered
 
-    def _write_note(self, have: list[tuple[int, int]]) -> bool:
-        """Only good for resuming: if it cannot be written, nothing is lost but that."""
+    def _write_note(self, have: list[tuple[int, int]] | None) -> bool:
+        """Only good for resuming: if it cannot be written, nothing is lost but that. `have` None: all in order."""
         expected = self.expected
         if expected is None:
             return False
@@ -338,8 +342,9 @@ class Part:
         self._has_note = True
         return True
 
-    def _merge(self) -> None:
-        """Neighbours that are full become one, so that the first piece is all that is there from the start on."""
+    def merge(self) -> None:
+        """Neighbours that are full become one, so that the first piece is all that is there from the start on. Due
+        whenever an exchange has ended, however it ended: nobody else fills a piece that is full."""
         index = 0
         while index + 1 < len(self.pieces):
             piece, after = self.pieces[index], self.pieces[index + 1]
@@ -369,7 +374,7 @@ class Part:
             self._check_room(expected.size)
             self._announce(expected.size)
         if expected.etag and (expected.size is None or expected.size > _WORTH_RESUMING):
-            self._write_note([])
+            self._write_note(None)
 
     def _begin_with(self, expected: Expected) -> None:
         self.expected = expected
@@ -377,7 +382,7 @@ class Part:
         if expected.size is not None and expected.size <= _SMALL and not self.have:
             self._digests = digests
         else:
-            self._follower = Follower(self.fd, digests, f"input {self._name}", self._hashers())
+            self._follower = Follower(self.fd, digests, f"input {self._name}", self._hashers)
             self._advance()
 
     def _refuse_whole(self, reply: Reply) -> None:
@@ -405,8 +410,13 @@ class Part:
         ):
             why = "the storage sent another part of the file than was asked for"
             raise Discard(why) if alone else NoRanges(why)
+        if size is None:  # a server may send less than was asked for (RFC 9110, 15.3.7), so its end is not the file's
+            if found.whole is None:
+                raise Discard("the storage sent a part of the file without saying how long all of it is")
+            piece.end = size = found.whole
+            self.expected = replace(self.expected, size=size)
         self._check_room(found.last - found.first + 1)
-        self._announce(found.last - found.first + 1 if size is None else size - self.have)
+        self._announce(size - self.have)
 
     def _announce(self, size: int) -> None:
         """Say how much is to come, as far as that is not known yet; what is moved again was taken back before."""

@@ -6,6 +6,7 @@ and its connections; each call has its own window and its own signers, so a job 
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,13 +32,17 @@ UPLOAD_BUDGET_S = 7 * 86_400.0
 #: PROTOCOL.md S13: one object sent by one PUT or POST has at most 5 GiB.
 MAX_UPLOAD_BYTES = 5 * 1024**3
 
+#: A connection takes two descriptors, its socket and its file; the other half is for the API, the engine and the rest.
+_FILES_PER_CONNECTION = 4
+
 
 class PresignedTransfer:
     """Moves files as `policy` allows.
 
     `concurrency`: requests signed at the same time in one call. How many small files are on their way is bounded by the
     connections, `max_host_connections` to one origin and `max_connections` in all: a file of 4 KiB is on the wire for a
-    few hundred microseconds, and eight at a time would leave the wire idle. `ranges`: connections that one large
+    few hundred microseconds, and eight at a time would leave the wire idle. There are fewer where the process may open
+    few files. `ranges`: connections that one large
     download may use. `bandwidth_limit`: bytes a second each way, of all calls together; None: no limit. `cache`: where
     inputs are kept for later jobs. Budgets: seconds without success before a file is given up.
     """
@@ -61,6 +66,10 @@ class PresignedTransfer:
     ) -> None:
         net = net or NetSettings()
         rules = rules or Rules()
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if files != resource.RLIM_INFINITY:
+            max_connections = min(max_connections, max(1, files // _FILES_PER_CONNECTION))
+        max_host_connections = min(max_host_connections, max_connections)
         self._loop = TransferLoop(
             net,
             max_host_connections=max_host_connections,

@@ -158,6 +158,8 @@ class Crew:
         def on_reply(exchange: Exchange, reply: Reply) -> Sink | None:
             self._origin = exchange.origin
             sink = self._part.accept(piece, reply, alone=len(self._active) == 1)
+            if reply.status == 200:  # the file begins anew, and so does the measuring
+                self._target, self._since = 1, 0.0
             if self._timer is None and self._can_spread():
                 self._batch.loop.soon(self._wake)  # to look at the clock from now on
             return sink
@@ -170,6 +172,7 @@ class Crew:
         if attempt.dropped:
             return
         attempt.piece.busy = False
+        self._part.merge()
         self._active.remove(attempt)
         self._ended.append(attempt)
         self._wake()

@@ -84,7 +84,10 @@ class Aside:
 
 
 class Story(Generic[T]):
-    """One generator on its way. In the loop's thread only; `on_end` is called once, however it ends."""
+    """One generator on its way. In the loop's thread only; `on_end` is called once, however it ends.
+
+    Whatever goes wrong is its own `error`: neither method raises, since the loop that calls them is everybody's.
+    """
 
     __slots__ = ("_closed", "_on_end", "_tale", "_teller", "_wait", "ended", "error", "result")
 
@@ -106,12 +109,18 @@ class Story(Generic[T]):
         except StopIteration as end:
             self.result = end.value
             self._end()
+            return
         except BaseException as failure:
             self.error = failure
             self._end()
-        else:
-            self._wait = wait
+            return
+        self._wait = wait
+        try:
             wait.begin(self._teller, self.step)
+        except BaseException as failure:  # such as a thread that cannot be had: it ends this story and no other
+            self._wait = None
+            self.error = failure
+            self._finish()
 
     def close(self) -> None:
         """End it where it stands; its `finally` blocks run."""
@@ -122,7 +131,10 @@ class Story(Generic[T]):
         if isinstance(wait, Aside) and not wait.take_back():
             return  # ends when the call returns
         if wait is not None:
-            wait.cancel()
+            try:
+                wait.cancel()
+            except BaseException as failure:
+                self.error = failure
         self._finish()
 
     def _finish(self) -> None:

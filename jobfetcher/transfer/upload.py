@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import BinaryIO
 
@@ -24,6 +26,9 @@ from jobfetcher.transfer.exchange import Reply
 from jobfetcher.transfer.patience import Patience, Rules, TryAgain
 from jobfetcher.transfer.story import Aside, Tale
 from jobfetcher.transfer.wire import Wire
+
+_S3_NAMES = ("x-amz-", "awsaccesskeyid")
+_S3_QUERY = re.compile(r"(?:^|&)(?:x-amz-|awsaccesskeyid=)")
 
 _STORED = frozenset({200, 201, 204})
 
@@ -50,7 +55,7 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
         request = yield from patience.signed(partial(item.sign, renew), first)
         first, renew = None, False
         try:
-            reply, md5 = yield from _once(item, request, batch, wire)
+            reply, md5, theirs = yield from _once(item, request, batch, wire)
             if reply.status not in _STORED and (reply.status < 400 or replies.is_later(reply)):
                 raise TryAgain(f"the storage answers {replies.words(reply)}", replies.retry_after_s(reply))
         except TryAgain as failure:
@@ -58,9 +63,8 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
             continue
 
         if reply.status in _STORED:
-            theirs = etag_md5(reply.headers)
             if theirs in {None, md5}:
-                return Stored(item.name, item.size, f"md5:{md5}", replies.strong_etag(reply))
+                return Stored(item.name, item.size, f"md5:{md5}" if md5 else "", replies.strong_etag(reply))
             damaged += 1
             if damaged >= _MAX_DAMAGED:
                 raise WorkerFault(
@@ -79,14 +83,22 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
                 )
 
 
-def _once(item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire) -> Tale[tuple[Reply, str]]:
-    """One try: the reply, and the MD5 of what was sent. What was sent in vain is taken back from the progress."""
+def _once(
+    item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire
+) -> Tale[tuple[Reply, str, str | None]]:
+    """One try: the reply, the MD5 of what was sent (empty where nobody needs it), and what the store says it is.
+
+    What was sent in vain is taken back from the progress.
+    """
     if request.method is Method.GET:
         raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out a request that fetches, for a file to be sent")
     head, tail, content_type = b"", b"", None
     if request.method is Method.POST:
         head, tail, content_type = form(request.fields, item.filename)
-    body = FileBody(partial(_opened, item), item.size, item.name, batch.moved, lambda: batch.loop.hashers, head, tail)
+    hashers = partial(_hashers, batch)
+    body = FileBody(
+        partial(_opened, item), item.size, item.name, batch.moved, hashers, head, tail, hashes=_is_s3(request)
+    )
     stored = False
     try:
         reply = yield from wire.send(request, body, content_type, body.open)
@@ -95,13 +107,32 @@ def _once(item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire
             raise TryAgain("the storage said that it has the file before all of it was sent")
         stored = reply.status in _STORED
         if not stored:
-            return reply, ""
-        md5: str = body.md5() if body.is_small else (yield Aside(body.md5))
-        return reply, md5
+            return reply, "", None
+        theirs = etag_md5(reply.headers)
+        if body.is_hashed:
+            return reply, body.md5(), theirs
+        # An S3 may stand behind requests that are not signed in its way: it is compared all the same.
+        md5: str = "" if theirs is None and not body.hashes else (yield Aside(body.md5))
+        return reply, md5, theirs
     finally:
         if not stored:
             body.take_back()
         body.close()
+
+
+def _is_s3(request: SignedRequest) -> bool:
+    """Whether S3 is likely to answer, and so to say the MD5 of what it got.
+
+    From the request's signature, of version 4 or 2, in its query, its form or its headers. A wrong yes costs a hash, a
+    wrong no a second read of the file.
+    """
+    names = (name.lower() for name, _ in (*request.fields, *request.headers))
+    query = request.url.partition("?")[2].lower()
+    return _S3_QUERY.search(query) is not None or any(name.startswith(_S3_NAMES) for name in names)
+
+
+def _hashers(batch: Batch[Upload]) -> ThreadPoolExecutor:
+    return batch.loop.hashers
 
 
 def _opened(item: Upload) -> BinaryIO:

@@ -127,6 +127,7 @@ def test_outputs_arrive_whole(world: World, tmp_path: Path, method: Method) -> N
     assert {name: world.content(f"/put/{name}") for name in contents} == contents
     assert watch.names == set(contents)
     for stored in watch.stored:
+        # Both are stores that say the MD5 of what they got; see C9 in tests/faults for those that do not.
         assert stored.digest == f"md5:{hashlib.md5(contents[stored.name], usedforsecurity=False).hexdigest()}"
     assert sum(watch.sizes) == watch.expected == sum(map(len, contents.values()))
     assert watch.threads == {threading.current_thread()}
@@ -144,9 +145,9 @@ def test_items_are_taken_lazily(world: World, tmp_path: Path) -> None:
 
     def items() -> Iterator[Download]:
         nonlocal taken
-        for number in range(100):
+        for number in range(600):
             taken += 1
-            assert taken - done <= 20
+            assert taken - done <= 256  # of files that go by fast; 20 of others, here
             world.put(f"/{number}", b"x")
             yield wanted(tmp_path, str(number), getting(world.url(f"/{number}")))
 
@@ -155,7 +156,7 @@ def test_items_are_taken_lazily(world: World, tmp_path: Path) -> None:
         done += 1
 
     world.transfer.download(items(), Recorder(count))
-    assert (taken, done) == (100, 100)
+    assert (taken, done) == (600, 600)
 
 
 @pytest.mark.fault("C7")

@@ -45,6 +45,9 @@ SLOW = 1.5 * MIB
 #: For what is left once a test has seen what it is about; not without limit, so that little is sent in vain.
 FAST = 40.0 * MIB
 
+#: What the kernels may hold for connections that are ended early, where nobody reads it: 50 ms at full speed for each.
+IN_VAIN = 4 * MIB
+
 #: What one connection can have brought before there are others, and what all can have brought soon after.
 ALONE, SPREAD = 2 * SLOW, 4 * SLOW
 
@@ -149,7 +152,7 @@ def test_a_large_file_comes_over_several_connections_and_no_byte_twice(server: R
     # One connection takes 16 s at the least, since the server is no faster; this is no test of speed.
     assert time.monotonic() - began < 2 * SIZE / server.rate / 1.5
     assert 6 <= server.busiest <= 8
-    assert server.sent < 1.03 * 2 * SIZE
+    assert server.sent < 2 * SIZE + IN_VAIN
     assert all(seen.headers["if-range"] == '"one"' for seen in server.ranged)
     # None is asked for less than is worth a request of its own.
     assert len(server.seen) <= 1 + 2 * SIZE / (2 * MIB)
@@ -193,7 +196,7 @@ def test_who_gets_one_connection_and_who_more(tmp_path: Path) -> None:
         with faster_at(server, ALONE):
             bring(moving(), server, folder)
         assert any(seen.target == "/there" and seen.status == 206 for seen in server.ranged)
-        assert server.sent < 1.05 * SIZE
+        assert server.sent < SIZE + IN_VAIN
 
     in_own_worlds(
         tmp_path,
@@ -225,7 +228,7 @@ def test_a_server_that_ignores_ranges_costs_a_few_requests(server: RangeServer, 
     assert server.ranged  # it was asked, and never gave one
     assert len(server.seen) <= 9
     # The answers nobody wanted are left at once, and the one that came first is not thrown away.
-    assert server.sent < 1.1 * 2 * SIZE
+    assert server.sent < 2 * SIZE + IN_VAIN
 
 
 def _multipart(seen: Seen) -> Act:
@@ -270,9 +273,17 @@ def _more_unsaid(seen: Seen) -> Act:
     return Act(body=_more(seen).body, headers={"Content-Length": None}, close=True)
 
 
-def _another_total(seen: Seen) -> Act:
+def _beyond(seen: Seen) -> Act:
+    """More than was asked for, and it says so."""
     first, last = seen.span(SIZE)
-    return Act(headers={"Content-Range": f"bytes {first}-{last}/{SIZE + 1}"})
+    end = min(last + MIB, SIZE - 1)
+    return Act(headers={"Content-Range": f"bytes {first}-{end}/{SIZE}"}, body=CONTENT[first : end + 1])
+
+
+def _another_total(seen: Seen) -> Act:
+    """Bytes of a file of another size under the same name and ETag."""
+    first, last = seen.span(SIZE)
+    return Act(headers={"Content-Range": f"bytes {first}-{last}/{SIZE + 1}"}, body=OTHER[first : last + 1])
 
 
 def _another_object(seen: Seen, etag: str | None = '"two"') -> Act:
@@ -292,6 +303,7 @@ LIES: dict[str, Callable[[Seen], Act]] = {
     "fewer": _fewer,
     "more": _more,
     "more, no length": _more_unsaid,
+    "beyond the range": _beyond,
     "another total": _another_total,
     "another object": _another_object,
     "another object, weak ETag": partial(_another_object, etag='W/"two"'),
@@ -305,14 +317,14 @@ LIES: dict[str, Callable[[Seen], Act]] = {
 
 
 @pytest.mark.fault("C4", "C5")
-@pytest.mark.parametrize("times", [1, 1000], ids=["once", "always"])
-def test_a_range_that_is_not_what_was_asked_for_is_not_taken(tmp_path: Path, times: int) -> None:
+@pytest.mark.parametrize("which", ["each", "third"])
+def test_a_range_that_is_not_what_was_asked_for_is_not_taken(tmp_path: Path, which: str) -> None:
     def lies(server: RangeServer, folder: Path, *, lie: Callable[[Seen], Act]) -> None:
         told = 0
 
         def plan(seen: Seen) -> Act | None:
             nonlocal told
-            if not seen.ranged or told >= times:
+            if not seen.ranged or (which == "third" and len(server.ranged) != 3):
                 return None
             told += 1
             return lie(seen)
@@ -322,7 +334,7 @@ def test_a_range_that_is_not_what_was_asked_for_is_not_taken(tmp_path: Path, tim
             bring(moving(), server, folder)
         assert told
         assert len(server.seen) < 40
-        assert server.sent < 2.2 * SIZE
+        assert server.sent < 2.6 * SIZE  # once over again is the most
 
     in_own_worlds(tmp_path, {name: partial(lies, lie=lie) for name, lie in LIES.items()})
 
@@ -364,7 +376,7 @@ def test_damaged_ranges_are_found_by_the_checksum(tmp_path: Path) -> None:
         with faster_at(server, ALONE):
             bring(moving(), server, folder)
         assert server.ranged
-        assert SIZE < server.sent < 2.2 * SIZE
+        assert SIZE < server.sent < 2.6 * SIZE
 
     def always(server: RangeServer, folder: Path) -> None:
         server.things["/in"] = _vouched_for(CONTENT)
@@ -377,7 +389,7 @@ def test_damaged_ranges_are_found_by_the_checksum(tmp_path: Path) -> None:
             made.download([wanted(folder, "in", getting(server.url("/in")))], Recorder())
         assert caught.value.reason is JobReason.INPUT_CORRUPT
         assert server.ranged
-        assert server.sent < 4.2 * SIZE  # three times, and once because it may have been the ranges that were wrong
+        assert server.sent < 4.6 * SIZE  # three times, and once because it may have been the ranges that were wrong
         assert list(folder.iterdir()) == []
 
     cases: dict[str, Case] = {how: partial(once, how=how) for how in ("etag", "content-md5", "sha256")}
@@ -401,7 +413,7 @@ def test_a_server_that_takes_few_connections_gets_few(tmp_path: Path) -> None:
         ):
             bring(moving(rules=Rules()), server, folder)
         assert len(above(server.seen, cap)) <= 8
-        assert server.sent < 1.05 * SIZE
+        assert server.sent < SIZE + IN_VAIN
         served = [seen for seen in server.seen if seen.status in {200, 206}]
         assert max(seen.together for seen in served) == cap  # what is allowed is used
 
@@ -426,7 +438,7 @@ def test_a_server_that_takes_few_connections_gets_few(tmp_path: Path) -> None:
 def test_fewer_connections_then_more_again_when_the_server_takes_them(tmp_path: Path) -> None:
     files = {f"file{number}": random.Random(number).randbytes(MIB // 8) for number in range(150)}  # noqa: S311
 
-    def capped(server: RangeServer, folder: Path, *, refusal: Act, bound: int) -> None:
+    def capped(server: RangeServer, folder: Path, *, refusal: Act) -> None:
         server.things = {f"/{name}": Thing(content) for name, content in files.items()}
         server.rate, server.cap, server.refusal = 4.0 * MIB, 2, refusal
         lifted = 0
@@ -442,15 +454,15 @@ def test_fewer_connections_then_more_again_when_the_server_takes_them(tmp_path: 
         assert all(same(folder / f"{name}.part", content) for name, content in files.items())
         assert sum(watch.sizes) == watch.expected == server.sent == sum(map(len, files.values()))
         before, after = server.seen[:lifted], server.seen[lifted:]
-        assert 0 < len(above(before, 2)) <= bound
+        assert 0 < len(above(before, 2)) <= 40
         assert max(seen.together for seen in after) >= 4
 
     in_own_worlds(
         tmp_path,
         {
-            "503": partial(capped, refusal=SLOW_DOWN, bound=40),
-            "429": partial(capped, refusal=TOO_MANY, bound=40),
-            "a reset": partial(capped, refusal=RESET, bound=120),
+            "503": partial(capped, refusal=SLOW_DOWN),
+            "429": partial(capped, refusal=TOO_MANY),
+            "a reset": partial(capped, refusal=RESET),
         },
     )
 
@@ -545,7 +557,7 @@ def test_connections_that_trickle_are_left(tmp_path: Path) -> None:
         with faster_at(server, SPREAD):
             bring(moving(net=net), server, folder)
         assert server.ranged
-        assert server.sent < 1.05 * SIZE
+        assert server.sent < SIZE + IN_VAIN
 
     def first(server: RangeServer, folder: Path) -> None:
         server.rate = FAST
@@ -613,7 +625,7 @@ def test_urls_that_expire_while_ranges_run_are_renewed(tmp_path: Path) -> None:
             made.download([wanted(folder, "in", numbered(server, signed))], watch)
         check(folder, CONTENT, watch)
         assert any(seen.status == status for seen in server.seen)
-        assert server.sent < 1.03 * SIZE
+        assert server.sent < SIZE + IN_VAIN
         assert len(signed) <= len(server.seen) <= 40
 
     def break_and_expire(server: RangeServer, folder: Path) -> None:
@@ -631,7 +643,7 @@ def test_urls_that_expire_while_ranges_run_are_renewed(tmp_path: Path) -> None:
         with closing(moving()) as made, when(lambda: server.running >= 3, break_all):
             made.download([wanted(folder, "in", numbered(server, signed))], watch)
         check(folder, CONTENT, watch)
-        assert server.sent < 1.1 * SIZE
+        assert server.sent < SIZE + IN_VAIN
         assert 2 <= len(signed) <= 10
 
     in_own_worlds(
@@ -660,7 +672,7 @@ def test_ranges_that_are_cut_go_on_where_they_were(tmp_path: Path) -> None:
         with faster_at(server, ALONE):
             bring(moving(), server, folder)
         assert cuts
-        assert server.sent < 1.05 * SIZE
+        assert server.sent < SIZE + IN_VAIN
 
     in_own_worlds(
         tmp_path,
@@ -691,7 +703,7 @@ def test_an_odd_answer_to_a_range_costs_little(tmp_path: Path) -> None:
         assert told
         assert len(server.seen) < 30
         # 416 says that there is no such part, so the file may be another one: C5 starts over, once.
-        assert server.sent < (1.5 if status == 416 else 1.05) * SIZE
+        assert server.sent < SIZE + (SIZE / 2 if status == 416 else IN_VAIN)
 
     in_own_worlds(
         tmp_path,
@@ -716,7 +728,7 @@ made.download([wanted(Path(sys.argv[2]), "in", getting(sys.argv[1]))], Recorder(
 """
 
 
-def kill_in_the_middle(server: RangeServer, folder: Path, sent: float = SIZE / 3) -> None:
+def kill_in_the_middle(server: RangeServer, folder: Path, sent: float = 0.65 * SIZE) -> None:
     """Let another process fetch /in, and kill it when the server has sent so much."""
     with subprocess.Popen([sys.executable, "-c", _PROCESS, server.url("/in"), str(folder)], cwd=REPOSITORY) as process:
         try:
@@ -773,9 +785,9 @@ def test_after_a_kill_in_the_middle_of_ranges_only_what_is_missing_is_fetched(
     assert notes(tmp_path) == []
     check_digest(CONTENT, watch)
     assert sum(watch.sizes) == watch.expected
-    # What 4 connections bring in 1.5 s may not have been noted yet.
-    assert killed["plain"].sent + server.sent - SIZE <= 4 * SLOW * 1.5
-    assert killed["plain"].sent + watch.expected - SIZE <= 4 * SLOW * 1.5
+    # It is noted about once a second: what 4 connections bring in 2 s may not have been noted yet.
+    assert killed["plain"].sent + server.sent - SIZE <= 4 * SLOW * 2
+    assert killed["plain"].sent + watch.expected - SIZE <= 4 * SLOW * 2
     assert all(seen.ranged for seen in server.seen)
 
 
@@ -901,7 +913,7 @@ def test_a_disk_that_fills_up_while_ranges_run_is_the_disks_fault(server: RangeS
         with (
             closing(moving()) as made,
             when(lambda: server.running >= 3, lambda: mounts.fill(disk)),
-            pytest.raises(WorkerFault, match="input in could not be written") as caught,
+            pytest.raises(WorkerFault, match=r"input in (could not be written|needs .* MiB more)") as caught,
         ):
             made.download([wanted(disk, "in", getting(server.url("/in")))], Recorder())
         assert caught.value.reason is WorkerReason.DISK
@@ -956,4 +968,4 @@ def test_after_each_halt_the_next_one_goes_on_without_losing_a_byte(server: Rang
     assert notes(tmp_path) == []
     check_digest(CONTENT, again)
     assert sum(again.sizes) == again.expected
-    assert server.sent < 1.05 * SIZE
+    assert server.sent < SIZE + IN_VAIN

@@ -345,10 +345,11 @@ def test_a_part_nobody_asked_for_is_discarded(server: FileServer, moving: Transf
     fetch(moving, server, tmp_path)
 
 
-def _killed(folder: Path, content: bytes, note: object) -> None:
-    """What a worker that was killed leaves behind."""
+def _killed(folder: Path, content: bytes, note: str | dict[str, object]) -> None:
+    """What a worker that was killed leaves behind: by its note, if that is no text, all bytes are in order."""
     (folder / "in.part").write_bytes(content)
-    (folder / "in.part.etag").write_text(note if isinstance(note, str) else json.dumps(note))
+    known = note if isinstance(note, str) else json.dumps({"in_order": True, "have": []} | note)
+    (folder / "in.part.etag").write_text(known)
 
 
 @pytest.mark.fault("C5")
@@ -411,11 +412,14 @@ def test_a_part_that_rotted_on_disk_is_fetched_again(server: FileServer, moving:
         {"etag": '"x"\r\nEvil: 1'},
         {"etag": '"x"', "size": 10},
         {"etag": '"x"', "size": 3_000_000, "sums": {"shake_128": "00"}},
+        {"etag": '"x"', "size": 3_000_000, "in_order": None},
+        {"etag": '"x"', "size": 3_000_000, "in_order": False},
+        '{"etag": "\\"x\\"", "size": 3000000}',
     ],
     ids=str,
 )
 def test_a_part_whose_note_cannot_be_believed_is_started_over(
-    server: FileServer, moving: Transfer, tmp_path: Path, note: object
+    server: FileServer, moving: Transfer, tmp_path: Path, note: str | dict[str, object]
 ) -> None:
     _killed(tmp_path, b"z" * 1000, note)
     fetch(moving, server, tmp_path)
@@ -465,7 +469,8 @@ def test_an_input_that_is_kept_is_asked_about_and_not_moved(
     server.script("/in", Act(status=503), Act(status=304, headers={"ETag": f'"{MD5}"'}))
     watch = _again(kept[0], server, tmp_path)
     assert [seen.header("if-none-match") for seen in server.seen] == [f'"{MD5}"'] * 2
-    assert (sent(server), watch.sizes, watch.stored[0].etag) == (0, [], f'"{MD5}"')
+    assert (sent(server), watch.stored[0].etag) == (0, f'"{MD5}"')
+    assert sum(watch.sizes) == watch.expected == len(CONTENT)  # not over the wire, but it takes room all the same
 
 
 def test_a_kept_input_that_is_damaged_is_fetched(
@@ -476,7 +481,8 @@ def test_a_kept_input_that_is_damaged_is_fetched(
         file.seek(1_000_000)
         file.write(b"rot")
     server.script("/in", Act(status=304, headers={"ETag": f'"{MD5}"'}))
-    assert sum(_again(kept[0], server, tmp_path).sizes) == len(CONTENT)
+    watch = _again(kept[0], server, tmp_path)
+    assert sum(watch.sizes) == watch.expected == len(CONTENT)
     assert [seen.header("if-none-match") for seen in server.seen] == [f'"{MD5}"', None]
 
 
@@ -651,13 +657,32 @@ def test_an_upload_that_fails_is_sent_again_whole(
     assert sum(watch.sizes) in {len(CONTENT), 3 * len(CONTENT)}  # a damaged copy did go over the wire
 
 
+def _signed(server: FileServer, how: str) -> Callable[[bool], SignedRequest]:
+    """A request for an output, signed for S3 in one of its ways, or `plain`: S3 may answer all the same."""
+    url = server.url("/out" if how != "form" else "/up")
+    requests = {
+        "plain": SignedRequest(Method.PUT, url),
+        "query": SignedRequest(Method.PUT, f"{url}?a=b&X-Amz-Signature=0"),
+        "query of version 2": SignedRequest(Method.PUT, f"{url}?AWSAccessKeyId=0&Signature=0"),
+        "header": SignedRequest(Method.PUT, url, (("x-amz-meta-a", "b"),)),
+        "form": SignedRequest(Method.POST, url, fields=(("key", "${filename}"), ("X-Amz-Signature", "0"))),
+    }
+    return lambda _: requests[how]
+
+
+_SIGNED = ["plain", "query", "query of version 2", "header", "form"]
+
+
 @pytest.mark.fault("C9")
+@pytest.mark.parametrize("size", [len(CONTENT), 4096, 0])
+@pytest.mark.parametrize("how", _SIGNED)
 def test_an_upload_that_always_arrives_damaged_is_the_workers_fault(
-    server: FileServer, moving: Transfer, out: Path
+    server: FileServer, moving: Transfer, out: Path, how: str, size: int
 ) -> None:
+    os.truncate(out, size)
     server.always = Act(headers={"ETag": f'"{"0" * 32}"'})
     with pytest.raises(WorkerFault, match="output out arrived damaged 3 times") as caught:
-        moving.upload([produced(out, putting(server.url("/out")))], Recorder())
+        moving.upload([produced(out, _signed(server, how))], Recorder())
     assert caught.value.reason is WorkerReason.STORAGE
     assert len(server.seen) == 3
 
@@ -673,6 +698,15 @@ def test_an_etag_that_is_no_md5_is_not_compared(
     server.script("/out", Act(headers={"ETag": f'"{"0" * 32}"', **headers}))
     moving.upload([produced(out, putting(server.url("/out")))], Recorder())
     assert len(server.seen) == 1
+
+
+@pytest.mark.fault("C9")
+@pytest.mark.parametrize("how", _SIGNED)
+def test_an_output_is_hashed_where_s3_is_spoken(server: FileServer, moving: Transfer, out: Path, how: str) -> None:
+    server.always = Act(headers={"x-amz-request-id": None})  # no S3 answers, so nothing is compared
+    watch = Recorder()
+    moving.upload([produced(out, _signed(server, how))], watch)
+    assert watch.stored[0].digest == ("" if how == "plain" else f"md5:{MD5}")
 
 
 @pytest.mark.fault("C8")

@@ -1,9 +1,13 @@
 """What a hostile storage or network gets out of the transfer: nothing (FAULTS.md T7, T8, T16, T20, T22)."""
 
+import contextlib
 import gzip
+import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from cryptography import x509
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy, parse_origin
 from jobfetcher.transfer.exchange import NetSettings
-from tests.support.file_server import Act, FileServer, Object
+from tests.support.file_server import Act, FileServer, Object, Seen
 from tests.support.transfers import (
     LOCAL,
     Authority,
@@ -238,6 +242,76 @@ def test_nothing_but_the_signed_headers_goes_out(server: FileServer, tmp_path: P
     }
 
 
+def _names(seen: Seen) -> set[str]:
+    return {name.lower() for name, _ in seen.headers}
+
+
+@pytest.mark.fault("T8")
+def test_a_warm_connection_carries_nothing_from_one_download_to_the_next(server: FileServer, tmp_path: Path) -> None:
+    content = b"0123456789" * 20_000
+    server.objects["/long"] = Object(content)
+    server.script("/long", Act(cut=100_000))  # it is resumed: Range and If-Range
+    server.script("/away", Act(status=302, headers={"Location": "/in"}))
+    with closing(transfer(max_host_connections=1)) as moving:  # one handle does it all
+        for number, request in enumerate(
+            [
+                get(server.url("/long?secret"), Authorization=f"Bearer {CANARY}", x_amz_security_token=CANARY),
+                get(server.url("/away"), x_amz_meta_a=CANARY),
+                get(server.url("/in")),
+            ]
+        ):
+            moving.download([wanted(tmp_path, f"in{number}", partial(_same, request))], Recorder())
+        (tmp_path / "out").write_bytes(b"")
+        moving.upload([produced(tmp_path / "out", putting(server.url("/out")))], Recorder())
+        moving.download([wanted(tmp_path, "in3", getting(server.url("/in")))], Recorder())
+    base = {"host", "user-agent", "accept", "accept-encoding"}
+    cut, resumed, away, followed, plain, put, last = server.seen
+    assert _names(resumed) == _names(cut) | {"range", "if-range"}
+    assert _names(away) == base | {"x-amz-meta-a"}
+    assert [(_names(seen), seen.target, seen.body) for seen in (followed, plain, last)] == [(base, "/in", b"")] * 3
+    assert (put.method, put.body, _names(put)) == ("PUT", b"", {*base, "content-length"})
+    assert len({seen.connection for seen in (resumed, away, followed, plain, put, last)}) == 1
+    assert [(tmp_path / f"in{number}.part").read_bytes() for number in (1, 2, 3)] == [b"secret of this machine"] * 3
+
+
+@pytest.mark.fault("T8")
+@pytest.mark.parametrize("method", [Method.PUT, Method.POST])
+def test_a_warm_connection_carries_nothing_from_one_upload_to_the_next(
+    server: FileServer, tmp_path: Path, method: Method
+) -> None:
+    (tmp_path / "long").write_bytes(CANARY.encode() * 50_000)
+    (tmp_path / "short").write_bytes(b"short")
+    server.script("/up", Act(status=403), Act(status=403), Act(status=403))  # the end, after the body has gone
+    key = (("key", "${filename}"),)
+    first = SignedRequest(method, server.url("/up"), (("x-amz-meta-a", CANARY),), (*key, ("policy", CANARY)))
+    second = SignedRequest(method, server.url("/up"), fields=key)
+    with closing(transfer(max_host_connections=1)) as moving:
+        with pytest.raises(WorkerFault, match="is refused by the storage"):
+            moving.upload([produced(tmp_path / "long", lambda _: first)], Recorder())
+        moving.upload([produced(tmp_path / "short", lambda _: second)], Recorder())
+    *refused, stored = server.seen
+    assert all(seen.header("x-amz-meta-a") == CANARY for seen in refused)
+    assert CANARY not in str(stored)
+    assert stored.connection == refused[-1].connection
+    sent = stored.body if method is Method.PUT else stored.form()[-1][2]
+    assert sent == b"short"
+    assert int(stored.header("content-length") or 0) == len(stored.body)
+
+
+@pytest.mark.fault("T7")
+def test_a_warm_connection_checks_the_next_address_as_the_first(server: FileServer, tmp_path: Path) -> None:
+    with closing(transfer(NAMED, resolver=public, max_host_connections=1)) as moving:
+        moving.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
+        with pytest.raises(WorkerFault, match="storage host localhost has the internal address"):
+            moving.download([wanted(tmp_path, "again", getting(server.url("/in", host="localhost")))], Recorder())
+        moving.download([wanted(tmp_path, "last", getting(server.url("/in")))], Recorder())
+    assert [seen.connection for seen in server.seen] == [1, 1]
+
+
+def _same(request: SignedRequest) -> SignedRequest:
+    return request
+
+
 @pytest.mark.fault("C6")
 @pytest.mark.fault("T8")
 def test_a_redirect_is_followed_without_the_headers_but_with_the_range(server: FileServer, tmp_path: Path) -> None:
@@ -362,6 +436,43 @@ def test_an_error_page_without_end_is_not_read_to_its_end(server: FileServer, tm
     with pytest.raises(JobFault, match="input in not found") as caught:
         download(LOCAL, server.url("/in"), tmp_path)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.fault("T22")
+@pytest.mark.parametrize(
+    ("begin", "again"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\n", b"X-Header: y\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n", b"X-Trailer: y\r\n"),
+    ],
+    ids=["interim replies", "headers", "trailers"],
+)
+def test_header_lines_without_end_are_not_kept(tmp_path: Path, begin: bytes, again: bytes) -> None:
+    sent = 0
+
+    def serve() -> None:
+        nonlocal sent
+        with contextlib.suppress(OSError):  # the client leaves
+            while True:
+                connection, _ = listener.accept()
+                with contextlib.suppress(OSError), connection:
+                    connection.recv(65_536)
+                    connection.sendall(begin)
+                    while sent < 2**30:
+                        sent += len(again) * 1000
+                        connection.sendall(again * 1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, closing(transfer(download_budget_s=1)) as moving:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/in"
+        with pytest.raises(WorkerFault) as caught:
+            moving.download([wanted(tmp_path, "in", getting(url))], Recorder())
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+    assert caught.value.reason is WorkerReason.STORAGE
+    assert sent < 256 * 2**20
 
 
 # --- T20: who is there
