@@ -291,6 +291,7 @@ class Runner:
         with self._step(job.id, "run", "", seconds, f"running {clean(job.image, 120)} {_limits(share)}"):
             container = self._container(job.id, record, spec, halt)
             pulse.enter(Phase.RUNNING)
+            hold.begin()
             exit = self.watcher.wait(job.id, container, halt, partial(self._journal.stopping, job.id))
             failpoint("after:wait")
             halt.check()  # then it was stopped, and its exit code is not its own

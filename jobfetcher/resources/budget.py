@@ -61,6 +61,8 @@ class Reservation:
         self.needs = needs
         #: How often it did not even fit while nothing was held.
         self.misfits = 0
+        #: Whether its job computes by now, as opposed to bringing its files.
+        self.computes = False
         #: Set when something changed for one that waits.
         self.changed = threading.Event()
         self._share = share
@@ -112,6 +114,12 @@ class Reservation:
         assert self._budget is not None  # noqa: S101 - of a job that runs
         self.needs = needs
         self._budget.requeue(self)
+
+    def begin(self) -> None:
+        """The job computes from now on, so that the next one may be prefetched."""
+        self.computes = True
+        if self._budget is not None:
+            self._budget.wake()
 
     def cancel(self) -> bool:
         """Leave the queue; False if it has its share already, or had left."""
@@ -244,12 +252,14 @@ class Budget:
         with self._lock:
             self._held.pop(reservation, None)
             reservation.set_share(None)
+            reservation.computes = False
             self._queue.append(reservation)
         self._tell_of_change()
 
     def hold(self, share: Share) -> Reservation:
         """Hold exactly `share`, free or not: a container that an earlier process started has it already."""
         reservation = Reservation(share, self)
+        reservation.computes = True
         with self._lock:
             self._held[reservation] = None
         return reservation
@@ -347,7 +357,8 @@ class Budget:
         return len(self._held) < self.slots and not self._queue
 
     def _may_prefetch(self) -> bool:
-        return self._may_queue() and not self._expired
+        # While one that has a share still brings its own files, another's would only take the line from it.
+        return self._may_queue() and not self._expired and all(one.computes for one in self._held)
 
     def _may_queue(self) -> bool:
         """Also where all has changed since the offer: what was handed out then is as good as any other."""

@@ -353,9 +353,14 @@ def test_what_is_offered_while_one_computes_is_what_is_free_when_the_first_has_e
     first = of.reserve(Needs(cpu_cores=2, memory_mib=3_000, gpu_model=LARGE.model))
     assert of.offer() == Offer(6.0, 7_000, (SMALL,)), "a slot is free: what may start now"
     second = of.reserve(Needs(cpu_cores=5, memory_mib=6_000, gpu_mem_mib=0))
+    first.begin()
+    assert of.offer() is None, "the second still brings its own files"
+    second.begin()
+    assert of.wait_for_change(0)
     assert of.offer() == Offer(3.0, 4_000, (SMALL, LARGE))
     first.release()
     third = of.reserve(Needs(cpu_cores=1, memory_mib=500, gpu_mem_mib=0))
+    third.begin()
     assert of.offer() == Offer(7.0, 9_500, (SMALL, LARGE)), "the second is the first now"
     with of.reserve(PART) as waiting:
         assert waiting.is_waiting
@@ -486,6 +491,7 @@ def test_what_was_handed_out_before_all_changed_still_queues() -> None:
     """Between the offer and the answer, what ran ends, or what waited is given back."""
     of = budget(slots=1, prefetch=2)
     first, second = of.reserve(PART), of.reserve(PART)
+    first.begin()
     assert of.offer() is not None
     first.release()  # the second was not told yet
     third = of.reserve(PART)
@@ -502,7 +508,8 @@ def test_giving_up_when_nothing_runs_any_more_pauses_nothing() -> None:
     waiting = of.reserve(PART)
     first.release()
     of.expired(waiting)
-    with of.reserve(PART):
+    with of.reserve(PART) as third:
+        third.begin()
         assert of.offer() is not None
         assert of.reserve(PART).is_waiting
 
