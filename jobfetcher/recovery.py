@@ -102,7 +102,9 @@ def _hold(record: Record, job: Job, budget: Budget) -> Reservation:
     if record.phase is Phase.RUNNING and record.share is not None and not record.rebooted:
         return budget.hold(record.share)
     # Nothing of it runs. One that ran before a reboot may have given its share to the next one already.
-    return budget.queue(job.needs)
+    hold = budget.queue(job.needs)
+    hold.take()
+    return hold
 
 
 def clear_strays(journal: Journal, engine: Engine, base: Base, emit: Emit, *, older_than_s: float = 0.0) -> None:

@@ -75,20 +75,18 @@ class Claimed(Phase):
 
 
 class Downloading(Phase):
-    """P2: the first input is on its way, from a storage that is still there; the link to the second cannot be had."""
+    """P2: the first input is here; the link to the second cannot be had."""
 
     def begin(self) -> None:
         inputs = {f"in/{name}": self.wire.server.put_input(name, b"result\n") for name in ("first", "second")}
         self.job = self.wire.submit("cat /files/in/second > /files/out/result", files_down=inputs)
-        self.changes = {"transfers": "1"}
-        self.wire.storage.always(Fault(delay_s=1.0))
+        self.wire.server.set_faults({"method": "GET", "path": "second/url$", "status": 503})
 
     def reach(self) -> None:
-        wait_until(lambda: bool(self.wire.storage.connections), "the first input is asked for", DEADLINE_S)
-        self.wire.api.refuse()
-        self.wire.storage.always()
         inputs = self.wire.lab.files(self.job) / "in"
         wait_until((inputs / "first").exists, "the first input is here", DEADLINE_S)
+        self.wire.api.refuse()
+        self.wire.server.set_faults()
         assert not (inputs / "second").exists()
 
 

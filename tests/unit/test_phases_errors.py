@@ -55,6 +55,8 @@ def test_each_error_has_one_verdict() -> None:
             Stopped(StopReason.SHUTDOWN),
             Stopped(StopReason.HEARTBEAT),
             Stopped(StopReason.SILENCE),
+            Stopped(StopReason.WAITED),
+            Stopped(StopReason.FAILED),
             ValueError("a bug of ours"),
             KeyError("x"),
             OSError(28, "x"),
@@ -70,6 +72,8 @@ def test_each_error_has_one_verdict() -> None:
         StopReason.HEARTBEAT,
         StopReason.SILENCE,
         StopReason.DETACH,
+        StopReason.WAITED,
+        StopReason.FAILED,
     } == set(StopReason), "a new reason to stop needs a verdict of its own"
 
 
