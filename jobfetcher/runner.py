@@ -188,6 +188,8 @@ class Runner:
         seconds: dict[str, float] = {}
 
         record = self._record(job.id)
+        if record.phase is Phase.CLAIMED:
+            self._journal.advance(job.id, Phase.STAGING_IN)  # before both, or a crash in one would find either (A9)
         if record.phase in {Phase.CLAIMED, Phase.STAGING_IN}:
             _, image = both(
                 halt,
@@ -235,8 +237,6 @@ class Runner:
             if record.image is not None:
                 self._own(job.id, record.image.id)
             kept = workspace.restore(kept, halt)
-        if record.phase is Phase.CLAIMED:
-            self._journal.advance(job.id, Phase.STAGING_IN)
         failpoint("before:stage_in")
         saying = f"downloading {_files(len(job.inputs))}" if job.inputs else ""
         with self._step(job.id, "stage_in", "download", seconds, saying):
