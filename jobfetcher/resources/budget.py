@@ -253,7 +253,13 @@ class Budget:
             self._held.pop(reservation, None)
             reservation.set_share(None)
             reservation.computes = False
-            self._queue.append(reservation)
+            try:  # at once where it can be: else a drain gives it back, or the next offer gives its slot away
+                if not self._may_start() or reservation.needs is None:
+                    raise _does_not_fit("others come first")
+                reservation.set_share(self._share_for(reservation.needs, self._free()))
+                self._held[reservation] = None
+            except WorkerFault:
+                self._queue.append(reservation)
         self._tell_of_change()
 
     def hold(self, share: Share) -> Reservation:

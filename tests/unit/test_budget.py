@@ -698,7 +698,7 @@ class Machine(RuleBasedStateMachine):
             self.held.remove(job)
             job.again(job.needs)
             self.again.append(job)
-            self.queue.append(job)
+            (self.queue if job.is_waiting else self.held).append(job)
 
     @rule(job=consumes(jobs))
     def ends(self, job: Reservation) -> None:
