@@ -37,6 +37,10 @@ from jobfetcher.core.machine import Gpu, Inventory, Offer, Share, whole_cores
 #: and in 64 MiB hardly an interpreter starts.
 _LEAST_CORES, _LEAST_MEMORY_MIB = 0.5, 64
 
+#: Where MAX_JOBS makes an equal share smaller than that, the share is worth it: its owner said so. An engine takes no
+#: less than 0.01 (`docker run --cpus`); with five times that a job of a shell still ends.
+_LEAST_SHARE = 0.05
+
 #: RESERVE_CPUS: heartbeats and transfers of the worker, next to jobs that use every core they have.
 DEFAULT_RESERVE_CPUS = 0.1
 
@@ -170,6 +174,9 @@ class Budget:
             reserve_memory_mib = default_reserve_memory_mib(inventory.memory_mib)
         self.slots = slots
         self._cores = max(0.0, inventory.cpu_cores - reserve_cpus)
+        # Less a little for what sums of shares lose: 1.9 less three quarters of it may be 0.47499...
+        equal = max(_LEAST_SHARE, self._cores / slots * 0.999)
+        self._least_cores = min(_LEAST_CORES, equal) if self._cores >= _LEAST_CORES else _LEAST_CORES
         self._memory_mib = max(0, inventory.memory_mib - reserve_memory_mib)
         self._gpus = tuple(inventory.gpus)
         self._others_mib = 0
@@ -196,9 +203,9 @@ class Budget:
         with self._lock:
             self._note(gpus, in_use_mib)
             free = self._free()
-            if self._may_start() and _useful(free):
+            if self._may_start() and self._useful(free):
                 return free
-            if self._may_prefetch() and _useful(later := self._free_after_the_first()):
+            if self._may_prefetch() and self._useful(later := self._free_after_the_first()):
                 return later
             return None
 
@@ -359,6 +366,9 @@ class Budget:
             self._seen_idle = not self._held
             self._others_mib = max(0, in_use_mib - sum(one.share.memory_mib for one in self._held))
 
+    def _useful(self, free: Offer) -> bool:
+        return free.cpu_cores >= self._least_cores and free.memory_mib >= _LEAST_MEMORY_MIB
+
     def _may_start(self) -> bool:
         return len(self._held) < self.slots and not self._queue
 
@@ -402,7 +412,7 @@ class Budget:
 
     def _take_cores(self, needs: Needs, free: Offer) -> float:
         if needs.cpu_cores is None:
-            if free.cpu_cores < _LEAST_CORES:
+            if free.cpu_cores < self._least_cores:
                 raise _does_not_fit(f"the job needs a CPU core; {free.cpu_cores:.2g} are free")
             return min(self._cores / self.slots, free.cpu_cores)
         # A server was told whole cores, so a job for 2 fits into 1.9, and is limited to 1.9.
@@ -430,10 +440,6 @@ class Budget:
             if _suits(gpu, needs):
                 return (gpu,)
         raise _does_not_fit(f"the job asks for {_asked_gpu(needs)}; {_named(candidates)}")
-
-
-def _useful(free: Offer) -> bool:
-    return free.cpu_cores >= _LEAST_CORES and free.memory_mib >= _LEAST_MEMORY_MIB
 
 
 def _suits(gpu: Gpu, needs: Needs) -> bool:

@@ -97,6 +97,26 @@ def test_what_is_too_little_is_not_offered(cores: float, memory_mib: int) -> Non
     assert "free on this machine" in refused(of, Needs())
 
 
+@pytest.mark.parametrize(("cores", "slots"), [(2.0, 4), (4.0, 8), (3.0, 7), (16.0, 40)])
+def test_all_slots_are_used_where_a_share_is_less_than_half_a_core(cores: float, slots: int) -> None:
+    of = budget(cores, 24_000, slots=slots, reserve_cpus=0.1)
+    for _ in range(slots):
+        assert of.offer() is not None
+        assert of.reserve(Needs()).share.cpu_cores == pytest.approx((cores - 0.1) / slots)
+    assert of.offer() is None
+
+
+def test_less_than_half_a_core_is_offered_as_none_and_refused_to_who_asks_for_one() -> None:
+    of = budget(2.0, 24_000, slots=4, reserve_cpus=0.1)
+    for _ in range(3):
+        of.reserve(Needs())
+    offer = of.offer()
+    assert offer is not None
+    assert offer.whole_cores == 0
+    assert "asks for 1 CPU cores" in refused(of, Needs(cpu_cores=1))
+    of.reserve(Needs())
+
+
 def test_no_offer_and_no_probe_while_all_slots_are_taken() -> None:
     others = Others()
     of = budget(slots=1, others=others)

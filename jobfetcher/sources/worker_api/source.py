@@ -154,7 +154,7 @@ class WorkerApi:
         self._client.close()
 
     def _question(self, offer: Offer, gpu: Gpu | None) -> Params:
-        question = [("memory", str(offer.memory_mib)), ("cpu_cores", str(max(1, offer.whole_cores))), ("limit", "1")]
+        question = [("memory", str(offer.memory_mib)), ("cpu_cores", str(offer.whole_cores)), ("limit", "1")]
         if gpu is not None:
             question += [("gpu_mem", str(gpu.memory_mib)), ("gpu_model", gpu.model), ("gpu_archi", gpu.archi)]
         if self._wanted.older_than_s:
