@@ -11,7 +11,6 @@ import email.utils
 import json
 import time
 from collections.abc import Mapping, Sequence
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
 
 import httpx
@@ -38,6 +37,9 @@ _TRY_LATER = frozenset({408, 425, 429})
 _RETRY_AFTER_MAX_S = 600.0
 
 Params = Sequence[tuple[str, str]]
+
+_HEADERS = {"User-Agent": "jobfetcher", "Accept": "application/json", "Accept-Encoding": "identity"}
+_TIMEOUTS = {"timeout": httpx.Timeout(CALL_S, connect=CONNECT_S).as_dict()}
 
 
 class UnusableAnswer(SourceUnavailable):
@@ -108,15 +110,9 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self.origin: Origin = parse_origin(base_url)
         self._proxy = None if proxy is None else Proxy.parse(proxy)
-        self._http = httpx.Client(
-            transport=DeadlineTransport(ca_file=ca_file, proxy=self._proxy),
-            timeout=httpx.Timeout(CALL_S, connect=CONNECT_S),
-            trust_env=False,
-            follow_redirects=False,
-            headers={"User-Agent": "jobfetcher", "Accept": "application/json", "Accept-Encoding": "identity"},
-        )
-        # A cookie jar is shared state between threads and a place for a server to leave things: it takes none.
-        self._http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
+        # Without httpx.Client: all that it adds (redirects, cookies, the environment's proxies and netrc) is unwanted
+        # here, and costs a seventh of a call.
+        self._transport = DeadlineTransport(ca_file=ca_file, proxy=self._proxy)
         self.auth: Auth | None = None
 
     def request(self, method: str, path: str, params: Params = (), *, within_s: float = CALL_S) -> Reply:
@@ -145,11 +141,15 @@ class Client:
     ) -> Reply:
         """Send one request as given, without a token. Raises SourceUnavailable; `sent` says whether it went out."""
         try:
-            request = self._http.build_request(
-                method, url, params=list(params) or None, headers=dict(headers or {}), content=content
+            request = httpx.Request(
+                method,
+                httpx.URL(url, params=list(params)) if params else url,
+                headers=_HEADERS | dict(headers or {}),
+                content=content,
+                extensions=_TIMEOUTS,
             )
             with deadline(within_s):
-                response = self._http.send(request, stream=True)
+                response = self._transport.handle_request(request)
                 try:
                     body = bytearray()
                     most = BODY_BYTES if response.status_code < 300 else _ERROR_BYTES
@@ -175,7 +175,7 @@ class Client:
 
     def close(self) -> None:
         """Close all connections."""
-        self._http.close()
+        self._transport.close()
 
     def _where(self, url: str) -> str:
         """Who did not answer, for a person: nothing of it is a secret."""
