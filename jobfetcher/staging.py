@@ -227,7 +227,7 @@ def _upload(lease: Lease, kind: OutputKind, root: Path, found: tree.Found, folde
         filename=name,
         size=found.size,
         mtime_ns=found.mtime_ns,
-        open=partial(tree.open_file, root, found),
+        open=partial(tree.descriptor, root, found),
         sign=sign,
     )
 

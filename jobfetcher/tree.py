@@ -88,16 +88,20 @@ def link(file: BinaryIO, root: Path, parts: Sequence[str]) -> None:
 
 def open_file(root: Path, found: Found) -> BinaryIO:
     """The file that the walk found, for reading; Changed if something else is there now."""
+    return os.fdopen(descriptor(root, found), "rb", buffering=0)
+
+
+def descriptor(root: Path, found: Found) -> int:
+    """Of the file that the walk found, for reading; Changed if something else is there now."""
     try:
         with opened(root, found.parts[:-1]) as folder:
-            descriptor = os.open(found.parts[-1], _FILE, dir_fd=folder)
+            file = os.open(found.parts[-1], _FILE, dir_fd=folder)
     except OSError as error:
         raise Changed(f"{'/'.join(found.parts)}: {error.strerror}") from error
-    seen = os.fstat(descriptor)
-    if not stat.S_ISREG(seen.st_mode):
-        os.close(descriptor)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
         raise Changed(f"{'/'.join(found.parts)} is not a file any more")
-    return os.fdopen(descriptor, "rb", buffering=0)
+    return file
 
 
 def walk(root: Path, start: Sequence[str]) -> Iterator[Found | Skipped]:

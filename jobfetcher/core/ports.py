@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import FileRef, Job, JobId, OutputKind
@@ -115,7 +115,8 @@ class Download:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One file to send. `open` gives a fresh descriptor of a regular file; `sign(renew)` a request for it.
+    """One file to send. `open` gives a fresh descriptor of a regular file, for the caller to close; `sign(renew)` a
+    request for it.
 
     `size` in bytes and `mtime_ns` are what the walk saw; a file that differs when it is sent has changed meanwhile.
     """
@@ -124,7 +125,7 @@ class Upload:
     filename: str
     size: int
     mtime_ns: int
-    open: Callable[[], BinaryIO]
+    open: Callable[[], int]
     sign: Callable[[bool], SignedRequest]
 
 

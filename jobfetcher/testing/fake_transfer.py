@@ -84,7 +84,7 @@ class FakeTransfer:
         if request.method is Method.GET:
             raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out a request that fetches")
         try:
-            with item.open() as file:
+            with os.fdopen(item.open(), "rb") as file:
                 now = os.fstat(file.fileno())
                 content = file.read()
         except FileNotFoundError:

@@ -12,7 +12,6 @@ import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import BinaryIO
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.ports import Upload
@@ -102,7 +101,7 @@ def _once(
     stored = False
     try:
         reply = yield from wire.send(request, body, content_type, body.open)
-        _check_unchanged(item, body.descriptor())
+        _check_unchanged(item, body.fd)
         if reply.status in _STORED and not body.complete:
             raise TryAgain("the storage said that it has the file before all of it was sent")
         stored = reply.status in _STORED
@@ -126,16 +125,17 @@ def _is_s3(request: SignedRequest) -> bool:
     From the request's signature, of version 4 or 2, in its query, its form or its headers. A wrong yes costs a hash, a
     wrong no a second read of the file.
     """
-    names = (name.lower() for name, _ in (*request.fields, *request.headers))
-    query = request.url.partition("?")[2].lower()
-    return _S3_QUERY.search(query) is not None or any(name.startswith(_S3_NAMES) for name in names)
+    query = request.url.partition("?")[2]
+    if query and _S3_QUERY.search(query.lower()):
+        return True
+    return any(name.lower().startswith(_S3_NAMES) for name, _ in (*request.fields, *request.headers))
 
 
 def _hashers(batch: Batch[Upload]) -> ThreadPoolExecutor:
     return batch.loop.hashers
 
 
-def _opened(item: Upload) -> BinaryIO:
+def _opened(item: Upload) -> int:
     """The file, as the walk saw it."""
     try:
         file = item.open()
@@ -144,9 +144,9 @@ def _opened(item: Upload) -> BinaryIO:
     except OSError as error:
         raise WorkerFault(WorkerReason.DISK, f"output {item.name} cannot be read: {error.strerror}") from error
     try:
-        _check_unchanged(item, file.fileno())
+        _check_unchanged(item, file)
     except BaseException:
-        file.close()
+        os.close(file)
         raise
     return file
 

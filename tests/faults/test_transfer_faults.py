@@ -10,19 +10,22 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 
 from jobfetcher.core.errors import JobFault, JobReason, Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.ports import Transfer
 from jobfetcher.core.urls import Method, SignedRequest
+from jobfetcher.transfer.body import FileBody
 from jobfetcher.transfer.cache import Cache
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.multi import TransferLoop
 from tests.support.file_server import Act, FileServer, Object
+from tests.support.side_by_side import when
 from tests.support.transfers import Nap, Recorder, get, getting, open_files, produced, putting, sparse, transfer, wanted
 
 CONTENT = hashlib.shake_128(b"an input").digest(3_000_000)
@@ -806,46 +809,65 @@ def test_a_form_has_its_fields_first_its_file_last_and_a_true_length(
     assert [value for name, value in seen.headers if name.lower() == "content-type"] == [seen.header("content-type")]
 
 
-class _Changing:
-    """A file that is changed by somebody else once it is read."""
-
-    def __init__(self, path: Path, change: Callable[[Path], None]) -> None:
-        self._path, self._change, self._file = path, change, path.open("rb")
-
-    def read(self, size: int) -> bytes:
-        self._change(self._path)
-        return self._file.read(size)
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def seek(self, offset: int) -> int:
-        return self._file.seek(offset)
-
-    def close(self) -> None:
-        self._file.close()
-
-
 @pytest.mark.fault("C14")
 @pytest.mark.parametrize("change", ["touch", "grow", "shrink"])
 def test_an_output_that_changes_while_it_is_sent_is_not_taken_for_stored(
     server: FileServer, moving: Transfer, out: Path, change: str
 ) -> None:
-    def act(path: Path) -> None:
+    gate = threading.Event()
+    server.scripts["/out"].append(Act(gate=gate))
+
+    def act() -> None:
         match change:
             case "touch":
-                os.utime(path, ns=(1, 1))
+                os.utime(out, ns=(1, 1))
             case "grow":
-                with path.open("ab") as file:
+                with out.open("ab") as file:
                     file.write(b"more")
             case _:
-                os.truncate(path, 1000)
+                os.truncate(out, 1000)
+        gate.set()
 
-    opened: Callable[[], BinaryIO] = lambda: _Changing(out, act)  # type: ignore[assignment,return-value]  # noqa: E731
     watch = Recorder()
-    with pytest.raises(JobFault, match="output out changed while it was sent"):
-        moving.upload([produced(out, putting(server.url("/out")), opened)], watch)
+    with when(lambda: server.busy == 1, act), pytest.raises(JobFault, match="output out changed while it was sent"):
+        moving.upload([produced(out, putting(server.url("/out")))], watch)
     assert watch.stored == []
+
+
+@pytest.mark.fault("C14")
+def test_an_output_that_shrinks_before_it_is_read_ends_its_sending(out: Path) -> None:
+    with ThreadPoolExecutor(1) as pool, closing(sent_body(out, pool, head=b"head", tail=b"tail")) as body:
+        body.open()
+        assert body.read(14) == b"head" + CONTENT[:10]
+        os.truncate(out, 10)
+        with pytest.raises(JobFault, match="output out changed while it was sent"):
+            body.read(100)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_a_body_is_head_file_and_tail_however_it_is_read(out: Path, size: int) -> None:
+    whole = b"head" + CONTENT[:1000] + b"tail"
+    os.truncate(out, 1000)
+    moved: list[int] = []
+    with ThreadPoolExecutor(1) as pool, closing(sent_body(out, pool, moved.append, head=b"head", tail=b"tail")) as body:
+        for _ in range(2):
+            assert body.length == len(whole)
+            body.open()
+            pieces = list(iter(lambda: body.read(size), b""))
+            assert b"".join(pieces) == whole
+            assert max(map(len, pieces)) <= size
+            assert len(pieces) == -(-len(whole) // size)
+            assert body.complete
+            assert sum(moved) == 1000
+            body.rewind()
+            assert sum(moved) == 0
+
+
+def sent_body(
+    path: Path, pool: ThreadPoolExecutor, moved: Callable[[int], None] = lambda _: None, *, head: bytes, tail: bytes
+) -> FileBody:
+    opens = partial(os.open, path, os.O_RDONLY)
+    return FileBody(opens, path.stat().st_size, path.name, moved, lambda: pool, head, tail, hashes=False)
 
 
 @pytest.mark.fault("C15")

@@ -8,8 +8,8 @@ import os
 import ssl
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -126,10 +126,12 @@ def wanted(folder: Path, name: str, sign: Callable[[], SignedRequest]) -> Downlo
     return Download(name, sign, folder / f"{name}.part")
 
 
-def produced(path: Path, sign: Callable[[bool], SignedRequest], open_: Callable[[], BinaryIO] | None = None) -> Upload:
+def produced(path: Path, sign: Callable[[bool], SignedRequest], open_: Callable[[], int] | None = None) -> Upload:
     """An upload of a file that lies at `path`, as a walk would have seen it."""
     info = path.stat()
-    return Upload(path.name, path.name, info.st_size, info.st_mtime_ns, open_ or (lambda: path.open("rb")), sign)
+    return Upload(
+        path.name, path.name, info.st_size, info.st_mtime_ns, open_ or partial(os.open, path, os.O_RDONLY), sign
+    )
 
 
 def sparse(path: Path, size: int) -> Path:
