@@ -87,6 +87,11 @@ class Bench:
         """How often each side is measured."""
         return 1 if self.short else REPEATS
 
+    @property
+    def many(self) -> int:
+        """How often a side is measured that takes a second or less: as often as makes its median steady."""
+        return 1 if self.short else 3 * REPEATS
+
     def say(self, text: str) -> None:
         """Progress, for people."""
         print(f"    {text}", file=sys.stderr, flush=True)

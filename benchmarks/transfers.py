@@ -81,7 +81,7 @@ def large(bench: Bench) -> Iterator[Row]:
             ):
                 clean = partial(_remove, [target, nginx.stored / "large"])
                 peer()  # not measured: memory that a virtual machine has never touched is slow once
-                mine, theirs = in_turns(partial(_after, clean, ours), partial(_after, clean, peer), bench.repeats)
+                mine, theirs = in_turns(partial(_after, clean, ours), partial(_after, clean, peer), bench.many)
                 clean()
                 mib = size / MIB
                 yield bench.faster("P3", f"{in_words(size)}, {what}", mib / mine, "MiB/s", "curl", mib / theirs, least)
@@ -114,7 +114,7 @@ def small(bench: Bench) -> Iterator[Row]:
                 nginx.stored.mkdir()
 
             mine, theirs = in_turns(
-                partial(_after, clean, ours), partial(_after, clean, partial(seconds, peer)), bench.repeats
+                partial(_after, clean, ours), partial(_after, clean, partial(seconds, peer)), bench.many
             )
             clean()
             against = "curl --parallel --parallel-max 16"

@@ -27,6 +27,7 @@ from jobfetcher.transfer.multi import TransferLoop
 from tests.support.file_server import Act, FileServer, Object
 from tests.support.side_by_side import when
 from tests.support.transfers import Nap, Recorder, get, getting, open_files, produced, putting, sparse, transfer, wanted
+from tests.support.worker import TESTS_WITH
 
 CONTENT = hashlib.shake_128(b"an input").digest(3_000_000)
 MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
@@ -46,9 +47,15 @@ def nap() -> Nap:
 
 
 @pytest.fixture
-def moving(nap: Nap) -> Iterator[Transfer]:
-    with closing(transfer(rules=nap.rules)) as made:
+def moving(nap: Nap, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transfer]:
+    """As a worker has it: with ranges, and with a cache where the tests run with everything on."""
+    cache = made_cache(tmp_path_factory.mktemp("base")) if "cache_size" in TESTS_WITH else None
+    with closing(transfer(rules=nap.rules, cache=cache)) as made:
         yield made
+
+
+def made_cache(base: Path) -> Cache:
+    return Cache(base / "cache", 2**30, lambda *_, **__: None, room_for=lambda _: None)
 
 
 def fetch(moving: Transfer, server: FileServer, folder: Path, watch: Recorder | None = None) -> Recorder:
@@ -449,9 +456,8 @@ def test_a_useless_416_starts_over(server: FileServer, moving: Transfer, tmp_pat
 @pytest.fixture
 def kept(server: FileServer, nap: Nap, tmp_path: Path) -> Iterator[tuple[Transfer, Path]]:
     """A transfer with a cache that holds /in, and the cache's directory."""
-    cache = Cache(tmp_path / "cache", 2**30, lambda *_, **__: None, room_for=lambda _: None)
     (first := tmp_path / "first").mkdir()
-    with closing(transfer(rules=nap.rules, cache=cache)) as made:
+    with closing(transfer(rules=nap.rules, cache=made_cache(tmp_path))) as made:
         made.download([wanted(first, "in", getting(server.url("/in")))], Recorder())
         server.seen.clear()
         yield made, tmp_path / "cache"
