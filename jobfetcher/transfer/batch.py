@@ -357,6 +357,8 @@ def run(
                 if batch.why_lost:
                     raise WorkerFault(WorkerReason.INTERNAL, batch.why_lost)
                 supply.told(done)
+            if supply.failure is not None:  # it may have come while the last ones were reported
+                raise supply.failure
             _tell(batch.take_progress(), watch)
     finally:
         if supply is not None:

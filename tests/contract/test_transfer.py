@@ -21,10 +21,11 @@ from jobfetcher.core.errors import (
     WorkerFault,
     WorkerReason,
 )
-from jobfetcher.core.ports import Download, Transfer
+from jobfetcher.core.ports import Download, Transfer, Upload
 from jobfetcher.core.urls import Method, SignedRequest
 from jobfetcher.testing.fake_transfer import FakeTransfer
 from tests.support.file_server import Act, FileServer, Object
+from tests.support.services import wait_until
 from tests.support.transfers import Recorder, get, getting, open_files, produced, putting, sparse, transfer, wanted
 
 
@@ -157,6 +158,31 @@ def test_items_are_taken_lazily(world: World, tmp_path: Path) -> None:
 
     world.transfer.download(items(), Recorder(count))
     assert (taken, done) == (600, 600)
+
+
+@pytest.mark.fault("J6")
+def test_a_walk_that_fails_while_the_last_file_is_marked_is_heard(world: World, tmp_path: Path) -> None:
+    """Else a job would be called finished though part of its outputs could not even be looked at."""
+    path = tmp_path / "out"
+    path.write_bytes(b"x")
+    caller, marking = threading.current_thread(), threading.Event()
+    walkers: list[threading.Thread] = []
+
+    def items() -> Iterator[Upload]:
+        walkers.append(threading.current_thread())
+        yield produced(path, putting(world.url("/out")))
+        walkers.append(threading.current_thread())
+        marking.wait(10)
+        raise PermissionError(13, "Permission denied", "sub")
+
+    def mark(_: object) -> None:
+        marking.set()
+        if walkers[0] is not caller:
+            wait_until(lambda: len(walkers) == 2, "the walk goes on")
+            walkers[1].join(10)
+
+    with pytest.raises(PermissionError):
+        world.transfer.upload(items(), Recorder(mark))
 
 
 @pytest.mark.fault("C7")
