@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import pycurl
 
+from jobfetcher.core.text import clean
+
 if TYPE_CHECKING:
-    from jobfetcher.transfer.limits import Bucket
+    from jobfetcher.transfer.limits import Bucket, Origin
     from jobfetcher.transfer.multi import TransferLoop
     from jobfetcher.transfer.story import Resume, Teller
 
@@ -88,6 +90,10 @@ class Body(Protocol):
     def rewind(self) -> None: ...
 
 
+class NotHttp(Exception):
+    """A reply that cannot be read. The next one may be better: something between us and the store may have said it."""
+
+
 class _LentSocket(socket.socket):
     """A socket that libcurl gets a duplicate of (pycurl calls `dup`); ours closes as soon as pycurl drops it."""
 
@@ -122,6 +128,7 @@ class Exchange:
         "method",
         "on_start",
         "origin",
+        "place",
         "reply",
         "resume",
         "target",
@@ -147,6 +154,8 @@ class Exchange:
         self.code, self.failure = 0, ""
         self.age = 0
         self.handle: Handle | None = None
+        #: Where it waits for a connection, or has one.
+        self.place: Origin | None = None
         self.resume: Resume | None = None
         self.in_body = self.has_enough = False
         self._loop: TransferLoop | None = None
@@ -180,12 +189,12 @@ class Exchange:
 
     def take_head(self, lines: list[bytes]) -> None:
         """All lines of the reply's head. Only the final one counts: 1xx replies come before it."""
-        start, status = 0, int(lines[0].split(maxsplit=2)[1])
+        start, status = 0, _status(lines[0])
         while status < 200:
             start += next(number for number, line in enumerate(lines[start:], 1) if line in _BLANK)
             if start == len(lines):
                 return
-            status = int(lines[start].split(maxsplit=2)[1])
+            status = _status(lines[start])
         self.reply.status = status
         headers = self.reply.headers
         for line in b"".join(lines[start + 1 : start + _MAX_HEADERS]).decode("latin-1").split("\n"):
@@ -379,6 +388,14 @@ class Handle:
         except OSError as error:
             exchange.refuse(error)
             return pycurl.SOCKET_BAD
+
+
+def _status(line: bytes) -> int:
+    """Of a reply's first line, which libcurl reads less strictly (RFC 9112, 4). Raises NotHttp."""
+    words = line.split(maxsplit=2)
+    if len(words) < 2 or len(words[1]) != 3 or not words[1].isdigit():
+        raise NotHttp(f"the storage answers {clean(line.decode('latin-1'), 60)}, which is no HTTP")
+    return int(words[1])
 
 
 def _harden(curl: pycurl.Curl, net: NetSettings) -> None:

@@ -27,7 +27,8 @@ _GROW_AT_LEAST = 8
 
 
 class Origin:
-    """One server's connections: halved when it says that there are too many, one more after so much success (AIMD)."""
+    """One server's connections, one way: halved when it says that there are too many, one more after so much success
+    (AIMD)."""
 
     __slots__ = ("_age", "_most", "_well", "active", "limit", "waiting")
 

@@ -256,14 +256,14 @@ class _Poll:
         self._resting: set[int] = set()
         self._running: dict[pycurl.Curl, Handle] = {}
         self._spare: dict[str, list[Handle]] = {"GET": [], "PUT": [], "POST": []}
-        self._origins: dict[str, Origin] = {}
+        self._origins: dict[tuple[str, bool], Origin] = {}
         self._with_bytes: list[Handle] = []
         self._ready: deque[Callable[[], None]] = deque()
         self._epoll = select.epoll()
         self._epoll.register(wakes, select.EPOLLIN)
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
-        self._multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, max_host)
+        self._multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, 2 * max_host)  # each way
         self._multi.setopt(pycurl.M_MAX_TOTAL_CONNECTIONS, max_total)
         self._multi.setopt(pycurl.M_MAXCONNECTS, max_total)
 
@@ -282,7 +282,7 @@ class _Poll:
         self._epoll.close()
 
     def start(self, exchange: Exchange) -> None:
-        origin = self._origin(exchange.origin)
+        origin = exchange.place = self._origin(exchange.origin, fetches=exchange.body is None)
         if origin.has_room and len(self._running) < self._max_total:
             self._begin(exchange, origin)
         else:
@@ -293,9 +293,8 @@ class _Poll:
         if handle is not None:
             self._end(handle, exchange, code, why)
             return
-        waiting = self._origin(exchange.origin).waiting
-        if exchange in waiting:
-            waiting.remove(exchange)
+        if exchange.place is not None and exchange in exchange.place.waiting:
+            exchange.place.waiting.remove(exchange)
             exchange.finish(code, why)
             self.soon(exchange.wake)
 
@@ -308,7 +307,7 @@ class _Poll:
         return timer
 
     def free_connections(self, origin: str) -> int:
-        known = self._origin(origin)
+        known = self._origin(origin, fetches=True)
         return min(known.limit - known.active, self._max_total - len(self._running)) if not known.waiting else 0
 
     def turn(self, timeout: float | None, at_most: float | None = None) -> bool:
@@ -420,7 +419,8 @@ class _Poll:
         handle.flush()
         self._multi.remove_handle(handle.curl)
         self._release(handle, exchange, code, failure)
-        self._next(self._origin(exchange.origin))
+        if exchange.place is not None:
+            self._next(exchange.place)
 
     def _release(self, handle: Handle, exchange: Exchange, code: int, failure: str) -> None:
         """The handle is free for another exchange, and the story of this one goes on."""
@@ -436,15 +436,22 @@ class _Poll:
             handle.curl.close()
         exchange.handle = None
         exchange.finish(code, failure)
-        self._origin(exchange.origin).end(exchange)
+        if exchange.place is not None:
+            exchange.place.end(exchange)
         self.soon(exchange.wake)
 
     def _next(self, freed: Origin) -> None:
-        """Give free connections to those who wait: at the origin that has one more, and where only the sum was full."""
+        """Give free connections to those who wait: at the origin that has one more, or, where only the sum was full, at
+        the one that has fewest: else who has them all would keep them until nothing of it is left."""
         was_full = len(self._running) == self._max_total - 1
-        for origin in (freed, *self._origins.values()) if was_full else (freed,):
-            while origin.waiting and origin.has_room and len(self._running) < self._max_total:
-                self._begin(origin.waiting.popleft(), origin)
+        while len(self._running) < self._max_total:
+            wanting = [
+                one for one in (self._origins.values() if was_full else (freed,)) if one.waiting and one.has_room
+            ]
+            if not wanting:
+                return
+            origin = wanting[0] if len(wanting) == 1 else min(wanting, key=lambda one: one.active)
+            self._begin(origin.waiting.popleft(), origin)
 
     def _make(self, method: str) -> Handle:
         def on_pause(handle: Handle) -> None:
@@ -475,12 +482,14 @@ class _Poll:
                 except pycurl.error as error:
                     self._end(handle, exchange, int(error.args[0]), str(error.args[-1]))
 
-    def _origin(self, name: str) -> Origin:
-        origin = self._origins.get(name)
+    def _origin(self, name: str, *, fetches: bool) -> Origin:
+        """Of what is fetched from there, or of what is sent there: large outputs must not keep the next job's inputs
+        waiting."""
+        origin = self._origins.get((name, fetches))
         if origin is None:
             if len(self._origins) >= _MOST_ORIGINS:
                 self._origins = {key: known for key, known in self._origins.items() if not known.is_forgettable}
-            origin = self._origins[name] = Origin(self._max_host)
+            origin = self._origins[name, fetches] = Origin(self._max_host)
         return origin
 
     def _on_socket(self, event: int, fd: int, _multi: pycurl.CurlMulti, _data: object) -> None:

@@ -433,8 +433,6 @@ class Part:
         if piece.end is not None and piece.at + size > piece.end:
             if piece.end == self.size:
                 raise Discard("the storage sent more than the file's length")
-            if piece.end == piece.until:
-                raise NoRanges("the storage sent more than the part that was asked for")
             size = piece.end - piece.at
             data = [b"".join(data)[:size]]
             enough = True
@@ -459,6 +457,8 @@ class Part:
                 self._digests.update(block)
         elif piece is self.pieces[0]:
             self._follower.advance(piece.at)
+        if enough and piece.end == piece.until:  # after what belongs here, so that asking for it again has an end
+            raise NoRanges("the storage sent more than the part that was asked for")
         return enough
 
     def _open(self) -> None:

@@ -40,11 +40,11 @@ class PresignedTransfer:
     """Moves files as `policy` allows.
 
     `concurrency`: requests signed at the same time in one call. How many small files are on their way is bounded by the
-    connections, `max_host_connections` to one origin and `max_connections` in all: a file of 4 KiB is on the wire for a
-    few hundred microseconds, and eight at a time would leave the wire idle. There are fewer where the process may open
-    few files. `ranges`: connections that one large
-    download may use. `bandwidth_limit`: bytes a second each way, of all calls together; None: no limit. `cache`: where
-    inputs are kept for later jobs. Budgets: seconds without success before a file is given up.
+    connections, `max_host_connections` to one origin each way and `max_connections` in all: a file of 4 KiB is on the
+    wire for a few hundred microseconds, and eight at a time would leave the wire idle. There are fewer where the
+    process may open few files. `ranges`: connections that one large download may use. `bandwidth_limit`: bytes a second
+    each way, of all calls together; None: no limit. `cache`: where inputs are kept for later jobs. Budgets: seconds
+    without success before a file is given up.
     """
 
     def __init__(

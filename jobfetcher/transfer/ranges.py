@@ -108,6 +108,7 @@ class Crew:
         self._resume = None
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None  # whoever waits next has to look at the clock again
 
     def _wake(self) -> None:
         resume = self._resume

@@ -16,7 +16,7 @@ import pycurl
 from jobfetcher.core.errors import WorkerFault, WorkerReason
 from jobfetcher.core.text import clean
 from jobfetcher.core.urls import Method, Origin, SignedRequest, UrlPolicy
-from jobfetcher.transfer.exchange import Body, Exchange, Reply, Sink
+from jobfetcher.transfer.exchange import Body, Exchange, NotHttp, Reply, Sink
 from jobfetcher.transfer.guard import AddressGuard
 from jobfetcher.transfer.patience import TryAgain
 from jobfetcher.transfer.story import Aside, Tale
@@ -101,6 +101,8 @@ class Wire:
             method, base, target, headers, check_address=check_address, on_start=on_start, on_reply=on_reply, body=body
         )
         yield exchange
+        if isinstance(exchange.error, NotHttp):
+            raise TryAgain(f"{origin.host}: {exchange.error}")
         if exchange.error is not None:
             raise exchange.error
         if exchange.code and exchange.reply.status < 400:  # an error's status is enough, even if its words were cut

@@ -33,10 +33,12 @@ from jobfetcher.transfer.multi import TransferLoop
 from jobfetcher.transfer.part import Part
 from jobfetcher.transfer.presigned import PresignedTransfer
 from tests.faults.test_ranges import CONTENT, MIB, SLOW, moving, same
+from tests.support import file_server
+from tests.support.file_server import FileServer, Object
 from tests.support.jobs import make_job
 from tests.support.range_server import Act, RangeServer, Seen, Thing, _End
 from tests.support.services import wait_until
-from tests.support.transfers import Recorder, getting, produced, putting, transfer, wanted
+from tests.support.transfers import LOCAL, Recorder, getting, produced, putting, transfer, wanted
 
 
 class Uncounted:
@@ -176,6 +178,35 @@ def test_a_thread_that_cannot_be_had_ends_no_other_job(tmp_path: Path, monkeypat
         refuse.clear()
         thread.join()
         assert raised == []
+
+
+@pytest.mark.fault("C4", "T23")
+def test_a_server_that_always_sends_more_than_a_part_is_not_asked_without_end(tmp_path: Path) -> None:
+    """Each answer says the right range, and brings what does not belong to it behind it, in the same packet."""
+
+    def plan(seen: Seen) -> Act | None:
+        if not seen.ranged or seen.last is None or seen.last >= len(CONTENT) - 1:
+            return None
+        first, last = seen.span(len(CONTENT))
+        body = CONTENT[first : last + 1] + b"more" * 250
+        chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        headers = {"Content-Length": None, "Transfer-Encoding": "chunked"}
+        return Act(206, {**headers, "Content-Range": f"bytes {first}-{last}/{len(CONTENT)}"}, chunked, rate=50.0 * MIB)
+
+    with RangeServer(rate=SLOW) as server:
+        server.things["/in"] = Thing(CONTENT)
+        server.plan = plan
+        watch = Recorder()
+        with closing(moving()) as made:
+            thread, _ = in_background(made, server, tmp_path, watch)
+            thread.join(20)
+            in_time = not thread.is_alive()
+            watch.halt.set(StopReason.SHUTDOWN)
+            thread.join()
+        assert in_time, f"{len(server.seen)} requests, and no end"
+        assert same(tmp_path / "in.part", CONTENT)
+        assert any(seen.ranged and seen.last is not None for seen in server.seen), "no part was asked for"
+        assert len(server.seen) <= 30
 
 
 @pytest.mark.fault("C4")
@@ -490,3 +521,79 @@ def test_many_that_cannot_even_begin_end_one_after_the_other() -> None:
         gate.set()
         wait_until(lambda: len(ended) == 5000, "all")
     assert sum(isinstance(error, OSError) for error in ended) == 4999
+
+
+# --- whose turn it is
+
+
+def test_large_outputs_keep_no_input_waiting(tmp_path: Path) -> None:
+    """The next job's inputs come from the store that the last one's outputs go to: a GPU must not wait for those."""
+    gate = threading.Event()
+    outputs = [tmp_path / f"out{number}" for number in range(40)]
+    for path in outputs:
+        path.write_bytes(b"x")
+    with FileServer() as server, closing(transfer()) as made, ThreadPoolExecutor(1) as pool:
+        server.objects["/in"] = Object(b"content")
+        for path in outputs:
+            server.script(f"/{path.name}", file_server.Act(gate=gate))
+        sending = pool.submit(
+            made.upload, [produced(path, putting(server.url(f"/{path.name}"))) for path in outputs], Recorder()
+        )
+        wait_until(lambda: server.busy == 16, "as many outputs as there may be at once are on their way")
+        made.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
+        still_busy = server.busy
+        gate.set()
+        sending.result()
+    assert (tmp_path / "in.part").read_bytes() == b"content"
+    assert still_busy >= 16
+
+
+def test_who_has_all_connections_does_not_keep_them(tmp_path: Path) -> None:
+    with RangeServer(rate=250_000) as one, RangeServer() as other, ThreadPoolExecutor(1) as pool:
+        names = [f"a{number}" for number in range(200)]
+        for name in names:
+            one.things[f"/{name}"] = Thing(b"x" * 5000)
+        other.things["/b"] = Thing(b"y")
+        made = PresignedTransfer(
+            LOCAL, max_host_connections=2, max_connections=2, resolver=lambda host: frozenset({host})
+        )
+        with closing(made):
+            items = [wanted(tmp_path, name, getting(one.url(f"/{name}"))) for name in names]
+            all_of_one = pool.submit(made.download, items, Recorder())
+            wait_until(lambda: one.running == 2, "all connections are taken")
+            made.download([wanted(tmp_path, "b", getting(other.url("/b")))], Recorder())
+            all_of_one.result()
+    assert other.seen[0].began < one.seen[-1].began
+
+
+# --- beginning anew
+
+
+def test_a_download_that_begins_anew_takes_several_connections_again(tmp_path: Path) -> None:
+    def plan(seen: Seen) -> Act | None:
+        return {0: Act(cut=4 * MIB), 1: Act(status=416, body=b"")}.get(seen.number)
+
+    with RangeServer(rate=2.5 * SLOW) as server, closing(moving()) as made:
+        server.things["/in"] = Thing(CONTENT)
+        server.plan = plan
+        made.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
+        assert server.busiest > 1
+    assert same(tmp_path / "in.part", CONTENT)
+
+
+@pytest.mark.fault("T22")
+@pytest.mark.parametrize("line", [b"HTTP/1.1 200OK", b"HTTP/1.1 2000 OK", b"HTTP/1.1 200-OK"])
+def test_a_status_that_cannot_be_read_is_the_networks_doing(tmp_path: Path, line: bytes) -> None:
+    class Odd(RangeServer):
+        def _answer(self, connection: socket.socket, seen: Seen, act: Act) -> None:
+            if seen.number:
+                super()._answer(connection, seen, act)
+                return
+            connection.sendall(line + b"\r\nContent-Length: 2\r\n\r\nhi")
+            raise _End
+
+    with Odd() as server, closing(moving()) as made:
+        server.things["/in"] = Thing(b"content")
+        made.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
+        assert len(server.seen) == 2
+    assert (tmp_path / "in.part").read_bytes() == b"content"
