@@ -197,7 +197,8 @@ class Runner:
                 lambda halt: self._prepare(job, halt, seconds),
                 name=f"pull-{job.id}",
             )
-            share = self._share(job, hold, halt, seconds)
+            # One that runs once more was no prefetched job: it is not given back for having waited.
+            share = self._share(job, hold, halt, seconds, None if record.runs else self._rules.prefetch_hold_s)
             failpoint("before:running")
             self._journal.running(job.id, share, image)
             failpoint("after:running")
@@ -263,14 +264,16 @@ class Runner:
         halt.check()
         return image
 
-    def _share(self, job: Job, hold: Reservation, halt: Halt, seconds: dict[str, float]) -> Share:
+    def _share(
+        self, job: Job, hold: Reservation, halt: Halt, seconds: dict[str, float], at_most_s: float | None
+    ) -> Share:
         """What the job may use; a prefetched one waits for it here, while it goes on saying that it is alive."""
         saying = ""
         if not hold.take():
             saying = "all is here; waiting for a job that computes to end"
             self._journal.acquit(job.id)  # crashes from here on are others' doing (A9): this one does nothing
         with self._step(job.id, "wait", "", seconds, saying):
-            return hold.wait(halt, self._rules.prefetch_hold_s)
+            return hold.wait(halt, at_most_s)
 
     def _spec(self, job: Job, share: Share, image: Image) -> RunSpec:
         attempt = self._journal.attempt(job.id)

@@ -113,8 +113,8 @@ class Reservation:
         self._share = share
 
     def again(self, needs: Needs) -> None:
-        """Give the share back and queue for another one: the job is to run once more, and what it had may be somebody
-        else's by now."""
+        """Give the share back and take another one, or wait for it before all others: the job is to run once more, and
+        what it had may be somebody else's by now."""
         assert self._budget is not None  # noqa: S101 - of a job that runs
         self.needs = needs
         self._budget.requeue(self)
@@ -260,13 +260,15 @@ class Budget:
             self._held.pop(reservation, None)
             reservation.set_share(None)
             reservation.computes = False
-            try:  # at once where it can be: else a drain gives it back, or the next offer gives its slot away
-                if not self._may_start() or reservation.needs is None:
-                    raise _does_not_fit("others come first")
+            # Before all that wait, since its share is the one that is free now; and at once where it can be, else a
+            # drain gives it back, or the next offer gives its slot away.
+            try:
+                if len(self._held) >= self.slots or reservation.needs is None:
+                    raise _does_not_fit("others hold all slots")
                 reservation.set_share(self._share_for(reservation.needs, self._free()))
                 self._held[reservation] = None
             except WorkerFault:
-                self._queue.append(reservation)
+                self._queue.appendleft(reservation)
         self._tell_of_change()
 
     def hold(self, share: Share) -> Reservation:

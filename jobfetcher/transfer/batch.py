@@ -96,7 +96,7 @@ class Batch(Generic[Item]):
         self._signed.append((item, signed))
         if not self._called:  # else the loop has been called and not yet looked
             self._called = True
-            self._call(self._take)
+            self.call(self._take)
 
     def lost(self, why: str) -> None:
         """The loop has ended."""
@@ -107,13 +107,13 @@ class Batch(Generic[Item]):
     def end(self) -> None:
         """Nothing more is wanted: abort what is going on. From the caller's thread."""
         self.ended.set()
-        self._call(self._end)
+        self.call(self._end)
         self.closed.wait(_LEAVE_S)
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self.loop.leave(self)
 
-    def _call(self, do: Callable[[], None]) -> None:
+    def call(self, do: Callable[[], None]) -> None:
         """Have `do` called in the loop's thread; if it raises, only this batch is lost."""
 
         def safely() -> None:
@@ -162,7 +162,7 @@ class Batch(Generic[Item]):
         def ended(future: Future[object]) -> None:
             if not future.cancelled():
                 error = future.exception()
-                self._call(lambda: then(None if error else future.result(), error))
+                self.call(lambda: then(None if error else future.result(), error))
 
         future.add_done_callback(ended)
         try:

@@ -135,18 +135,20 @@ class Cache:
             return None
         return None if note is None else Entry(note)
 
-    def take(self, entry: Entry, fd: int, check: Callable[[], None]) -> str:
+    def take(
+        self, entry: Entry, fd: int, check: Callable[[], None], moved: Callable[[int], None] = lambda _: None
+    ) -> str:
         """Put the bytes into the open, empty file `fd`; returns their digest, which was computed from them just now.
 
         Empty when they are not what was kept, or not there any more: then `fd` is empty again, and a damaged entry is
-        gone. `check` is called between blocks and may raise; `fd` is empty then, too. Raises WorkerFault(DISK) when
-        `fd` cannot be written.
+        gone. `check` is called between blocks and may raise; `fd` is empty then, too. `moved` hears the size of each
+        block that is there. Raises WorkerFault(DISK) when `fd` cannot be written.
         """
         note = entry._note
         try:
             with self._folder() as folder, _opened(note.name, _FILE, folder) as file:
                 found = _read_note(file, note.name)
-                if found == note and _deliver(file, fd, note, check):
+                if found == note and _deliver(file, fd, note, check, moved):
                     with contextlib.suppress(OSError):
                         os.utime(file)
                     self._touch(note.name)
@@ -369,7 +371,7 @@ def _read_note(file: int, name: str) -> _Note | None:
     return note if note.name == name and note.size == seen.st_size - _NOTE_SIZE else None
 
 
-def _deliver(file: int, fd: int, note: _Note, check: Callable[[], None]) -> bool:
+def _deliver(file: int, fd: int, note: _Note, check: Callable[[], None], moved: Callable[[int], None]) -> bool:
     """Bring the bytes into `fd` and hash them on the way; whether they are what was kept."""
     hasher = hashlib.new(note.digest.partition(":")[0], usedforsecurity=False)
     try:
@@ -381,6 +383,7 @@ def _deliver(file: int, fd: int, note: _Note, check: Callable[[], None]) -> bool
                 hasher.update(block)
                 if not cloned:
                     _write_part(fd, block, at)
+                moved(len(block))
         except OSError:  # the entry cannot be read
             return False
     except BaseException:

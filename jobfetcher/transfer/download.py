@@ -17,13 +17,19 @@ from jobfetcher.transfer.batch import Batch, Signed
 from jobfetcher.transfer.digests import Digests
 from jobfetcher.transfer.exchange import Reply
 from jobfetcher.transfer.part import Discard, NoRanges, Part, Piece
-from jobfetcher.transfer.patience import Patience, Rules, TryAgain
+from jobfetcher.transfer.patience import Patience, Rules, Stale, TryAgain, check_age
 from jobfetcher.transfer.ranges import Attempt, Crew
 from jobfetcher.transfer.story import Aside, Tale
 from jobfetcher.transfer.wire import Wire
 
 if TYPE_CHECKING:
     from jobfetcher.transfer.cache import Cache, Entry
+
+#: Of a copy out of the cache so many bytes are counted at a time: a disk writes them in some ten milliseconds.
+_TELL_COPIED = 8 * 1024 * 1024
+
+#: A URL is good for 600 s (PROTOCOL.md); one that has waited so long for a connection is signed anew.
+_STALE_S = 480.0
 
 #: New URLs without a new byte before we believe that the storage means it (C1).
 _MAX_RENEWALS = 20
@@ -53,6 +59,7 @@ def fetch(
         part.resume()
         request: SignedRequest = yield from patience.signed(item.sign, signed)
         _check_method(request)
+        crew.check = partial(check_age, rules, rules.clock(), _STALE_S)
         entry: Entry | None = None
         if cache is not None and not part.have:
             entry = yield Aside(partial(cache.find, request))
@@ -63,6 +70,7 @@ def fetch(
                 renew = False
                 request = yield from patience.signed(item.sign)
                 _check_method(request)
+                crew.check = partial(check_age, rules, rules.clock(), _STALE_S)
 
             reply: Reply | None = None
             if not part.is_whole:
@@ -76,6 +84,9 @@ def fetch(
                 try:
                     reply = attempt.outcome()
                     _check_reply(reply, attempt.piece, part, entry)
+                except Stale:
+                    renew = True
+                    continue
                 except TryAgain as failure:
                     if isinstance(failure, NoRanges):
                         crew.most = 1
@@ -118,9 +129,11 @@ def fetch(
                 continue  # a piece of it; others are on their way
             elif entry is not None and reply.status == 304:
                 batch.expect(entry.size)
-                digest: str = "" if cache is None else (yield Aside(partial(cache.take, entry, part.fd, batch.check)))
+                copied = _Copied(batch)
+                take = str if cache is None else partial(cache.take, entry, part.fd, batch.check, copied.add)
+                digest: str = yield Aside(take)
+                batch.moved((entry.size if digest else 0) - copied.told)
                 if digest:
-                    batch.moved(entry.size)
                     return Stored(item.name, entry.size, digest, entry.etag)
                 batch.expect(-entry.size)
                 entry = None
@@ -146,6 +159,26 @@ def fetch(
     finally:
         crew.stop()
         part.close()
+
+
+class _Copied:
+    """Bytes that come out of the cache, counted as they land: the room that was promised to them is taken by then."""
+
+    def __init__(self, batch: Batch[Download]) -> None:
+        self._batch = batch
+        self._untold = 0
+        self.told = 0
+
+    def add(self, size: int) -> None:
+        """So many more are there. In the copying thread."""
+        self._untold += size
+        if self._untold >= _TELL_COPIED:
+            size, self._untold = self._untold, 0
+            self._batch.call(partial(self._tell, size))
+
+    def _tell(self, size: int) -> None:
+        self.told += size
+        self._batch.moved(size)
 
 
 def _check_reply(reply: Reply, piece: Piece, part: Part, entry: Entry | None) -> None:

@@ -443,14 +443,13 @@ class _Poll:
     def _next(self, freed: Origin) -> None:
         """Give free connections to those who wait: at the origin that has one more, or, where only the sum was full, at
         the one that has fewest: else who has them all would keep them until nothing of it is left."""
-        was_full = len(self._running) == self._max_total - 1
+        origins = list(self._origins.values()) if len(self._running) == self._max_total - 1 else [freed]
         while len(self._running) < self._max_total:
-            wanting = [
-                one for one in (self._origins.values() if was_full else (freed,)) if one.waiting and one.has_room
-            ]
-            if not wanting:
+            if len(origins) > 1:
+                origins.sort(key=lambda origin: origin.active)
+            origin = next((origin for origin in origins if origin.waiting and origin.has_room), None)
+            if origin is None:
                 return
-            origin = wanting[0] if len(wanting) == 1 else min(wanting, key=lambda one: one.active)
             self._begin(origin.waiting.popleft(), origin)
 
     def _make(self, method: str) -> Handle:

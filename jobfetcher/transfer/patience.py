@@ -29,6 +29,10 @@ class TryAgain(Exception):
         self.retry_after_s = retry_after_s
 
 
+class Stale(Exception):
+    """The request was signed too long ago, since it had to wait for a connection: sign it anew. Nothing has failed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """The clock, the dice, and how long a pause of so many seconds really is; replaced in tests."""
@@ -36,6 +40,12 @@ class Rules:
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], float] = float
     dice: Callable[[], float] = random.random
+
+
+def check_age(rules: Rules, signed_at: float, most_s: float) -> None:
+    """Raise Stale if a request that was signed then, by `rules`' clock, is older than so many seconds."""
+    if rules.clock() - signed_at > most_s:
+        raise Stale
 
 
 class Patience:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +73,14 @@ class Attempt:
 class Crew:
     """The attempts at one file; a `story.Wait` for the next one that ends (or for None: time to `fill` again).
 
-    `most`: connections at once. `extra`: header lines that attempts send along.
+    `most`: connections at once. `extra`: header lines that attempts send along. `check` is called when there is a
+    connection for one, and may raise, which ends it.
     """
 
     def __init__(self, part: Part, batch: Batch[Any], wire: Wire, most: int) -> None:
         self.most = most
         self.extra: list[str] = []
+        self.check: Callable[[], None] | None = None
         self._part, self._batch, self._wire = part, batch, wire
         self._active: list[Attempt] = []
         self._ended: deque[Attempt] = deque()
@@ -166,7 +169,9 @@ class Crew:
             return sink
 
         lines = [*self._part.wanted(piece), *self.extra]
-        attempt.story = Story(self._wire.get(request, lines, on_reply), self._batch, partial(self._on_end, attempt))
+        attempt.story = Story(
+            self._wire.get(request, lines, on_reply, self.check), self._batch, partial(self._on_end, attempt)
+        )
         attempt.story.step()
 
     def _on_end(self, attempt: Attempt, _story: Story[Reply]) -> None:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -22,7 +23,7 @@ from jobfetcher.transfer.batch import Batch, Signed
 from jobfetcher.transfer.body import FileBody, changed, form
 from jobfetcher.transfer.digests import etag_md5
 from jobfetcher.transfer.exchange import Reply
-from jobfetcher.transfer.patience import Patience, Rules, TryAgain
+from jobfetcher.transfer.patience import Patience, Rules, Stale, TryAgain, check_age
 from jobfetcher.transfer.story import Aside, Tale
 from jobfetcher.transfer.wire import Wire
 
@@ -30,6 +31,10 @@ _S3_NAMES = ("x-amz-", "awsaccesskeyid")
 _S3_QUERY = re.compile(r"(?:^|&)(?:x-amz-|awsaccesskeyid=)")
 
 _STORED = frozenset({200, 201, 204})
+
+#: A form at hand may be 480 s old when it is given out, and ends after 600 (PROTOCOL.md): so long a file may wait for a
+#: connection. Also, the lease was looked at when it was given out (FAULTS.md B18).
+_STALE_S = 100.0
 
 #: Newly signed requests that are refused in a row before we believe it: one may have expired on its way.
 _MAX_RENEWALS = 2
@@ -53,10 +58,13 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
     while True:
         request = yield from patience.signed(partial(item.sign, renew), first)
         first, renew = None, False
+        check = partial(check_age, rules, rules.clock(), _STALE_S)
         try:
-            reply, md5, theirs = yield from _once(item, request, batch, wire)
+            reply, md5, theirs = yield from _once(item, request, batch, wire, check)
             if reply.status not in _STORED and (reply.status < 400 or replies.is_later(reply)):
                 raise TryAgain(f"the storage answers {replies.words(reply)}", replies.retry_after_s(reply))
+        except Stale:
+            continue
         except TryAgain as failure:
             yield from patience.again(str(failure), failure.retry_after_s)
             continue
@@ -83,11 +91,12 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
 
 
 def _once(
-    item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire
+    item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire, check: Callable[[], None]
 ) -> Tale[tuple[Reply, str, str | None]]:
     """One try: the reply, the MD5 of what was sent (empty where nobody needs it), and what the store says it is.
 
-    What was sent in vain is taken back from the progress.
+    It begins when there is a connection for it, unless `check` raises then. What was sent in vain is taken back from
+    the progress.
     """
     if request.method is Method.GET:
         raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out a request that fetches, for a file to be sent")
@@ -99,8 +108,13 @@ def _once(
         partial(_opened, item), item.size, item.name, batch.moved, hashers, head, tail, hashes=_is_s3(request)
     )
     stored = False
+
+    def begin() -> None:
+        check()
+        body.open()
+
     try:
-        reply = yield from wire.send(request, body, content_type, body.open)
+        reply = yield from wire.send(request, body, content_type, begin)
         _check_unchanged(item, body.fd)
         if reply.status in _STORED and not body.complete:
             raise TryAgain("the storage said that it has the file before all of it was sent")

@@ -49,13 +49,17 @@ class Wire:
         self._origins: dict[str, tuple[Origin, str]] = {}
 
     def get(
-        self, request: SignedRequest, extra: Sequence[str], on_reply: Callable[[Exchange, Reply], Sink | None]
+        self,
+        request: SignedRequest,
+        extra: Sequence[str],
+        on_reply: Callable[[Exchange, Reply], Sink | None],
+        on_start: Callable[[], None] | None = None,
     ) -> Tale[Reply]:
         """Fetch. At most three redirects, each one checked like the first URL; `extra` headers are ours and go along,
-        those of `request` do not."""
+        those of `request` do not. `on_start` is called when there is a connection for it, and may raise."""
         url, headers = request.url, _lines(request)
         for _ in range(_MAX_HOPS + 1):
-            exchange = yield from self._ask("GET", url, [*headers, *extra], on_reply=on_reply)
+            exchange = yield from self._ask("GET", url, [*headers, *extra], on_reply=on_reply, on_start=on_start)
             reply = exchange.reply
             if reply.status not in _REDIRECTS:
                 return reply

@@ -22,21 +22,25 @@ from jobfetcher.core.machine import Gpu, Inventory, Share
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Upload
 from jobfetcher.core.run import Image
+from jobfetcher.core.urls import Method, SignedRequest
 from jobfetcher.journal import Journal
 from jobfetcher.resources.budget import Budget
 from jobfetcher.sources.worker_api.auth import StaticToken
 from jobfetcher.sources.worker_api.client import Client
 from jobfetcher.testing.fake_source import FakeSource
+from jobfetcher.transfer import cache as cache_room
+from jobfetcher.transfer import download, upload
 from jobfetcher.transfer.cache import Cache, Entry
 from jobfetcher.transfer.exchange import Exchange, NetSettings, Reply
 from jobfetcher.transfer.multi import TransferLoop
 from jobfetcher.transfer.part import Part
+from jobfetcher.transfer.patience import Rules
 from jobfetcher.transfer.presigned import PresignedTransfer
 from tests.faults.test_ranges import CONTENT, MIB, SLOW, moving, same
 from tests.support import file_server
 from tests.support.file_server import FileServer, Object
 from tests.support.jobs import make_job
-from tests.support.range_server import Act, RangeServer, Seen, Thing, _End
+from tests.support.range_server import EXPIRED, Act, RangeServer, Seen, Thing, _End
 from tests.support.services import wait_until
 from tests.support.transfers import LOCAL, Recorder, getting, produced, putting, transfer, wanted
 
@@ -597,3 +601,80 @@ def test_a_status_that_cannot_be_read_is_the_networks_doing(tmp_path: Path, line
         made.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
         assert len(server.seen) == 2
     assert (tmp_path / "in.part").read_bytes() == b"content"
+
+
+# --- signatures that are not good for ever
+
+
+class Short(FileServer):
+    """Takes only requests that are younger than `VALID_S` when they come, one tenth of a second each."""
+
+    VALID_S = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expired = 0
+
+    def sending(self, name: str, _renew: bool) -> SignedRequest:
+        return SignedRequest(Method.PUT, self._signed(name))
+
+    def fetching(self, name: str) -> SignedRequest:
+        return SignedRequest(Method.GET, self._signed(name))
+
+    def _signed(self, name: str) -> str:
+        return self.url(f"/{name}?until={time.monotonic() + self.VALID_S}")
+
+    def _answer(self, connection: socket.socket, path: str, seen: file_server.Seen, act: file_server.Act) -> None:
+        if time.monotonic() > float(seen.target.partition("until=")[2]):
+            self.expired += 1
+            act = file_server.Act(403, body=EXPIRED.body or b"")
+        time.sleep(0.1)
+        super()._answer(connection, path, seen, act)
+
+
+@pytest.mark.fault("C1", "C10")
+def test_what_waits_long_for_a_connection_is_signed_anew_and_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty files over one connection, each as long as a fifth of what a signature is good for."""
+    monkeypatch.setattr(upload, "_STALE_S", 0.3)
+    monkeypatch.setattr(download, "_STALE_S", 0.3)
+    names = [f"f{number}" for number in range(20)]
+    with Short() as server, closing(transfer(rules=Rules(), max_host_connections=1)) as made:
+        for name in names:
+            (tmp_path / name).write_bytes(name.encode())
+        sent, came = Recorder(), Recorder()
+        made.upload([produced(tmp_path / name, partial(server.sending, name)) for name in names], sent)
+        made.download([wanted(tmp_path, name, partial(server.fetching, name)) for name in names], came)
+    assert sent.names == came.names == set(names)
+    assert all((tmp_path / f"{name}.part").read_bytes() == name.encode() for name in names)
+    assert server.expired == 0
+
+
+def test_bytes_out_of_the_cache_are_counted_as_they_land(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the room that was promised to them would be wanted twice while they are copied."""
+    (base := tmp_path / "base").mkdir()
+    watch, write = Recorder(), cache_room._write_part
+    counted = 0
+
+    def as_a_disk_does(fd: int, data: memoryview, at: int) -> None:
+        nonlocal counted
+        write(fd, data, at)
+        time.sleep(len(data) / (32 * MIB))
+        counted = sum(watch.sizes)
+
+    def plan(seen: Seen) -> Act | None:
+        return Act(304, {"Content-Length": None}, b"") if "if-none-match" in seen.headers else None
+
+    monkeypatch.setattr(cache_room, "_clone", lambda source, target: False)
+    monkeypatch.setattr(cache_room, "_write_part", as_a_disk_does)
+    kept = Cache(base / "cache", 2**30, lambda *_, **__: None, room_for=lambda _: None)
+    with RangeServer() as server, closing(transfer(cache=kept)) as made:
+        server.things["/in"] = Thing(CONTENT)
+        server.plan = plan
+        made.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
+        made.download([wanted(tmp_path, "again", getting(server.url("/in")))], watch)
+        assert [seen.status for seen in server.seen] == [200, 304]
+    assert same(tmp_path / "again.part", CONTENT)
+    assert sum(watch.sizes) == watch.expected == len(CONTENT)
+    assert counted >= len(CONTENT) - 16 * MIB

@@ -392,6 +392,21 @@ def test_what_is_offered_while_one_computes_is_what_is_free_when_the_first_has_e
     assert of.free() == Offer(8.0, 10_000, (SMALL, LARGE))
 
 
+def test_a_run_that_is_repeated_goes_before_what_waits() -> None:
+    of = budget(8.0, 10_000, slots=1, prefetch=1)
+    running, prefetched = of.reserve(PART), of.reserve(PART)
+    running.again(PART)
+    assert (running.is_waiting, prefetched.is_waiting) == (False, True)
+    with of.hold(Share(1.0, 1_000)):  # a container that an earlier process started
+        running.again(PART)
+        assert running.is_waiting
+        assert not prefetched.take()
+    assert running.take()
+    assert not prefetched.take()
+    running.release()
+    assert prefetched.take()
+
+
 def test_what_would_not_fit_if_nothing_else_ran_does_not_queue() -> None:
     of = budget(8.0, 10_000, (SMALL,), slots=1, prefetch=1)
     with of.reserve(Needs()):
