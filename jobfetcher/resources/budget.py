@@ -258,6 +258,8 @@ class Budget:
         """See `Reservation.again`."""
         with self._lock:
             self._held.pop(reservation, None)
+            if reservation in self._queue:  # it never had a share: of two that an earlier process left, say
+                self._queue.remove(reservation)
             reservation.set_share(None)
             reservation.computes = False
             # Before all that wait, since its share is the one that is free now; and at once where it can be, else a

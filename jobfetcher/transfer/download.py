@@ -15,9 +15,9 @@ from jobfetcher.core.urls import Method, SignedRequest
 from jobfetcher.transfer import replies
 from jobfetcher.transfer.batch import Batch, Signed
 from jobfetcher.transfer.digests import Digests
-from jobfetcher.transfer.exchange import Reply
+from jobfetcher.transfer.exchange import Reply, Stale
 from jobfetcher.transfer.part import Discard, NoRanges, Part, Piece
-from jobfetcher.transfer.patience import Patience, Rules, Stale, TryAgain, check_age
+from jobfetcher.transfer.patience import Patience, Rules, TryAgain, check_age
 from jobfetcher.transfer.ranges import Attempt, Crew
 from jobfetcher.transfer.story import Aside, Tale
 from jobfetcher.transfer.wire import Wire
@@ -59,7 +59,7 @@ def fetch(
         part.resume()
         request: SignedRequest = yield from patience.signed(item.sign, signed)
         _check_method(request)
-        crew.check = partial(check_age, rules, rules.clock(), _STALE_S)
+        crew.check = partial(check_age, rules, rules.age(), _STALE_S)
         entry: Entry | None = None
         if cache is not None and not part.have:
             entry = yield Aside(partial(cache.find, request))
@@ -70,7 +70,7 @@ def fetch(
                 renew = False
                 request = yield from patience.signed(item.sign)
                 _check_method(request)
-                crew.check = partial(check_age, rules, rules.clock(), _STALE_S)
+                crew.check = partial(check_age, rules, rules.age(), _STALE_S)
 
             reply: Reply | None = None
             if not part.is_whole:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,13 @@ class Body(Protocol):
     def rewind(self) -> None: ...
 
 
+class Stale(Exception):
+    """Raised by `on_start`: the request was signed too long ago, since it had to wait for a connection.
+
+    It is to be signed anew; nothing has failed, and its turn is kept for a moment.
+    """
+
+
 class NotHttp(Exception):
     """A reply that cannot be read. The next one may be better: something between us and the store may have said it."""
 
@@ -131,6 +139,7 @@ class Exchange:
         "place",
         "reply",
         "resume",
+        "since",
         "target",
     )
 
@@ -145,6 +154,7 @@ class Exchange:
         on_start: Callable[[], None] | None = None,
         on_reply: Callable[[Exchange, Reply], Sink | None] | None = None,
         body: Body | None = None,
+        since: float | None = None,
     ) -> None:
         self.method, self.origin, self.target, self.headers, self.body = method, origin, target, headers, body
         self.on_start = on_start
@@ -154,6 +164,8 @@ class Exchange:
         self.code, self.failure = 0, ""
         self.age = 0
         self.handle: Handle | None = None
+        #: Since when its file wants a connection: who came first is served first, also where it has to come again.
+        self.since = time.monotonic() if since is None else since
         #: Where it waits for a connection, or has one.
         self.place: Origin | None = None
         self.resume: Resume | None = None

@@ -30,12 +30,14 @@ class Origin:
     """One server's connections, one way: halved when it says that there are too many, one more after so much success
     (AIMD)."""
 
-    __slots__ = ("_age", "_most", "_well", "active", "limit", "waiting")
+    __slots__ = ("_age", "_most", "_well", "active", "kept", "limit", "waiting")
 
     def __init__(self, most: int) -> None:
         self._most = self.limit = most
         self._age = self._well = self.active = 0
         self.waiting: deque[Exchange] = deque()
+        #: Turns that are kept for files which are signed anew, by `Exchange.since`.
+        self.kept: set[float] = set()
 
     def begin(self, exchange: Exchange) -> None:
         """Count one in."""
@@ -59,12 +61,12 @@ class Origin:
 
     @property
     def has_room(self) -> bool:
-        return self.active < self.limit
+        return self.active + len(self.kept) < self.limit
 
     @property
     def is_forgettable(self) -> bool:
         """Nothing is going on, and nothing was learnt."""
-        return not self.active and not self.waiting and self.limit == self._most
+        return not self.active and not self.waiting and not self.kept and self.limit == self._most
 
 
 class Bucket:

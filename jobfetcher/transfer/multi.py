@@ -8,6 +8,7 @@ here, where it does not time out, and the bound follows what the server bears (`
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import gc
 import heapq
@@ -18,13 +19,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from typing import Protocol
 
 import pycurl
 
 from jobfetcher.core.errors import WorkerFault, WorkerReason
-from jobfetcher.transfer.exchange import Exchange, Handle, NetSettings
+from jobfetcher.transfer.exchange import Exchange, Handle, NetSettings, Stale
 from jobfetcher.transfer.limits import Bucket, Origin
 
 _EPOLL = {
@@ -39,6 +41,9 @@ _MOST_ORIGINS = 256
 #: A loop that never sleeps lets its members tell so often what happened; one that sleeps wakes for what was kept back.
 _FLUSH_EVERY_S = 0.05
 _KEEP_BACK_S = 0.002
+
+#: A turn is kept for so long for a file that is signed anew: one call of the API. After that others go on.
+_KEEP_TURN_S = 2.0
 
 #: Closing takes milliseconds, unless libcurl waits for a look-up of a name, which nothing can interrupt (only from 8.20
 #: on it may be told not to, by CURLMOPT_QUICK_EXIT, which pycurl does not have). Then the thread is left to itself.
@@ -283,8 +288,11 @@ class _Poll:
 
     def start(self, exchange: Exchange) -> None:
         origin = exchange.place = self._origin(exchange.origin, fetches=exchange.body is None)
+        origin.kept.discard(exchange.since)
         if origin.has_room and len(self._running) < self._max_total:
             self._begin(exchange, origin)
+        elif origin.waiting and exchange.since < origin.waiting[-1].since:
+            bisect.insort(origin.waiting, exchange, key=lambda waiting: waiting.since)
         else:
             origin.waiting.append(exchange)
 
@@ -308,7 +316,9 @@ class _Poll:
 
     def free_connections(self, origin: str) -> int:
         known = self._origin(origin, fetches=True)
-        return min(known.limit - known.active, self._max_total - len(self._running)) if not known.waiting else 0
+        if known.waiting:
+            return 0
+        return min(known.limit - known.active - len(known.kept), self._max_total - len(self._running))
 
     def turn(self, timeout: float | None, at_most: float | None = None) -> bool:
         """Let libcurl and the timers do what is due; `timeout` None: wait for it, `at_most` so many seconds.
@@ -412,6 +422,9 @@ class _Poll:
         except BaseException as error:
             if not isinstance(error, pycurl.error):
                 exchange.error = error
+            if isinstance(error, Stale):
+                origin.kept.add(exchange.since)
+                self.later(_KEEP_TURN_S, partial(self._keep_no_longer, origin, exchange.since))
             self._release(handle, exchange, pycurl.E_FAILED_INIT, str(error))
 
     def _end(self, handle: Handle, exchange: Exchange, code: int, failure: str) -> None:
@@ -451,6 +464,11 @@ class _Poll:
             if origin is None:
                 return
             self._begin(origin.waiting.popleft(), origin)
+
+    def _keep_no_longer(self, origin: Origin, since: float) -> None:
+        if since in origin.kept:
+            origin.kept.discard(since)
+            self._next(origin)
 
     def _make(self, method: str) -> Handle:
         def on_pause(handle: Handle) -> None:

@@ -14,6 +14,7 @@ from typing import NoReturn
 from jobfetcher.core.errors import SourceRefused, SourceUnavailable, WorkerFault, WorkerReason
 from jobfetcher.core.text import clean
 from jobfetcher.core.urls import SignedRequest
+from jobfetcher.transfer.exchange import Stale
 from jobfetcher.transfer.story import Aside, Pause, Tale
 
 #: The first tries after a failure come at once: most cuts are one cut.
@@ -29,22 +30,26 @@ class TryAgain(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Stale(Exception):
-    """The request was signed too long ago, since it had to wait for a connection: sign it anew. Nothing has failed."""
+def _boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The clock, the dice, and how long a pause of so many seconds really is; replaced in tests."""
+    """The clock, the dice, and how long a pause of so many seconds really is; replaced in tests.
+
+    `age` is the clock by which signatures get old: it goes on while the machine sleeps.
+    """
 
     clock: Callable[[], float] = time.monotonic
+    age: Callable[[], float] = _boottime
     pause: Callable[[float], float] = float
     dice: Callable[[], float] = random.random
 
 
 def check_age(rules: Rules, signed_at: float, most_s: float) -> None:
-    """Raise Stale if a request that was signed then, by `rules`' clock, is older than so many seconds."""
-    if rules.clock() - signed_at > most_s:
+    """Raise Stale if a request that was signed then, by `rules.age`, is older than so many seconds."""
+    if rules.age() - signed_at > most_s:
         raise Stale
 
 

@@ -74,7 +74,7 @@ class Crew:
     """The attempts at one file; a `story.Wait` for the next one that ends (or for None: time to `fill` again).
 
     `most`: connections at once. `extra`: header lines that attempts send along. `check` is called when there is a
-    connection for one, and may raise, which ends it.
+    connection for one, and may raise, which ends it. They wait for connections since the file does.
     """
 
     def __init__(self, part: Part, batch: Batch[Any], wire: Wire, most: int) -> None:
@@ -92,6 +92,7 @@ class Crew:
         self._speed = self._speed_before = self._best = 0.0
         self._have = 0
         self._since = self._grew_at = 0.0
+        self._waits_since = time.monotonic()
 
     @property
     def is_busy(self) -> bool:
@@ -122,10 +123,13 @@ class Crew:
     # -- work --------------------------------------------------------------------------------------------------------
 
     def fill(self, request: SignedRequest) -> None:
-        """Begin what shall be begun now: at least one attempt."""
+        """Begin what shall be begun now: at least one attempt, unless the end of one is still to be heard.
+
+        One may end before it has begun to wait, such as where no thread can be had.
+        """
         if self._can_spread():
             self._look()
-        while not self._active or (len(self._active) < self._target and self._may_add()):
+        while not self._ended and (not self._active or (len(self._active) < self._target and self._may_add())):
             piece = self._take()
             if piece is None:
                 return
@@ -170,7 +174,9 @@ class Crew:
 
         lines = [*self._part.wanted(piece), *self.extra]
         attempt.story = Story(
-            self._wire.get(request, lines, on_reply, self.check), self._batch, partial(self._on_end, attempt)
+            self._wire.get(request, lines, on_reply, self.check, self._waits_since),
+            self._batch,
+            partial(self._on_end, attempt),
         )
         attempt.story.step()
 

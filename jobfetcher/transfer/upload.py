@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,8 +23,8 @@ from jobfetcher.transfer import replies
 from jobfetcher.transfer.batch import Batch, Signed
 from jobfetcher.transfer.body import FileBody, changed, form
 from jobfetcher.transfer.digests import etag_md5
-from jobfetcher.transfer.exchange import Reply
-from jobfetcher.transfer.patience import Patience, Rules, Stale, TryAgain, check_age
+from jobfetcher.transfer.exchange import Reply, Stale
+from jobfetcher.transfer.patience import Patience, Rules, TryAgain, check_age
 from jobfetcher.transfer.story import Aside, Tale
 from jobfetcher.transfer.wire import Wire
 
@@ -53,14 +54,15 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
     batch.expect(item.size)
     patience = Patience(rules, budget_s, f"output {item.name}")
     refused = damaged = 0
+    since = time.monotonic()
     first: Signed | None = signed
     renew = False
     while True:
         request = yield from patience.signed(partial(item.sign, renew), first)
         first, renew = None, False
-        check = partial(check_age, rules, rules.clock(), _STALE_S)
+        check = partial(check_age, rules, rules.age(), _STALE_S)
         try:
-            reply, md5, theirs = yield from _once(item, request, batch, wire, check)
+            reply, md5, theirs = yield from _once(item, request, batch, wire, check, since)
             if reply.status not in _STORED and (reply.status < 400 or replies.is_later(reply)):
                 raise TryAgain(f"the storage answers {replies.words(reply)}", replies.retry_after_s(reply))
         except Stale:
@@ -91,7 +93,7 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
 
 
 def _once(
-    item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire, check: Callable[[], None]
+    item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire, check: Callable[[], None], since: float
 ) -> Tale[tuple[Reply, str, str | None]]:
     """One try: the reply, the MD5 of what was sent (empty where nobody needs it), and what the store says it is.
 
@@ -114,7 +116,7 @@ def _once(
         body.open()
 
     try:
-        reply = yield from wire.send(request, body, content_type, begin)
+        reply = yield from wire.send(request, body, content_type, begin, since)
         _check_unchanged(item, body.fd)
         if reply.status in _STORED and not body.complete:
             raise TryAgain("the storage said that it has the file before all of it was sent")

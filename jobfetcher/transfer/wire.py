@@ -54,12 +54,16 @@ class Wire:
         extra: Sequence[str],
         on_reply: Callable[[Exchange, Reply], Sink | None],
         on_start: Callable[[], None] | None = None,
+        since: float | None = None,
     ) -> Tale[Reply]:
         """Fetch. At most three redirects, each one checked like the first URL; `extra` headers are ours and go along,
-        those of `request` do not. `on_start` is called when there is a connection for it, and may raise."""
+        those of `request` do not. `on_start` is called when there is a connection for it, and may raise; it
+        waits for one as if `since` then."""
         url, headers = request.url, _lines(request)
         for _ in range(_MAX_HOPS + 1):
-            exchange = yield from self._ask("GET", url, [*headers, *extra], on_reply=on_reply, on_start=on_start)
+            exchange = yield from self._ask(
+                "GET", url, [*headers, *extra], on_reply=on_reply, on_start=on_start, since=since
+            )
             reply = exchange.reply
             if reply.status not in _REDIRECTS:
                 return reply
@@ -67,16 +71,21 @@ class Wire:
         raise WorkerFault(WorkerReason.STORAGE, f"the storage redirects more than {_MAX_HOPS} times")
 
     def send(
-        self, request: SignedRequest, body: Body, content_type: str | None, on_start: Callable[[], None]
+        self,
+        request: SignedRequest,
+        body: Body,
+        content_type: str | None,
+        on_start: Callable[[], None],
+        since: float | None = None,
     ) -> Tale[Reply]:
-        """Send `body` by PUT or POST; a redirect is refused, the file would go where nobody signed for. `on_start` is
-        called when there is a connection for it, and may raise."""
+        """Send `body` by PUT or POST; a redirect is refused, the file would go where nobody signed for. `on_start` and
+        `since`: see `get`."""
         headers = _lines(request)
         if content_type is not None:
             headers = [line for line in headers if not line.lower().startswith("content-type:")]
             headers.append(f"Content-Type: {content_type}")
         method = "POST" if request.method is Method.POST else "PUT"
-        exchange = yield from self._ask(method, request.url, headers, body=body, on_start=on_start)
+        exchange = yield from self._ask(method, request.url, headers, body=body, on_start=on_start, since=since)
         if exchange.reply.status in _REDIRECTS:
             raise WorkerFault(WorkerReason.STORAGE, "the storage redirects an upload, which is never followed")
         return exchange.reply
@@ -90,6 +99,7 @@ class Wire:
         on_reply: Callable[[Exchange, Reply], Sink | None] | None = None,
         body: Body | None = None,
         on_start: Callable[[], None] | None = None,
+        since: float | None = None,
     ) -> Tale[Exchange]:
         origin, base, target = self._checked(url)
         if not self._guard.knows:
@@ -102,7 +112,15 @@ class Wire:
                 self._guard.check(origin.host, address)
 
         exchange = Exchange(
-            method, base, target, headers, check_address=check_address, on_start=on_start, on_reply=on_reply, body=body
+            method,
+            base,
+            target,
+            headers,
+            check_address=check_address,
+            on_start=on_start,
+            on_reply=on_reply,
+            body=body,
+            since=since,
         )
         yield exchange
         if isinstance(exchange.error, NotHttp):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -28,8 +29,8 @@ from jobfetcher.resources.budget import Budget
 from jobfetcher.sources.worker_api.auth import StaticToken
 from jobfetcher.sources.worker_api.client import Client
 from jobfetcher.testing.fake_source import FakeSource
+from jobfetcher.transfer import batch, download, upload
 from jobfetcher.transfer import cache as cache_room
-from jobfetcher.transfer import download, upload
 from jobfetcher.transfer.cache import Cache, Entry
 from jobfetcher.transfer.exchange import Exchange, NetSettings, Reply
 from jobfetcher.transfer.multi import TransferLoop
@@ -306,10 +307,10 @@ def test_room_for_bytes_out_of_the_cache_is_asked_for_before_they_are_written(
     cache = Cache(tmp_path / "cache", 64 * MIB, lambda *_, **__: None, room_for=lambda size: None)
     watch, take = Recorder(), Cache.take
 
-    def late(cache: Cache, entry: Entry, fd: int, check: Callable[[], None]) -> str:
+    def late(cache: Cache, entry: Entry, fd: int, check: Callable[[], None], moved: Callable[[int], None]) -> str:
         wait_until(lambda: watch.expected == 10 * MIB, "what is to come was told", 5)
         assert watch.sizes == []
-        return take(cache, entry, fd, check)
+        return take(cache, entry, fd, check, moved)
 
     monkeypatch.setattr(Cache, "take", late)
     with RangeServer() as server:
@@ -319,7 +320,7 @@ def test_room_for_bytes_out_of_the_cache_is_asked_for_before_they_are_written(
             (folder := tmp_path / name).mkdir()
             with closing(transfer(cache=cache)) as made:
                 made.download([wanted(folder, "in", getting(server.url("/in")))], heard)
-    assert watch.sizes == [10 * MIB]
+    assert sum(watch.sizes) == 10 * MIB
 
 
 @pytest.mark.fault("A10")
@@ -649,6 +650,36 @@ def test_what_waits_long_for_a_connection_is_signed_anew_and_not_refused(
     assert sent.names == came.names == set(names)
     assert all((tmp_path / f"{name}.part").read_bytes() == name.encode() for name in names)
     assert server.expired == 0
+
+
+def test_what_is_signed_anew_keeps_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else new files pass it each time, where a queue takes longer than a signature may wait."""
+    monkeypatch.setattr(upload, "_STALE_S", 0.3)
+    names = [f"f{number:02}" for number in range(40)]
+    with Short() as server, closing(transfer(max_host_connections=1)) as made:
+        for name in names:
+            (tmp_path / name).write_bytes(name.encode())
+        sent = Recorder()
+        made.upload((produced(tmp_path / name, partial(server.sending, name)) for name in names), sent)
+    # a file begins when its turn has come, or one or two later: its signature takes a moment
+    assert all(abs(names.index(stored.name) - turn) <= 3 for turn, stored in enumerate(sent.stored))
+    assert len(sent.stored) == 40
+
+
+def test_an_attempt_that_ends_as_it_begins_is_not_repeated_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(ThreadPoolExecutor):
+        def submit(self, *_: object, **__: object) -> NoReturn:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(batch, "ThreadPoolExecutor", Full)
+    with RangeServer() as server, closing(transfer()) as made:
+        server.things["/in"] = Thing(b"x")
+        thread, raised = in_background(made, server, tmp_path, Recorder())
+        thread.join(10)
+        assert not thread.is_alive()
+    assert "a thread for transfers cannot be started" in str(raised[0])
 
 
 def test_bytes_out_of_the_cache_are_counted_as_they_land(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -407,6 +407,24 @@ def test_a_run_that_is_repeated_goes_before_what_waits() -> None:
     assert prefetched.take()
 
 
+def test_one_that_is_to_run_again_before_it_had_its_share_queues_once() -> None:
+    """Two that an earlier process left running, and one slot: both were interrupted by the same power cut."""
+    of = budget(8.0, 10_000, slots=1)
+    first, second = of.queue(PART), of.queue(PART)
+    assert (first.take(), second.take()) == (True, False)
+    first.again(PART)
+    second.again(PART)
+    assert (first.is_waiting, second.is_waiting) == (False, True)
+    first.release()
+    assert second.take()
+    second.release()
+    assert of.offer() == Offer(8.0, 10_000)
+    waiting = of.queue(PART)
+    waiting.again(PART)
+    waiting.release()
+    assert of.offer() == Offer(8.0, 10_000)
+
+
 def test_what_would_not_fit_if_nothing_else_ran_does_not_queue() -> None:
     of = budget(8.0, 10_000, (SMALL,), slots=1, prefetch=1)
     with of.reserve(Needs()):
