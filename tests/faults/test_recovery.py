@@ -204,13 +204,15 @@ def test_a_job_that_crashes_the_worker_again_and_again_is_reported(lab: Lab, tmp
 @pytest.mark.fault("N12")
 def test_three_signals_end_the_worker_at_once_and_the_next_start_has_the_job(lab: Lab, tmp_path: Path) -> None:
     """It was being stopped, so that run counts for nothing; the job does."""
-    job = lab.submit(f"trap '' TERM; {UNTIL_LET_GO}")
+    job = lab.submit(f"trap 'touch /files/asked' TERM; {UNTIL_LET_GO}")
     with worker(lab, tmp_path, stop_grace="30") as first:
         wait_until_running(lab, job)
         first.send(signal.SIGTERM)
         first.wait_for("finishing job")
         first.send(signal.SIGTERM)
         first.wait_for("stopping and giving back")
+        # Before that nothing is on record, and the next start would take a job over that was never stopped.
+        wait_until(lambda: (lab.files(job) / "asked").exists(), "the job was asked to end", DEADLINE_S)
         first.send(signal.SIGTERM)
         assert first.wait(1.0) == 128 + signal.SIGTERM
     [old] = lab.containers()
