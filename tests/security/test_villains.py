@@ -18,9 +18,10 @@ pytestmark = pytest.mark.docker
 #: 30 and 90 (FAULTS.md N4).
 BEAT_S, SILENCE_S = 2, 10
 
-#: Two jobs with several vices each: a machine of two cores takes no more than three jobs.
+#: Two jobs with several vices each: a machine of two cores takes no more than three jobs. The bomb goes off in a shell
+#: of its own: the job's shell would end if its own second fork came when all processes are taken.
 VILLAINS = [
-    "b() { b | b & }; b; while true; do echo 0123456789012345678901234567890123456789; done",
+    "b() { b | b & }; (b) & while true; do echo 0123456789012345678901234567890123456789; done",
     "for i in 1 2 3 4; do while :; do :; done & done; for i in $(seq 20000); do : > /files/out/$i; done; "
     "while true; do tail /dev/zero; done",
 ]
