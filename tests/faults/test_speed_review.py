@@ -537,7 +537,7 @@ def test_large_outputs_keep_no_input_waiting(tmp_path: Path) -> None:
     outputs = [tmp_path / f"out{number}" for number in range(40)]
     for path in outputs:
         path.write_bytes(b"x")
-    with FileServer() as server, closing(transfer()) as made, ThreadPoolExecutor(1) as pool:
+    with FileServer() as server, closing(transfer()) as made, ThreadPoolExecutor(2) as pool:
         server.objects["/in"] = Object(b"content")
         for path in outputs:
             server.script(f"/{path.name}", file_server.Act(gate=gate))
@@ -545,9 +545,12 @@ def test_large_outputs_keep_no_input_waiting(tmp_path: Path) -> None:
             made.upload, [produced(path, putting(server.url(f"/{path.name}"))) for path in outputs], Recorder()
         )
         wait_until(lambda: server.busy == 16, "as many outputs as there may be at once are on their way")
-        made.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
-        still_busy = server.busy
-        gate.set()
+        coming = pool.submit(made.download, [wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
+        try:
+            coming.result(20)
+            still_busy = server.busy
+        finally:
+            gate.set()
         sending.result()
     assert (tmp_path / "in.part").read_bytes() == b"content"
     assert still_busy >= 16
