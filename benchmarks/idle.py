@@ -1,9 +1,10 @@
 """P7 and P10: a worker that waits, and a command that only says what it can do.
 
-P7: the real command against the mock API, asking every 30 s as it does when shipped. It has run jobs before (what a job
-loads and leaves is part of what an idle worker holds) and is left alone for a minute and more. CPU is the process's own
-clock (user and system, all threads, to the nanosecond), memory its resident set: that includes the pages of libraries
-that it shares with other programs; the proportional figure, with those divided by their users, is told beside it.
+P7: the real command against the mock API, asking every 30 s and looking at the GPUs each time, as it does when shipped
+(NVIDIA's own library holds 18 MiB where there is one: `resources.detect`). It has run jobs before (what a job loads and
+leaves is part of what an idle worker holds) and is left alone for a minute and more. CPU is the process's own clock
+(user and system, all threads, to the nanosecond), memory its resident set: that includes the pages of libraries that it
+shares with other programs; the proportional figure, with those divided by their users, is told beside it.
 
 P10: wall time of the whole process, against `python -c pass` in turns.
 """
@@ -30,7 +31,7 @@ _STARTS = 15
 def idle(bench: Bench) -> Iterator[Row]:
     """P7."""
     poll_s, polls = (1.0, 2) if bench.short else (30.0, 4)
-    with site(bench.disk, {"timeout_job": f"{poll_s:g}"}) as here:
+    with site(bench.disk, {"timeout_job": f"{poll_s:g}", "gpus": "all"}) as here:
         inputs, _ = small_files(here)
         here.run(here.spec(COPY, inputs), 1 if bench.short else 3)
         _wait_for_poll(here, 1)  # everything after the jobs is over

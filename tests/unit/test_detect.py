@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import docker
+import psutil
 import pynvml
 import pytest
 
 from jobfetcher.core.errors import ConfigError
-from jobfetcher.resources.detect import detect, memory_in_use_mib, read_gpus
+from jobfetcher.resources.detect import GpuReading, detect, memory_in_use_mib, read_gpus
 from tests.support.services import GpuStub
 
 GIB = 1024**3
@@ -300,13 +301,36 @@ def test_a_driver_that_does_not_answer_has_a_reason(monkeypatch: pytest.MonkeyPa
     assert "the NVIDIA driver does not answer (Driver Not Loaded)" in reading.problems[0]
 
 
-@pytest.mark.gpu
-def test_a_real_gpu() -> None:
+def real_gpus() -> GpuReading:
+    """The GPUs of this machine; skips where no driver is."""
     if not Path("/proc/driver/nvidia/version").exists():
         pytest.skip("no NVIDIA driver on this machine")
     reading = read_gpus()
     assert reading.gpus, reading.problems
-    for one in reading.gpus:
+    return reading
+
+
+@pytest.mark.gpu
+def test_a_real_gpu() -> None:
+    for one in real_gpus().gpus:
         assert one.uuid.startswith("GPU-")
         assert one.memory_mib > 0
         assert float(one.archi) >= 3.0
+
+
+@pytest.mark.gpu
+def test_reading_a_real_gpu_again_and_again_takes_nothing_more() -> None:
+    """A worker that asks every 30 s does so 20,000 times a week."""
+    known = [gpu.uuid for gpu in real_gpus().gpus]
+    before = held()
+    for _ in range(500):
+        assert [gpu.uuid for gpu in read_gpus().gpus] == known
+    descriptors, resident_mib = held()
+    assert descriptors == before[0]
+    assert resident_mib - before[1] < 2
+
+
+def held() -> tuple[int, float]:
+    """How many descriptors this process has open, and its resident set in MiB."""
+    process = psutil.Process()
+    return process.num_fds(), process.memory_info().rss / 1024**2
