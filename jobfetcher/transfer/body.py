@@ -124,7 +124,8 @@ class FileBody:
         return Follower(self.fd, Digests(_MD5), f"output {self._name}", self._hashers)
 
     def _read_file(self, size: int) -> bytes:
-        self.open()
+        if self.fd < 0:
+            self.open()
         try:
             piece = os.pread(self.fd, size, self._sent)
         except OSError as error:

@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -209,12 +210,13 @@ class Exchange:
             status = _status(lines[start])
         self.reply.status = status
         headers = self.reply.headers
-        for line in b"".join(lines[start + 1 : start + _MAX_HEADERS]).decode("latin-1").split("\n"):
-            if line in {"", "\r"}:
+        for line in lines[start + 1 : start + _MAX_HEADERS]:
+            if line in _BLANK:
                 break  # what follows an empty body, a chunked one's trailers, means nothing to us
-            name, colon, value = line.partition(":")
-            if colon and len(line) <= _MAX_HEADER:
-                headers.setdefault(name.strip().lower(), value.strip())
+            if len(line) <= _MAX_HEADER:
+                name, value = _header(line)
+                if name:
+                    headers.setdefault(name, value)
         self.in_body = True
         if self._on_reply is not None:
             self._sink = self._on_reply(self, self.reply)
@@ -408,6 +410,14 @@ def _status(line: bytes) -> int:
     if len(words) < 2 or len(words[1]) != 3 or not words[1].isdigit():
         raise NotHttp(f"the storage answers {clean(line.decode('latin-1'), 60)}, which is no HTTP")
     return int(words[1])
+
+
+@lru_cache(maxsize=64)  # of lines of 16 KiB, should somebody send such, that is 2 MiB
+def _header(line: bytes) -> tuple[str, str]:
+    """Name, in lower case, and value; no name where the line has none. Most lines of a store's replies are the same
+    each time: to know them again costs a fifth of reading them."""
+    name, colon, value = line.decode("latin-1").partition(":")
+    return (name.strip().lower(), value.strip()) if colon else ("", "")
 
 
 def _harden(curl: pycurl.Curl, net: NetSettings) -> None:

@@ -395,11 +395,16 @@ class _Poll:
         left = 1
         while left:
             left, well, badly = self._multi.info_read()
-            for curl, code, failure in [*((curl, 0, "") for curl in well), *badly]:
-                handle = self._running[curl]
-                if handle.exchange is not None:
-                    handle.take_head()
-                    self._end(handle, handle.exchange, code, failure)
+            for curl in well:
+                self._ended(curl, 0, "")
+            for curl, code, failure in badly:
+                self._ended(curl, code, failure)
+
+    def _ended(self, curl: pycurl.Curl, code: int, failure: str) -> None:
+        handle = self._running[curl]
+        if handle.exchange is not None:
+            handle.take_head()
+            self._end(handle, handle.exchange, code, failure)
 
     def _begin(self, exchange: Exchange, origin: Origin) -> None:
         """Give it a connection. If it cannot even begin it has ended, and the connection is free as before."""
@@ -439,9 +444,10 @@ class _Poll:
         """The handle is free for another exchange, and the story of this one goes on."""
         handle.unload()
         del self._running[handle.curl]
-        for paused in self._paused.values():
-            if handle in paused:
-                paused.remove(handle)
+        if self._down is not None:  # else nobody ever pauses
+            for paused in self._paused.values():
+                if handle in paused:
+                    paused.remove(handle)
         spare = self._spare[handle.method]
         if len(spare) < self._max_host:
             spare.append(handle)

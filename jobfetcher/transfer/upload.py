@@ -58,7 +58,10 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
     first: Signed | None = signed
     renew = False
     while True:
-        request = yield from patience.signed(partial(item.sign, renew), first)
+        if isinstance(first, SignedRequest):
+            request = first
+        else:
+            request = yield from patience.signed(partial(item.sign, renew), first)
         first, renew = None, False
         check = partial(check_age, rules, rules.age(), _STALE_S)
         try:
@@ -144,7 +147,8 @@ def _is_s3(request: SignedRequest) -> bool:
     query = request.url.partition("?")[2]
     if query and _S3_QUERY.search(query.lower()):
         return True
-    return any(name.lower().startswith(_S3_NAMES) for name, _ in (*request.fields, *request.headers))
+    said = request.fields + request.headers
+    return bool(said) and any(name.lower().startswith(_S3_NAMES) for name, _ in said)
 
 
 def _hashers(batch: Batch[Upload]) -> ThreadPoolExecutor:
