@@ -125,6 +125,18 @@ class Cache:
         self._used = 0  # their sum, and what is being written
         self._said: set[str] = set()
 
+    def name(self, request: SignedRequest) -> str:
+        """What the object that `request` fetches is called here; empty where it cannot be told."""
+        try:
+            return _name(request)
+        except ValueError:
+            return ""
+
+    def takes(self, etag: str, size: int | None) -> bool:
+        """Whether an object of that strong ETag (empty: it has none) and size in bytes, as far as known, may be
+        kept."""
+        return bool(etag) and (size is None or _needed(size) <= self._limit)
+
     def find(self, request: SignedRequest) -> Entry | None:
         """What is kept of the object that `request` fetches; the store must still say whether it is the same today."""
         try:
@@ -209,7 +221,7 @@ class Cache:
             return False
 
     def _store(self, note: _Note, part: Path, folder: int, check: Callable[[], None]) -> None:
-        needed = -(-(note.size + _NOTE_SIZE) // _GRAIN) * _GRAIN
+        needed = _needed(note.size)
         if needed > self._limit:
             message = f"an input of {note.size / 2**20:.0f} MiB is larger than CACHE_SIZE and not kept for later jobs"
             return self._say("large", message)
@@ -442,6 +454,11 @@ def _empty(fd: int) -> None:
 
 def _disk(error: OSError) -> WorkerFault:
     return WorkerFault(WorkerReason.DISK, f"an input from the cache could not be written: {error.strerror}")
+
+
+def _needed(size: int) -> int:
+    """Bytes of disk for an entry of that size, at least."""
+    return -(-(size + _NOTE_SIZE) // _GRAIN) * _GRAIN
 
 
 def _taken(seen: os.stat_result) -> int:

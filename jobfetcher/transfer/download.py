@@ -16,6 +16,7 @@ from jobfetcher.transfer import replies
 from jobfetcher.transfer.batch import Batch, Signed
 from jobfetcher.transfer.digests import Digests
 from jobfetcher.transfer.exchange import Reply, Stale
+from jobfetcher.transfer.flights import ALONE, Flight, Flights, Landing
 from jobfetcher.transfer.part import Discard, NoRanges, Part, Piece
 from jobfetcher.transfer.patience import Patience, Rules, TryAgain, check_age
 from jobfetcher.transfer.ranges import Attempt, Crew
@@ -50,11 +51,16 @@ def fetch(
     budget_s: float,
     ranges: int,
     cache: Cache | None,
+    flights: Flights,
 ) -> Tale[Stored]:
-    """Bring `item.part` to its whole, verified content. Raises JobFault, WorkerFault, or what `item.sign` raises."""
+    """Bring `item.part` to its whole, verified content. Raises JobFault, WorkerFault, or what `item.sign` raises.
+
+    `flights`: what is on its way into `cache`.
+    """
     patience = Patience(rules, budget_s, f"input {item.name}")
     part = Part(item.part, item.name, batch, lambda: batch.loop.hashers)
     crew = Crew(part, batch, wire, ranges)
+    flight = ALONE
     try:
         part.resume()
         request: SignedRequest = yield from patience.signed(item.sign, signed)
@@ -62,11 +68,19 @@ def fetch(
         crew.check = partial(check_age, rules, rules.age(), _STALE_S)
         entry: Entry | None = None
         if cache is not None and not part.have:
+            name = cache.name(request)
+            while (other := flights.under_way(name)) is not None:
+                yield Landing(other, batch.call)
+            flight = flights.begin(name)
             entry = yield Aside(partial(cache.find, request))
+            if entry is not None:
+                flight.end()
+            crew.heard = partial(_end_unless_kept, flight, part, cache)
         renew = False
         renewals = damaged = 0
         while True:
             if renew:
+                flight.end()
                 renew = False
                 request = yield from patience.signed(item.sign)
                 _check_method(request)
@@ -88,6 +102,7 @@ def fetch(
                     renew = True
                     continue
                 except TryAgain as failure:
+                    flight.end()
                     if isinstance(failure, NoRanges):
                         crew.most = 1
                         part.join()
@@ -115,6 +130,7 @@ def fetch(
                     if cache is not None:
                         yield Aside(partial(cache.keep, request, item.part, stored, check=batch.check))
                     return stored
+                flight.end()
                 if part.is_scattered:
                     crew.most = 1  # it may be the ranges that are wrong: once more without any, before it counts
                 else:
@@ -159,6 +175,14 @@ def fetch(
     finally:
         crew.stop()
         part.close()
+        flight.end()
+
+
+def _end_unless_kept(flight: Flight, part: Part, cache: Cache) -> None:
+    """Who waits for the file would wait in vain if the cache does not take it."""
+    expected = part.expected
+    if expected is not None and not cache.takes(expected.etag, expected.size):
+        flight.end()
 
 
 class _Copied:

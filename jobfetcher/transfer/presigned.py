@@ -15,6 +15,7 @@ from jobfetcher.core.ports import Download, Upload, Watch
 from jobfetcher.core.urls import UrlPolicy
 from jobfetcher.transfer import batch, download, upload
 from jobfetcher.transfer.exchange import NetSettings
+from jobfetcher.transfer.flights import Flights
 from jobfetcher.transfer.guard import AddressGuard, Resolver, resolve
 from jobfetcher.transfer.multi import TransferLoop
 from jobfetcher.transfer.patience import Rules
@@ -80,7 +81,13 @@ class PresignedTransfer:
         # One signed request for each signer lies ready while the connections are busy.
         self._run = partial(batch.run, loop=self._loop, signers=concurrency, window=concurrency + max_host_connections)
         self._fetch = partial(
-            download.fetch, wire=wire, rules=rules, budget_s=download_budget_s, ranges=ranges, cache=cache
+            download.fetch,
+            wire=wire,
+            rules=rules,
+            budget_s=download_budget_s,
+            ranges=ranges,
+            cache=cache,
+            flights=Flights(),
         )
         self._send = partial(upload.send, wire=wire, rules=rules, budget_s=upload_budget_s)
         self._sign_output = partial(upload.sign, max_bytes=max_upload_bytes)

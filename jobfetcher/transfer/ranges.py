@@ -74,13 +74,15 @@ class Crew:
     """The attempts at one file; a `story.Wait` for the next one that ends (or for None: time to `fill` again).
 
     `most`: connections at once. `extra`: header lines that attempts send along. `check` is called when there is a
-    connection for one, and may raise, which ends it. They wait for connections since the file does.
+    connection for one, and may raise, which ends it; `heard` when a reply begins to bring bytes. They wait for
+    connections since the file does.
     """
 
     def __init__(self, part: Part, batch: Batch[Any], wire: Wire, most: int) -> None:
         self.most = most
         self.extra: list[str] = []
         self.check: Callable[[], None] | None = None
+        self.heard: Callable[[], None] | None = None
         self._part, self._batch, self._wire = part, batch, wire
         self._active: list[Attempt] = []
         self._ended: deque[Attempt] = deque()
@@ -166,6 +168,8 @@ class Crew:
         def on_reply(exchange: Exchange, reply: Reply) -> Sink | None:
             self._origin = exchange.origin
             sink = self._part.accept(piece, reply, alone=len(self._active) == 1)
+            if sink is not None and self.heard is not None:
+                self.heard()
             if reply.status == 200:  # the file begins anew, and so does the measuring
                 self._target, self._since = 1, 0.0
             if self._timer is None and self._can_spread():

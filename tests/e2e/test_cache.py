@@ -48,11 +48,13 @@ def test_the_same_input_again_moves_no_byte_of_it(lab: Lab) -> None:
         assert traffic(lab) == (1, turn, len(content))
 
 
-def test_two_jobs_of_one_worker_share_an_input(lab: Lab) -> None:
+@pytest.mark.parametrize("slots", [1, 3])
+def test_jobs_of_one_worker_share_an_input(lab: Lab, slots: int) -> None:
+    """One after the other, or side by side, where the first fetches it for all."""
     content = os.urandom(MIB)
     down = {"data/in.bin": lab.server.put_input("in.bin", content), "again": lab.server.put_input("other.bin", b"x")}
     jobs = [lab.submit(*COPY_AND_CHANGE, files_down=down, files_up={"output": "out"}) for _ in range(3)]
-    work(lab.settings(cache_size="64MiB"), jobs=3)
+    work(lab.settings(cache_size="64MiB", max_jobs=str(slots)), jobs=3)
     for job in jobs:
         assert lab.ended(job) == ("finished", "")
         assert lab.server.results(job)["output/out/got"] == content
