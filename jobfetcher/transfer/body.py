@@ -41,6 +41,7 @@ class FileBody:
     ) -> None:
         self._open, self._size, self._name, self._moved, self._hashers = open_, size, name, moved, hashers
         self._head, self._tail, self.hashes = head, tail, hashes
+        self.length = len(head) + size + len(tail)
         self._at = self._sent = 0
         #: Of the open file; -1 while it is not open.
         self.fd = -1
@@ -60,10 +61,6 @@ class FileBody:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    @property
-    def length(self) -> int:
-        return len(self._head) + self._size + len(self._tail)
 
     @property
     def complete(self) -> bool:

@@ -462,11 +462,13 @@ class _Poll:
     def _next(self, freed: Origin) -> None:
         """Give free connections to those who wait: at the origin that has one more, or, where only the sum was full, at
         the one that has fewest: else who has them all would keep them until nothing of it is left."""
-        origins = list(self._origins.values()) if len(self._running) == self._max_total - 1 else [freed]
+        if len(self._running) < self._max_total - 1:
+            while freed.waiting and freed.has_room and len(self._running) < self._max_total:
+                self._begin(freed.waiting.popleft(), freed)
+            return
         while len(self._running) < self._max_total:
-            if len(origins) > 1:
-                origins.sort(key=lambda origin: origin.active)
-            origin = next((origin for origin in origins if origin.waiting and origin.has_room), None)
+            fewest_first = sorted(self._origins.values(), key=lambda origin: origin.active)
+            origin = next((origin for origin in fewest_first if origin.waiting and origin.has_room), None)
             if origin is None:
                 return
             self._begin(origin.waiting.popleft(), origin)
