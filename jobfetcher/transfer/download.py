@@ -68,13 +68,7 @@ def fetch(
         crew.check = partial(check_age, rules, rules.age(), _STALE_S)
         entry: Entry | None = None
         if cache is not None and not part.have:
-            name = cache.name(request)
-            while (other := flights.under_way(name)) is not None:
-                yield Landing(other, batch.call)
-            flight = flights.begin(name)
-            entry = yield Aside(partial(cache.find, request))
-            if entry is not None:
-                flight.end()
+            entry, flight = yield from _kept(cache, request, flights, batch, patience)
             crew.heard = partial(_end_unless_kept, flight, part, cache)
         renew = False
         renewals = damaged = 0
@@ -129,6 +123,7 @@ def fetch(
                     stored = part.stored(digests)
                     if cache is not None:
                         yield Aside(partial(cache.keep, request, item.part, stored, check=batch.check))
+                    flight.end(done=True)
                     return stored
                 flight.end()
                 if part.is_scattered:
@@ -144,6 +139,7 @@ def fetch(
             elif reply is None or _is_file(reply):
                 continue  # a piece of it; others are on their way
             elif entry is not None and reply.status == 304:
+                flight.end(done=True)
                 batch.expect(entry.size)
                 copied = _Copied(batch)
                 take = str if cache is None else partial(cache.take, entry, part.fd, batch.check, copied.add)
@@ -173,16 +169,36 @@ def fetch(
                         f"input {item.name} cannot be had: the storage refuses it with {replies.words(reply)}",
                     )
     finally:
+        flight.end()
         crew.stop()
         part.close()
-        flight.end()
+
+
+def _kept(
+    cache: Cache, request: SignedRequest, flights: Flights, batch: Batch[Download], patience: Patience
+) -> Tale[tuple[Entry | None, Flight]]:
+    """What the cache has, once nobody else is fetching it; and the flight that this download is then."""
+    name = cache.name(request)
+    last = False
+    while True:
+        other = flights.under_way(name)
+        entry: Entry | None = yield Aside(partial(cache.find, request))
+        if last:
+            return entry, ALONE
+        other = other or flights.under_way(name)
+        if other is None:
+            return entry, flights.begin(name)
+        if not other.ended:  # else it may have been kept just after we looked
+            yield Landing(other, batch.call)
+            patience.progressed()  # whatever time that took was not its own
+        last = other.done
 
 
 def _end_unless_kept(flight: Flight, part: Part, cache: Cache) -> None:
     """Who waits for the file would wait in vain if the cache does not take it."""
     expected = part.expected
     if expected is not None and not cache.takes(expected.etag, expected.size):
-        flight.end()
+        flight.end(done=True)
 
 
 class _Copied:

@@ -2,7 +2,8 @@
 
 Used by `download`, in the loop's thread. Whoever comes first fetches; who comes meanwhile waits until it is kept, and
 then asks the store for itself, like everybody who finds something in the cache. Nobody waits for what may never come:
-the flight ends at the first trouble, or when the reply says that this file cannot be kept.
+the flight ends at the first trouble, and when the reply says that this file cannot be kept, or that what is kept is
+still the same. A job that waits depends on the first one's threads as far as they hash the file and keep it.
 """
 
 from __future__ import annotations
@@ -13,20 +14,32 @@ from jobfetcher.transfer.story import Resume, Teller
 
 
 class Flight:
-    """One object on its way. `end` it, however it goes; more than once does no harm."""
+    """One object on its way. `end` it, however it goes; more than once does no harm.
 
-    __slots__ = ("_name", "_under_way", "waiting")
+    `done`: it ended well, or nothing can be kept, so who waited has nothing to wait for any more.
+    """
+
+    __slots__ = ("_name", "_under_way", "_waiting", "done", "ended")
 
     def __init__(self, name: str, under_way: dict[str, Flight]) -> None:
         self._name, self._under_way = name, under_way
-        self.waiting: list[Landing] = []
+        self._waiting: list[Landing] = []
+        self.done = self.ended = False
 
-    def end(self) -> None:
+    def end(self, *, done: bool = False) -> None:
         """Let all go on that wait for it."""
+        if self.ended:
+            return
+        self.done, self.ended = done, True
         if self._under_way.get(self._name) is self:
             del self._under_way[self._name]
-        waiting, self.waiting = self.waiting, []
-        for landing in waiting:
+        for landing in self._waiting:
+            landing.over()
+
+    def add(self, landing: Landing) -> None:
+        """Have `landing` told of the end."""
+        self._waiting.append(landing)
+        if self.ended:  # looked at behind it: a loop that failed is closed while another one begins
             landing.over()
 
 
@@ -41,12 +54,10 @@ class Landing:
 
     def begin(self, _teller: Teller, resume: Resume) -> None:
         self._resume = resume
-        self._flight.waiting.append(self)
+        self._flight.add(self)
 
     def cancel(self) -> None:
         self._resume = None
-        if self in self._flight.waiting:
-            self._flight.waiting.remove(self)
 
     def over(self) -> None:
         """The flight has ended. Whoever waited goes on in a turn of its own: this may be in the midst of a closing."""
@@ -76,5 +87,6 @@ class Flights:
         return flight
 
 
-#: Of a file that goes into no cache.
+#: Of a file that nobody waits for.
 ALONE = Flights().begin("")
+ALONE.end()

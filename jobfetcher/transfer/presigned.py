@@ -1,7 +1,8 @@
 """Files by requests that a server signed for us: S3 and its kin, GCS, Azure, and plain HTTP servers.
 
 The adapter of `core.ports.Transfer` that `build` makes, one for the whole worker. All jobs share its one loop thread
-and its connections; each call has its own window and its own signers, so a job whose source hangs holds up no other.
+and its connections; each call has its own window and its own signers, so a job whose source hangs holds up no other
+(but for one that waits for an input which that job is just putting into the cache, `flights`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Jobs that want the same input at the same time: with a cache it is fetched once, and nobody waits for what fails."""
 
 import base64
+import contextlib
+import errno
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -11,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from jobfetcher.core.errors import Stopped, StopReason
+from jobfetcher.core.errors import Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.urls import SignedRequest
 from jobfetcher.transfer.cache import Cache
+from jobfetcher.transfer.part import Part
 from jobfetcher.transfer.patience import Rules
 from jobfetcher.transfer.presigned import PresignedTransfer
 from tests.support.range_server import EXPIRED, SLOW_DOWN, Act, RangeServer, Seen, Thing
 from tests.support.services import wait_until
-from tests.support.transfers import Recorder, get, transfer, wanted
+from tests.support.transfers import Nap, Recorder, get, transfer, wanted
 
 MIB = 1024**2
 CONTENT = bytes(range(256)) * 1200 + b"end"
@@ -78,7 +81,7 @@ class Job:
         self._thread.start()
 
     def _run(self) -> None:
-        self.file.parent.mkdir()
+        self.file.parent.mkdir(exist_ok=True)
         try:
             self._made.download([wanted(self.file.parent, "in", self._sign)], self.watch)
         except BaseException as error:
@@ -232,21 +235,192 @@ def test_nobody_waits_for_one_who_was_told_to_come_back_later(kept: Cache, store
 
 
 @pytest.mark.parametrize("why", ["it has no ETag", "it is too large"])
-def test_nobody_waits_for_what_is_not_kept(
-    made: PresignedTransfer, store: RangeServer, tmp_path: Path, why: str
-) -> None:
+def test_nobody_waits_for_what_is_not_kept(kept: Cache, store: RangeServer, tmp_path: Path, why: str) -> None:
     content = CONTENT if why == "it has no ETag" else bytes(LIMIT)
     store.things["/in"] = Thing(content, headers={"ETag": None} if why == "it has no ETag" else {})
-    store.rate = 50_000.0
+    store.rate = 2_000.0  # hours, until it is turned up
     store.plan = lambda seen: Act(rate=1e12) if seen.target != "/in" or len(asked(store)) > 1 else None
+    with closing(transfer(cache=kept, ranges=1)) as made:
+        first = Job(made, store, tmp_path, "first")
+        wait_until(lambda: store.running == 1, "the first one on its way")
+        second = Job(made, store, tmp_path, "second")
+        second.join()
+        assert second.raised is None
+        assert not first.ended
+        store.rate = 1e12
+        first.join()
+    assert first.raised is None
+    assert first.file.read_bytes() == second.file.read_bytes() == content
+    assert set(asked(store)) == {"all"}
+
+
+@pytest.mark.parametrize("why", ["no directory", "no room", "no ETag"])
+@pytest.mark.fault("D2")
+def test_where_nothing_is_kept_those_who_waited_go_on_side_by_side(
+    store: RangeServer, tmp_path: Path, why: str
+) -> None:
+    def full(_: int) -> None:
+        raise WorkerFault(WorkerReason.DISK, "there is no room")
+
+    (tmp_path / "file").touch()
+    folder = tmp_path / ("file/cache" if why == "no directory" else "cache")
+    kept = Cache(folder, LIMIT, lambda *_, **__: None, room_for=full if why == "no room" else lambda _: None)
+    store.things["/in"] = Thing(CONTENT, headers={"ETag": None} if why == "no ETag" else {})
+    began, held = threading.Event(), threading.Event()
+    store.plan = lambda seen: Act(gate=began if asked(store) == ["all"] else held) if seen.target == "/in" else None
+    with closing(transfer(cache=kept)) as made:
+        jobs = [Job(made, store, tmp_path, "first")]
+        wait_until(lambda: store.running == 1, "the first one on its way")
+        for name in ("second", "third", "fourth"):
+            jobs.append(Job(made, store, tmp_path, name))
+            jobs[-1].settle()
+        began.set()
+        wait_until(lambda: store.running == 3, "the others on their way together")
+        held.set()
+        for job in jobs:
+            job.check()
+    assert asked(store) == ["all"] * 4
+
+
+def test_what_is_kept_is_asked_for_side_by_side(made: PresignedTransfer, store: RangeServer, tmp_path: Path) -> None:
+    Job(made, store, tmp_path, "before").check()
+    first, held = threading.Event(), threading.Event()
+
+    def plan(seen: Seen) -> Act | None:
+        answer = unchanged(store, seen)
+        return answer and replace(answer, gate=first if len(asked(store)) == 2 else held)
+
+    store.plan = plan
+    jobs = [Job(made, store, tmp_path, "first")]
+    wait_until(lambda: store.running == 1, "the first one on its way")
+    jobs += [Job(made, store, tmp_path, name) for name in ("second", "third")]
+    first.set()
+    wait_until(lambda: store.running == 2, "the others on their way together")
+    held.set()
+    for job in jobs:
+        job.check()
+    assert asked(store) == ["all", "again", "again", "again"]
+
+
+def test_an_input_that_changed_is_fetched_once(made: PresignedTransfer, store: RangeServer, tmp_path: Path) -> None:
+    store.things["/in"] = Thing(b"old", etag='"old"')
+    Job(made, store, tmp_path, "before").join()
+    store.things["/in"] = Thing(CONTENT)
+    gate = threading.Event()
+    store.plan = lambda seen: unchanged(store, seen) or (Act(gate=gate) if seen.target == "/in" else None)
+    jobs = [Job(made, store, tmp_path, "first")]
+    wait_until(lambda: store.running == 1, "the first one on its way")
+    for name in ("second", "third"):
+        jobs.append(Job(made, store, tmp_path, name))
+        jobs[-1].settle()
+    gate.set()
+    for job in jobs:
+        job.check()
+    assert [seen.status for seen in store.seen if seen.target == "/in"] == [200, 200, 304, 304]
+
+
+def test_who_goes_on_with_what_it_has_waits_for_nobody(
+    made: PresignedTransfer, store: RangeServer, tmp_path: Path
+) -> None:
+    store.rate = 200_000.0
+    before = Job(made, store, tmp_path, "second")
+    wait_until(lambda: before.file.exists() and before.file.stat().st_size >= 100_000, "a part of it")
+    before.watch.halt.set(StopReason.SHUTDOWN)
+    before.join()
+    store.rate = None
+    gate = threading.Event()
+    store.plan = lambda seen: Act(gate=gate) if seen.target == "/in" and not seen.ranged else None
     first = Job(made, store, tmp_path, "first")
     wait_until(lambda: store.running == 1, "the first one on its way")
     second = Job(made, store, tmp_path, "second")
     second.join()
     assert second.raised is None
+    assert second.file.read_bytes() == CONTENT
     assert not first.ended
-    store.rate = 1e12
+    gate.set()
+    first.check()
+
+
+@pytest.mark.fault("C2")
+def test_to_wait_takes_nothing_of_the_own_patience(kept: Cache, store: RangeServer, tmp_path: Path) -> None:
+    nap, gate = Nap(), hold_first(store)
+    held_first = store.plan
+
+    def plan(seen: Seen) -> Act | None:
+        first_again = "if-none-match" in seen.headers and asked(store).count("again") == 1
+        return SLOW_DOWN if first_again and seen.target == "/in" else held_first(seen)
+
+    store.plan = plan
+    with closing(transfer(cache=kept, rules=nap.rules)) as made:
+        first = Job(made, store, tmp_path, "first")
+        wait_until(lambda: store.running == 1, "the first one on its way")
+        second = Job(made, store, tmp_path, "second")
+        second.settle()
+        nap.now += 7 * 3600  # a slow link, and longer than anybody's budget
+        gate.set()
+        second.check()
+        first.check()
+
+
+@pytest.mark.fault("B13")
+def test_a_job_whose_source_hangs_keeps_no_other_from_the_input(
+    kept: Cache, store: RangeServer, tmp_path: Path
+) -> None:
+    """Its one thread hangs in a call for a new signature, so it cannot look for the input that both want."""
+    store.plan = lambda seen: EXPIRED if seen.target == "/expired" else unchanged(store, seen)
+    hung, hang = threading.Event(), threading.Event()
+    signed = []
+
+    def sign_expired() -> SignedRequest:
+        signed.append(1)
+        if len(signed) > 1:
+            hung.set()
+            assert hang.wait(60)
+        return get(store.url("/expired"))
+
+    def sign_later() -> SignedRequest:
+        assert hung.wait(60)
+        return get(store.url("/in"))
+
+    watch, ended = Recorder(), threading.Event()
+
+    def run(moving: PresignedTransfer) -> None:
+        folder = tmp_path / "first"
+        folder.mkdir()
+        with contextlib.suppress(Stopped):
+            moving.download([wanted(folder, "expired", sign_expired), wanted(folder, "in", sign_later)], watch)
+        ended.set()
+
+    with closing(transfer(cache=kept, concurrency=1)) as moving:
+        thread = threading.Thread(target=run, args=(moving,))
+        thread.start()
+        assert hung.wait(30)
+        second = Job(moving, store, tmp_path, "second")
+        second.settle()
+        second.check()
+        assert not ended.is_set()
+        watch.halt.set(StopReason.CANCELLED)
+        hang.set()
+        thread.join()
+
+
+@pytest.mark.fault("D6")
+def test_a_file_that_fails_as_it_is_closed_keeps_nobody_waiting(
+    made: PresignedTransfer, store: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network's file system may say only then that the disk is full (close(2))."""
+    real, failed = Part.close, threading.Event()
+
+    def close(part: Part) -> None:
+        real(part)
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(Part, "close", close)
+    store.plan = lambda seen: Act(status=404, body=b"") if asked(store) == ["all"] else unchanged(store, seen)
+    first = Job(made, store, tmp_path, "first")
     first.join()
-    assert first.raised is None
-    assert first.file.read_bytes() == second.file.read_bytes() == content
-    assert set(asked(store)) == {"all"}
+    assert first.raised is not None
+    assert failed.is_set()
+    Job(made, store, tmp_path, "second").check()
