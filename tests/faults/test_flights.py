@@ -288,12 +288,16 @@ def test_what_is_kept_is_asked_for_side_by_side(made: PresignedTransfer, store: 
 
     def plan(seen: Seen) -> Act | None:
         answer = unchanged(store, seen)
-        return answer and replace(answer, gate=first if len(asked(store)) == 2 else held)
+        if answer is None or seen.target != "/in":
+            return answer
+        return replace(answer, gate=first if len(asked(store)) == 2 else held)
 
     store.plan = plan
     jobs = [Job(made, store, tmp_path, "first")]
     wait_until(lambda: store.running == 1, "the first one on its way")
-    jobs += [Job(made, store, tmp_path, name) for name in ("second", "third")]
+    for name in ("second", "third"):
+        jobs.append(Job(made, store, tmp_path, name))
+        jobs[-1].settle()
     first.set()
     wait_until(lambda: store.running == 2, "the others on their way together")
     held.set()
