@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -64,6 +65,8 @@ def _act(request: Request) -> None:
     if request.action in _ACTIONS:
         _ACTIONS[request.action]()
     else:
+        sys.stderr.write(f"waiting at {request.name}\n")  # the test's cue
+        sys.stderr.flush()
         time.sleep(float(request.action.removeprefix("sleep")))
 
 

@@ -229,8 +229,7 @@ def test_leaving_in_haste_is_no_crash(lab: Lab, tmp_path: Path) -> None:
     job = lab.submit("true")
     for _ in range(7):  # each start comes no further than the pull, and is told to leave at once
         with worker(lab, tmp_path, jobfetcher_failpoint="after:prepare=sleep60") as running:
-            running.wait_for("taking jobs from")  # from then on signals are its own
-            wait_until(lambda: lab.server.state(job) == "preprocessing", "it has the job", DEADLINE_S)
+            running.wait_for("waiting at after:prepare")  # any sooner, it would stop the job in time and give it back
             for said in ("finishing job", "stopping and giving back", ""):
                 running.send(signal.SIGTERM)
                 running.wait_for(said)  # of two signals that come together the kernel makes one
