@@ -31,6 +31,7 @@ from jobfetcher.core.urls import Method, SignedRequest
 from jobfetcher.settings import Settings
 from jobfetcher.transfer.cache import Cache
 from jobfetcher.transfer.presigned import PresignedTransfer
+from jobfetcher.tree import Reader
 from jobfetcher.workspace import Workspace
 from tests.support.mock_server import job_spec
 from tests.support.services import wait_until
@@ -270,9 +271,9 @@ def _fetch(nginx: Nginx, files: Sequence[tuple[str, Path]], cache: Path | None =
 
 def _send(nginx: Nginx, files: Sequence[tuple[Path, SignedRequest]]) -> float:
     """How long the worker's transfer takes to send these files."""
-    items = [produced(path, partial(_signed, request)) for path, request in files]
     watch = Recorder()
-    with _transfer(nginx, None) as transfer:
+    with _transfer(nginx, None) as transfer, Reader(files[0][0].parent) as reader:
+        items = [produced(path, partial(_signed, request), reader=reader) for path, request in files]
         took = seconds(lambda: transfer.upload(items, watch))
     _check(watch, len(items))
     return took

@@ -10,7 +10,6 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from jobfetcher import tree
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
@@ -171,7 +170,7 @@ def stage_out(
     result = StagedOut(dict(have))
     unsendable: list[str] = []
 
-    def items() -> Iterator[Upload]:
+    def items(files: tree.Reader, logs: tree.Reader) -> Iterator[Upload]:
         for output in job.outputs:
             for found in tree.walk(workspace.files, output.path.split("/")):
                 halt.check()  # many in a row may have been sent by an earlier attempt
@@ -184,13 +183,13 @@ def stage_out(
                 if not _sendable(found.parts):
                     unsendable.append(clean("/".join(found.parts), 120))
                     continue
-                item = _upload(lease, output.kind, workspace.files, found, "/".join(found.parts[:-1]))
+                item = _upload(lease, output.kind, files, found, "/".join(found.parts[:-1]))
                 if not _sent(have.get(item.name), found):
                     failpoint("before:upload")
                     yield item
         for found in tree.walk(workspace.logs, ()):
             if isinstance(found, tree.Found):
-                item = _upload(lease, OutputKind.LOG, workspace.logs, found, OWN_FOLDER)
+                item = _upload(lease, OutputKind.LOG, logs, found, OWN_FOLDER)
                 if not _sent(have.get(item.name), found):
                     yield item
 
@@ -200,7 +199,8 @@ def stage_out(
         failpoint("after:upload")
 
     try:
-        transfer.upload(items(), _Watch(halt, progress, sent))
+        with tree.Reader(workspace.files) as files, tree.Reader(workspace.logs) as logs:
+            transfer.upload(items(files, logs), _Watch(halt, progress, sent))
     except PermissionError as error:
         raise WorkerFault(
             WorkerReason.DISK, f"the job's outputs cannot be read: {error.strerror}: {error.filename}"
@@ -216,7 +216,7 @@ def stage_out(
     return result
 
 
-def _upload(lease: Lease, kind: OutputKind, root: Path, found: tree.Found, folder: str) -> Upload:
+def _upload(lease: Lease, kind: OutputKind, reader: tree.Reader, found: tree.Found, folder: str) -> Upload:
     name = found.parts[-1]
 
     def sign(renew: bool) -> SignedRequest:
@@ -227,7 +227,7 @@ def _upload(lease: Lease, kind: OutputKind, root: Path, found: tree.Found, folde
         filename=name,
         size=found.size,
         mtime_ns=found.mtime_ns,
-        open=partial(tree.descriptor, root, found),
+        open=partial(reader.reopen, found),
         sign=sign,
     )
 

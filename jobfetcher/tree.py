@@ -7,8 +7,10 @@ ever given to the kernel as a whole: each step opens one name relative to an ope
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ from typing import BinaryIO
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: O_NONBLOCK: opening a FIFO must not wait for a writer (FAULTS.md F11).
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+#: What opening says where no file is any more: nothing, a folder that is none, a link, a socket.
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
 #: Deeper folders are reported and not entered: every level costs a descriptor.
 MAX_DEPTH = 100
@@ -46,8 +51,8 @@ class Skipped:
     why: str
 
 
-class Changed(OSError):
-    """A name is not any more what it was a moment ago."""
+class Changed(FileNotFoundError):
+    """What was found is not there any more: it is gone, or something else is in its place."""
 
 
 @contextmanager
@@ -86,22 +91,74 @@ def link(file: BinaryIO, root: Path, parts: Sequence[str]) -> None:
         os.link(f"/proc/self/fd/{file.fileno()}", parts[-1], dst_dir_fd=folder, follow_symlinks=True)
 
 
-def open_file(root: Path, found: Found) -> BinaryIO:
-    """The file that the walk found, for reading; Changed if something else is there now."""
-    return os.fdopen(descriptor(root, found), "rb", buffering=0)
+def open_file(root: Path, parts: Sequence[str]) -> BinaryIO:
+    """The regular file `root/parts...`, for reading. Raises Changed if there is none, or OSError."""
+    with Reader(root) as reader:
+        return os.fdopen(reader.open(parts), "rb", buffering=0)
 
 
-def descriptor(root: Path, found: Found) -> int:
-    """Of the file that the walk found, for reading; Changed if something else is there now."""
-    try:
-        with opened(root, found.parts[:-1]) as folder:
-            file = os.open(found.parts[-1], _FILE, dir_fd=folder)
-    except OSError as error:
-        raise Changed(f"{'/'.join(found.parts)}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise Changed(f"{'/'.join(found.parts)} is not a file any more")
-    return file
+class Reader:
+    """Opens files below `root`; a context manager. From any thread.
+
+    The folder of the last one stays open: a walk finds folder after folder, and two more system calls for each step of
+    the path are as much work as the rest of a small file's reading.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._parts: Sequence[str] = ()
+        self._folder = -1
+        self._closed = False
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._closed = True
+            self._leave()
+
+    def reopen(self, found: Found) -> int:
+        """A descriptor of what a walk found. Raises Changed if it is not that any more, or OSError."""
+        file, now = self._open(found.parts)
+        if now.st_size != found.size or now.st_mtime_ns != found.mtime_ns:
+            os.close(file)
+            raise Changed(f"{'/'.join(found.parts)} was written to")
+        return file
+
+    def open(self, parts: Sequence[str]) -> int:
+        """A descriptor of the regular file `root/parts...`. Raises Changed if there is none, or OSError."""
+        return self._open(parts)[0]
+
+    def _open(self, parts: Sequence[str]) -> tuple[int, os.stat_result]:
+        try:
+            with self._lock:
+                if self._folder < 0 or parts[:-1] != self._parts:
+                    self._enter(parts[:-1])
+                file = os.open(parts[-1], _FILE, dir_fd=self._folder)
+        except OSError as error:
+            if error.errno in _GONE:
+                raise Changed(f"{'/'.join(parts)}: {error.strerror}") from error
+            raise
+        now = os.fstat(file)
+        if not stat.S_ISREG(now.st_mode):
+            os.close(file)
+            raise Changed(f"{'/'.join(parts)} is not a file any more")
+        return file, now
+
+    def _enter(self, parts: Sequence[str]) -> None:
+        self._leave()
+        if self._closed:  # a number that was closed may be another folder's by now
+            raise OSError(errno.EBADF, "nothing is read there any more")
+        with opened(self._root, parts) as folder:
+            self._folder = os.dup(folder)
+        self._parts = parts
+
+    def _leave(self) -> None:
+        folder, self._folder = self._folder, -1
+        if folder >= 0:
+            os.close(folder)
 
 
 def walk(root: Path, start: Sequence[str]) -> Iterator[Found | Skipped]:

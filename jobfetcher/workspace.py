@@ -307,7 +307,7 @@ class Workspace:
     def _relink(self, name: str, stored: Stored, new: Path, halt: Halt) -> bool:
         parts = tuple(name.split("/"))
         try:
-            with tree.open_file(self.files, tree.Found(parts, stored.size, 0)) as file:
+            with tree.open_file(self.files, parts) as file:
                 if not _is_same(file, stored, halt):
                     return False
                 tree.link(file, new, parts)

@@ -115,10 +115,10 @@ class Download:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One file to send. `open` gives a fresh descriptor of a regular file, for the caller to close; `sign(renew)` a
-    request for it.
+    """One file to send. `open` gives a fresh descriptor of it, for the caller to close; `sign(renew)` a request for it.
 
-    `size` in bytes and `mtime_ns` are what the walk saw; a file that differs when it is sent has changed meanwhile.
+    `size` in bytes and `mtime_ns` are what the walk saw. `open` raises FileNotFoundError if the file is not that any
+    more, or OSError; one that differs at the end of its sending has changed meanwhile.
     """
 
     name: str

@@ -69,7 +69,6 @@ class Batch(Generic[Item]):
         threads: int,
     ) -> None:
         self.loop = loop
-        self.ended = threading.Event()
         self.closed = threading.Event()
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.news: deque[tuple[Item, Story[Stored]]] = deque()
@@ -78,7 +77,7 @@ class Batch(Generic[Item]):
         self._tell, self._threads = tell, threads
         self._stories: dict[Story[Stored], Item] = {}
         self._signed: deque[tuple[Item, Signed]] = deque()
-        self._called = False
+        self._called = self._ended = False
         self._expected = self._moved = self._untold = 0
         self._told_at = time.monotonic()
         self._rung_at = 0.0
@@ -88,7 +87,7 @@ class Batch(Generic[Item]):
 
     def check(self) -> None:
         """Raise Ended in a call aside whose work nobody wants any more. From any thread."""
-        if self.ended.is_set():
+        if self._ended:
             raise Ended
 
     def begin(self, item: Item, signed: Signed) -> None:
@@ -106,7 +105,7 @@ class Batch(Generic[Item]):
 
     def end(self) -> None:
         """Nothing more is wanted: abort what is going on. From the caller's thread."""
-        self.ended.set()
+        self._ended = True
         self.call(self._end)
         self.closed.wait(_LEAVE_S)
         if self._pool is not None:
@@ -139,6 +138,10 @@ class Batch(Generic[Item]):
     def moved(self, size: int) -> None:
         """Count bytes that came or went."""
         self._moved += size
+
+    def hashers(self) -> ThreadPoolExecutor:
+        """Threads for hashing."""
+        return self.loop.hashers
 
     def aside(self, do: Callable[[], object], then: Resume) -> Callable[[], bool]:
         """See `story.Teller`. The threads are this batch's: one whose source hangs holds up no other.
@@ -192,7 +195,7 @@ class Batch(Generic[Item]):
         self._called = False
         while self._signed:
             item, signed = self._signed.popleft()
-            if self.ended.is_set():
+            if self._ended:
                 continue
             story = Story(self._tell(item, signed, self), self, self._on_end)
             self._stories[story] = item
@@ -201,11 +204,11 @@ class Batch(Generic[Item]):
     def _on_end(self, story: Story[Stored]) -> None:
         self.news.append((self._stories.pop(story), story))
         self._untold += 1
-        if self.ended.is_set() and not self._stories:
+        if self._ended and not self._stories:
             self.closed.set()
 
     def _end(self) -> None:
-        self.ended.set()
+        self._ended = True
         self._signed.clear()
         for story in list(self._stories):
             story.close()

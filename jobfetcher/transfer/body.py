@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.ports import Upload
 from jobfetcher.transfer.digests import Algorithm, Digests
 from jobfetcher.transfer.hashing import Follower
 
@@ -21,7 +22,7 @@ _SMALL = 256 * 1024
 
 
 class FileBody:
-    """`head`, then `size` bytes of the file that `open_` opens, then `tail`; `close` it.
+    """`head`, then the file of `item`, then `tail`; `close` it.
 
     `moved` is told of the file's bytes only. The file is opened by `open`, when there is a connection for it. `hashes`:
     its MD5 will be asked for, so it is computed on the way; else `md5` reads the file again.
@@ -29,9 +30,7 @@ class FileBody:
 
     def __init__(
         self,
-        open_: Callable[[], int],
-        size: int,
-        name: str,
+        item: Upload,
         moved: Callable[[int], None],
         hashers: Callable[[], ThreadPoolExecutor],
         head: bytes = b"",
@@ -39,9 +38,9 @@ class FileBody:
         *,
         hashes: bool,
     ) -> None:
-        self._open, self._size, self._name, self._moved, self._hashers = open_, size, name, moved, hashers
+        self._item, self._size, self._moved, self._hashers = item, item.size, moved, hashers
         self._head, self._tail, self.hashes = head, tail, hashes
-        self.length = len(head) + size + len(tail)
+        self.length = len(head) + self._size + len(tail)
         self._at = self._sent = 0
         #: Of the open file; -1 while it is not open.
         self.fd = -1
@@ -49,10 +48,21 @@ class FileBody:
         self._follower: Follower | None = None
 
     def open(self) -> None:
-        """Open the file, if it is not. Raises JobFault or WorkerFault."""
-        if self.fd < 0:
-            self.fd = self._open()
-            self._begin()
+        """Open the file. Raises JobFault or WorkerFault."""
+        try:
+            self.fd = self._item.open()
+        except FileNotFoundError as error:
+            raise self._changed() from error
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if self.hashes:
+            self._hash()
+
+    def check_unchanged(self) -> None:
+        """Raise JobFault if the open file is not what the walk saw (FAULTS.md C14)."""
+        now = os.fstat(self.fd)
+        if now.st_size != self._size or now.st_mtime_ns != self._item.mtime_ns:
+            raise self._changed()
 
     def close(self) -> None:
         """Close the file."""
@@ -85,15 +95,7 @@ class FileBody:
         A small file comes with all of its form at once: libcurl then sends it in one packet together with the request,
         which spares both sides a wake-up for each part.
         """
-        into_file = self._at - len(self._head)
-        piece = self._head[self._at : self._at + size] if into_file < 0 else b""
-        into_file += len(piece)
-        if 0 <= into_file < self._size and len(piece) < size:
-            part = self._read_file(min(size - len(piece), self._size - into_file))
-            into_file += len(part)
-            piece = piece + part if piece else part
-        if into_file >= self._size and len(piece) < size:
-            piece += self._tail[into_file - self._size :][: size - len(piece)]
+        piece = self._read_form(size) if self._head else self._read_file(size)
         self._at += len(piece)
         return piece
 
@@ -105,42 +107,57 @@ class FileBody:
     def rewind(self) -> None:
         """From the start again; bytes handed out are taken back."""
         self.take_back()
-        if self.fd >= 0:
-            self._begin()
+        if self.hashes and self.fd >= 0:
+            self._hash()
 
-    def _begin(self) -> None:
+    def _hash(self) -> None:
         if self._follower is not None:
             self._follower.stop()
         self._digests = self._follower = None
-        if self.hashes and self._size <= _SMALL:
+        if self._size <= _SMALL:
             self._digests = Digests(_MD5)
-        elif self.hashes:
+        else:
             self._follower = self._follow()
 
     def _follow(self) -> Follower:
-        return Follower(self.fd, Digests(_MD5), f"output {self._name}", self._hashers)
+        return Follower(self.fd, Digests(_MD5), f"output {self._item.name}", self._hashers)
+
+    def _read_form(self, size: int) -> bytes:
+        into_file = self._at - len(self._head)
+        piece = self._head[self._at : self._at + size] if into_file < 0 else b""
+        into_file += len(piece)
+        if 0 <= into_file < self._size and len(piece) < size:
+            part = self._read_file(size - len(piece))
+            into_file += len(part)
+            piece = piece + part if piece else part
+        if into_file >= self._size and len(piece) < size:
+            piece += self._tail[into_file - self._size :][: size - len(piece)]
+        return piece
 
     def _read_file(self, size: int) -> bytes:
-        if self.fd < 0:
-            self.open()
+        left = self._size - self._sent
+        if not left:
+            return b""
         try:
-            piece = os.pread(self.fd, size, self._sent)
+            piece = os.pread(self.fd, min(size, left), self._sent)
         except OSError as error:
-            raise WorkerFault(WorkerReason.DISK, f"output {self._name} cannot be read: {error.strerror}") from error
+            raise self._unreadable(error) from error
         if not piece:
-            raise changed(self._name)
-        self._sent += len(piece)
-        self._moved(len(piece))
+            raise self._changed()
+        read = len(piece)
+        self._sent += read
+        self._moved(read)
         if self._digests is not None:
             self._digests.update(piece)
         elif self._follower is not None:
             self._follower.advance(self._sent)
         return piece
 
+    def _changed(self) -> JobFault:
+        return JobFault(JobReason.BAD_OUTPUT, f"output {self._item.name} changed while it was sent")
 
-def changed(name: str) -> JobFault:
-    """The error for a file that is not what the walk saw (FAULTS.md C14)."""
-    return JobFault(JobReason.BAD_OUTPUT, f"output {name} changed while it was sent")
+    def _unreadable(self, error: OSError) -> WorkerFault:
+        return WorkerFault(WorkerReason.DISK, f"output {self._item.name} cannot be read: {error.strerror}")
 
 
 def form(fields: Sequence[tuple[str, str]], filename: str) -> tuple[bytes, bytes, str]:

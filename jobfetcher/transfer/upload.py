@@ -7,12 +7,8 @@ doubled.
 from __future__ import annotations
 
 import math
-import os
 import re
-import stat
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
@@ -21,7 +17,7 @@ from jobfetcher.core.run import Stored
 from jobfetcher.core.urls import Method, SignedRequest
 from jobfetcher.transfer import replies
 from jobfetcher.transfer.batch import Batch, Signed
-from jobfetcher.transfer.body import FileBody, changed, form
+from jobfetcher.transfer.body import FileBody, form
 from jobfetcher.transfer.digests import etag_md5
 from jobfetcher.transfer.exchange import Reply, Stale
 from jobfetcher.transfer.patience import Patience, Rules, TryAgain, check_age
@@ -63,9 +59,8 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
         else:
             request = yield from patience.signed(partial(item.sign, renew), first)
         first, renew = None, False
-        check = partial(check_age, rules, rules.age(), _STALE_S)
         try:
-            reply, md5, theirs = yield from _once(item, request, batch, wire, check, since)
+            reply, md5, theirs = yield from _once(item, request, batch, wire, rules, since)
             if reply.status not in _STORED and (reply.status < 400 or replies.is_later(reply)):
                 raise TryAgain(f"the storage answers {replies.words(reply)}", replies.retry_after_s(reply))
         except Stale:
@@ -96,31 +91,29 @@ def send(item: Upload, signed: Signed, batch: Batch[Upload], wire: Wire, rules: 
 
 
 def _once(
-    item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire, check: Callable[[], None], since: float
+    item: Upload, request: SignedRequest, batch: Batch[Upload], wire: Wire, rules: Rules, since: float
 ) -> Tale[tuple[Reply, str, str | None]]:
     """One try: the reply, the MD5 of what was sent (empty where nobody needs it), and what the store says it is.
 
-    It begins when there is a connection for it, unless `check` raises then. What was sent in vain is taken back from
-    the progress.
+    It begins when there is a connection for it, or raises Stale if the request is too old then. What was sent in vain
+    is taken back from the progress.
     """
     if request.method is Method.GET:
         raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out a request that fetches, for a file to be sent")
     head, tail, content_type = b"", b"", None
     if request.method is Method.POST:
         head, tail, content_type = form(request.fields, item.filename)
-    hashers = partial(_hashers, batch)
-    body = FileBody(
-        partial(_opened, item), item.size, item.name, batch.moved, hashers, head, tail, hashes=_is_s3(request)
-    )
+    body = FileBody(item, batch.moved, batch.hashers, head, tail, hashes=_is_s3(request))
+    signed_at = rules.age()
     stored = False
 
     def begin() -> None:
-        check()
+        check_age(rules, signed_at, _STALE_S)
         body.open()
 
     try:
         reply = yield from wire.send(request, body, content_type, begin, since)
-        _check_unchanged(item, body.fd)
+        body.check_unchanged()
         if reply.status in _STORED and not body.complete:
             raise TryAgain("the storage said that it has the file before all of it was sent")
         stored = reply.status in _STORED
@@ -149,32 +142,6 @@ def _is_s3(request: SignedRequest) -> bool:
         return True
     said = request.fields + request.headers
     return bool(said) and any(name.lower().startswith(_S3_NAMES) for name, _ in said)
-
-
-def _hashers(batch: Batch[Upload]) -> ThreadPoolExecutor:
-    return batch.loop.hashers
-
-
-def _opened(item: Upload) -> int:
-    """The file, as the walk saw it."""
-    try:
-        file = item.open()
-    except FileNotFoundError as error:
-        raise changed(item.name) from error
-    except OSError as error:
-        raise WorkerFault(WorkerReason.DISK, f"output {item.name} cannot be read: {error.strerror}") from error
-    try:
-        _check_unchanged(item, file)
-    except BaseException:
-        os.close(file)
-        raise
-    return file
-
-
-def _check_unchanged(item: Upload, descriptor: int) -> None:
-    now = os.fstat(descriptor)
-    if not stat.S_ISREG(now.st_mode) or (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
-        raise changed(item.name)
 
 
 def _too_large(item: Upload, why: str) -> JobFault:

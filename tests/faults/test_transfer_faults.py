@@ -12,19 +12,24 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from jobfetcher.core.errors import JobFault, JobReason, Stopped, StopReason, WorkerFault, WorkerReason
+from jobfetcher.core.halt import Halt
+from jobfetcher.core.job import OutputKind
 from jobfetcher.core.ports import Transfer
 from jobfetcher.core.urls import Method, SignedRequest
+from jobfetcher.staging import Progress, stage_out
+from jobfetcher.testing.fake_source import FakeLease, FakeSource, Said
 from jobfetcher.transfer.body import FileBody
 from jobfetcher.transfer.cache import Cache
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.multi import TransferLoop
+from jobfetcher.workspace import Workspace
 from tests.support.file_server import Act, FileServer, Object
+from tests.support.jobs import make_job
 from tests.support.side_by_side import when
 from tests.support.transfers import Nap, Recorder, get, getting, open_files, produced, putting, sparse, transfer, wanted
 from tests.support.worker import TESTS_WITH
@@ -841,6 +846,64 @@ def test_an_output_that_changes_while_it_is_sent_is_not_taken_for_stored(
 
 
 @pytest.mark.fault("C14")
+@pytest.mark.parametrize("change", ["gone", "grown", "touched", "folder gone", "link", "folder", "FIFO"])
+def test_an_output_that_changed_after_the_walk_is_the_jobs_own_doing(
+    server: FileServer, moving: Transfer, tmp_path: Path, change: str
+) -> None:
+    """From the walk over the job's directory on; the rest is sent all the same."""
+    job, source = make_job(outputs={"output": "out"}), FakeSource(server.url(""))
+    workspace = Workspace(tmp_path / "job")
+    workspace.create()
+    folder = workspace.files / "out" / "deep"
+    folder.mkdir(parents=True)
+    (workspace.files / "out" / "other").write_bytes(b"other")
+    path = folder / "result"
+    path.write_bytes(b"result")
+
+    def act() -> None:
+        match change:
+            case "grown":
+                path.write_bytes(b"result and more")
+            case "touched":
+                os.utime(path, ns=(1, 1))
+            case "folder gone":
+                path.unlink()
+                folder.rmdir()
+            case _:
+                path.unlink()
+        match change:
+            case "link":
+                path.symlink_to(workspace.files / "out" / "other")
+            case "folder":
+                path.mkdir()
+            case "FIFO":
+                os.mkfifo(path)
+
+    class Lease(FakeLease):
+        def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:
+            if name == "result":
+                act()
+            return super().sign_output(kind, folder, name, renew=renew)
+
+    lease = Lease(source, "t", job.id, Said())
+    marks: list[str] = []
+    with pytest.raises(JobFault, match="output output:out/deep/result changed while it was sent") as caught:
+        stage_out(
+            job,
+            lease,
+            workspace,
+            moving,
+            halt=Halt(),
+            have={},
+            mark=lambda stored: marks.append(stored.name),
+            progress=Progress(),
+        )
+    assert caught.value.reason is JobReason.BAD_OUTPUT
+    assert marks == ["output:out/other"]
+    assert [path.rpartition("/")[2] for path in server.objects if path != "/in"] == ["other"]
+
+
+@pytest.mark.fault("C14")
 def test_an_output_that_shrinks_before_it_is_read_ends_its_sending(out: Path) -> None:
     with ThreadPoolExecutor(1) as pool, closing(sent_body(out, pool, head=b"head", tail=b"tail")) as body:
         body.open()
@@ -872,8 +935,8 @@ def test_a_body_is_head_file_and_tail_however_it_is_read(out: Path, size: int) -
 def sent_body(
     path: Path, pool: ThreadPoolExecutor, moved: Callable[[int], None] = lambda _: None, *, head: bytes, tail: bytes
 ) -> FileBody:
-    opens = partial(os.open, path, os.O_RDONLY)
-    return FileBody(opens, path.stat().st_size, path.name, moved, lambda: pool, head, tail, hashes=False)
+    item = produced(path, lambda _: SignedRequest(Method.PUT, ""))
+    return FileBody(item, moved, lambda: pool, head, tail, hashes=False)
 
 
 @pytest.mark.fault("C15")

@@ -317,7 +317,7 @@ def test_a_file_swapped_for_a_link_is_never_followed(workspace: Workspace, outsi
     with flipping(path, [_write, lambda spare: spare.symlink_to(outside / "canary")]) as flips:
         while flips[0] < _FLIPS and time.monotonic() < deadline:
             try:
-                with tree.open_file(workspace.files, found) as file:
+                with tree.open_file(workspace.files, found.parts) as file:
                     content = file.read()
             except Changed:
                 refused += 1
@@ -386,7 +386,7 @@ def test_a_hundred_thousand_exchanges_with_a_link_leak_nothing(workspace: Worksp
                 try:
                     if isinstance(item, Skipped):
                         raise Changed(item.why)
-                    with tree.open_file(workspace.files, item) as file:
+                    with tree.open_file(workspace.files, item.parts) as file:
                         assert file.read() == b"result"
                     good += 1
                 except Changed:

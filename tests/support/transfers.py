@@ -24,6 +24,7 @@ from jobfetcher.transfer.cache import Cache
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.patience import Rules
 from jobfetcher.transfer.presigned import PresignedTransfer
+from jobfetcher.tree import Found, Reader
 
 #: A worker whose API is on this machine may use storage on this machine.
 LOCAL = UrlPolicy(api=parse_origin("http://127.0.0.1:1"))
@@ -126,12 +127,24 @@ def wanted(folder: Path, name: str, sign: Callable[[], SignedRequest]) -> Downlo
     return Download(name, sign, folder / f"{name}.part")
 
 
-def produced(path: Path, sign: Callable[[bool], SignedRequest], open_: Callable[[], int] | None = None) -> Upload:
-    """An upload of a file that lies at `path`, as a walk would have seen it."""
+def produced(
+    path: Path,
+    sign: Callable[[bool], SignedRequest],
+    open_: Callable[[], int] | None = None,
+    *,
+    reader: Reader | None = None,
+) -> Upload:
+    """An upload of a file that lies at `path`, as a walk would have seen it. `reader`: of its folder."""
     info = path.stat()
-    return Upload(
-        path.name, path.name, info.st_size, info.st_mtime_ns, open_ or partial(os.open, path, os.O_RDONLY), sign
-    )
+    found = Found((path.name,), info.st_size, info.st_mtime_ns)
+    if open_ is None:
+        open_ = partial(_reopen, path.parent, found) if reader is None else partial(reader.reopen, found)
+    return Upload(path.name, path.name, found.size, found.mtime_ns, open_, sign)
+
+
+def _reopen(folder: Path, found: Found) -> int:
+    with Reader(folder) as reader:
+        return reader.reopen(found)
 
 
 def sparse(path: Path, size: int) -> Path:

@@ -114,14 +114,52 @@ def test_a_found_file_is_read_and_another_in_its_place_is_not(tmp_path: Path) ->
     path.write_bytes(b"content")
     [item] = tree.walk(tmp_path, ())
     assert isinstance(item, Found)
-    with tree.open_file(tmp_path, item) as file:
+    with tree.open_file(tmp_path, item.parts) as file:
         assert file.read() == b"content"
     path.unlink()
     with pytest.raises(Changed, match="sub/file"):
-        tree.open_file(tmp_path, item)
+        tree.open_file(tmp_path, item.parts)
     path.mkdir()
     with pytest.raises(Changed, match="not a file any more"):
-        tree.open_file(tmp_path, item)
+        tree.open_file(tmp_path, item.parts)
+
+
+def test_a_reader_opens_what_was_found_in_whatever_order_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("a/deep/1", "a/deep/2", "a/3", "4"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    items = {"/".join(item.parts): item for item in tree.walk(tmp_path, ()) if isinstance(item, Found)}
+    assert len(items) == 4
+    with tree.Reader(tmp_path) as reader:
+        for name in ("a/deep/1", "a/deep/2", "4", "a/3", "a/deep/1", "4"):
+            file = reader.reopen(items[name])
+            assert os.read(file, 100) == name.encode()
+            os.close(file)
+        for name, content in (("a/deep/2", "longer than it was"), ("a/3", "a/3")):
+            (tmp_path / name).write_text(content)
+            os.utime(tmp_path / name, ns=(7, 7))
+            with pytest.raises(Changed, match=f"{name} was written to"):
+                reader.reopen(items[name])
+        shutil.rmtree(tmp_path / "a")
+        with pytest.raises(Changed, match="a/deep/1: No such file"):
+            reader.reopen(items["a/deep/1"])
+
+
+def test_a_reader_says_what_else_is_wrong_and_leaves_nothing_open(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    [item] = tree.walk(tmp_path, ())
+    assert isinstance(item, Found)
+    before = open_descriptors()
+    with tree.Reader(tmp_path) as reader:
+        os.close(reader.reopen(item))
+        assert len(open_descriptors()) == len(before) + 1
+        with pytest.raises(OSError, match="File name too long") as error:
+            reader.open(("x" * 300,))
+        assert not isinstance(error.value, Changed)
+    with pytest.raises(OSError, match="nothing is read there any more"):
+        reader.reopen(item)
+    assert open_descriptors() == before
 
 
 def test_the_modification_time_is_told_exactly(tmp_path: Path) -> None:
