@@ -58,7 +58,7 @@ def fetch(
     `flights`: what is on its way into `cache`.
     """
     patience = Patience(rules, budget_s, f"input {item.name}")
-    part = Part(item.part, item.name, batch, lambda: batch.loop.hashers)
+    part = Part(item.part, item.name, batch, batch.hashers)
     crew = Crew(part, batch, wire, ranges)
     flight = ALONE
     try:

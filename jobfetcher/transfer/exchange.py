@@ -404,6 +404,7 @@ class Handle:
             return pycurl.SOCKET_BAD
 
 
+@lru_cache(maxsize=16)
 def _status(line: bytes) -> int:
     """Of a reply's first line, which libcurl reads less strictly (RFC 9112, 4). Raises NotHttp."""
     words = line.split(maxsplit=2)

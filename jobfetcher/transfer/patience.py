@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from jobfetcher.core.errors import SourceRefused, SourceUnavailable, WorkerFault, WorkerReason
@@ -30,8 +31,7 @@ class TryAgain(Exception):
         self.retry_after_s = retry_after_s
 
 
-def _boottime() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+_boottime = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True, slots=True)

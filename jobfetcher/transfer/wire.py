@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 from urllib.parse import urljoin
 
 import pycurl
@@ -41,12 +42,20 @@ _HOPELESS = frozenset(
 _AUTHORITY = re.compile(r"[a-z]+://[^/?#]*", re.IGNORECASE)
 
 
+class _Place(NamedTuple):
+    """An origin that may be asked: its host, all of it as text, and what raises for an address it must not have."""
+
+    host: str
+    origin: str
+    check_address: Callable[[str], None]
+
+
 class Wire:
     """Requests that follow the policy. Raises TryAgain for what may pass, WorkerFault or JobFault for what does not."""
 
     def __init__(self, policy: UrlPolicy, guard: AddressGuard, *, proxied: bool) -> None:
         self._policy, self._guard, self._proxied = policy, guard, proxied
-        self._origins: dict[str, tuple[Origin, str]] = {}
+        self._places: dict[str, _Place] = {}
 
     def get(
         self,
@@ -61,9 +70,21 @@ class Wire:
         waits for one as if `since` then."""
         url, headers = request.url, _lines(request)
         for _ in range(_MAX_HOPS + 1):
-            exchange = yield from self._ask(
-                "GET", url, [*headers, *extra], on_reply=on_reply, on_start=on_start, since=since
+            place, target = self._checked(url)
+            if self._proxied or not self._guard.knows:
+                yield from self._look_up(place)
+            exchange = Exchange(
+                "GET",
+                place.origin,
+                target,
+                [*headers, *extra],
+                check_address=place.check_address,
+                on_start=on_start,
+                on_reply=on_reply,
+                since=since,
             )
+            yield exchange
+            _check(exchange, place)
             reply = exchange.reply
             if reply.status not in _REDIRECTS:
                 return reply
@@ -84,72 +105,49 @@ class Wire:
         if content_type is not None:
             headers = [line for line in headers if not line.lower().startswith("content-type:")]
             headers.append(f"Content-Type: {content_type}")
-        method = "POST" if request.method is Method.POST else "PUT"
-        exchange = yield from self._ask(method, request.url, headers, body=body, on_start=on_start, since=since)
-        if exchange.reply.status in _REDIRECTS:
-            raise WorkerFault(WorkerReason.STORAGE, "the storage redirects an upload, which is never followed")
-        return exchange.reply
-
-    def _ask(
-        self,
-        method: str,
-        url: str,
-        headers: list[str],
-        *,
-        on_reply: Callable[[Exchange, Reply], Sink | None] | None = None,
-        body: Body | None = None,
-        on_start: Callable[[], None] | None = None,
-        since: float | None = None,
-    ) -> Tale[Exchange]:
-        origin, base, target = self._checked(url)
-        if not self._guard.knows:
-            yield Aside(self._guard.learn)
-        if self._proxied:
-            yield Aside(partial(self._guard.check_name, origin.host))
-
-        def check_address(address: str) -> None:
-            if not self._proxied:  # else it is the proxy's, which the machine's owner named
-                self._guard.check(origin.host, address)
-
+        place, target = self._checked(request.url)
+        if self._proxied or not self._guard.knows:
+            yield from self._look_up(place)
         exchange = Exchange(
-            method,
-            base,
+            "POST" if request.method is Method.POST else "PUT",
+            place.origin,
             target,
             headers,
-            check_address=check_address,
+            check_address=place.check_address,
             on_start=on_start,
-            on_reply=on_reply,
             body=body,
             since=since,
         )
         yield exchange
-        if isinstance(exchange.error, NotHttp):
-            raise TryAgain(f"{origin.host}: {exchange.error}")
-        if exchange.error is not None:
-            raise exchange.error
-        if exchange.code and exchange.reply.status < 400:  # an error's status is enough, even if its words were cut
-            failure = f"{origin.host}: {clean(exchange.failure, 200)}"
-            if exchange.code in _HOPELESS:
-                raise WorkerFault(WorkerReason.STORAGE, f"the storage cannot be trusted or asked: {failure}")
-            raise TryAgain(failure)
-        return exchange
+        _check(exchange, place)
+        if exchange.reply.status in _REDIRECTS:
+            raise WorkerFault(WorkerReason.STORAGE, "the storage redirects an upload, which is never followed")
+        return exchange.reply
 
-    def _checked(self, url: str) -> tuple[Origin, str, str]:
-        """The origin of `url` if it may be asked, the same as text, and the path and query.
+    def _look_up(self, place: _Place) -> Tale[None]:
+        """Find out which addresses may be connected to: before there is a connection, since it may block."""
+        if not self._guard.knows:
+            yield Aside(self._guard.learn)
+        if self._proxied:
+            yield Aside(partial(self._guard.check_name, place.host))
+
+    def _checked(self, url: str) -> tuple[_Place, str]:
+        """Whom `url` asks, if it may be asked; and the path and query.
 
         An authority that was found good is remembered: it alone decides, once the characters are known to be those of a
         URL; parsing each of ten thousand URLs of one store costs as much as a third of fetching them.
         """
         found = _AUTHORITY.match(url)
         authority = found[0] if found else ""
-        checked = self._origins.get(authority) if _is_plain(url) else None
-        if checked is None:
+        place = self._places.get(authority) if _is_plain(url) else None
+        if place is None:
             origin = self._policy.check_url(url)
-            if len(self._origins) >= _MOST_ORIGINS:
-                self._origins.clear()
-            checked = self._origins[authority] = (origin, _authority(origin))
+            if len(self._places) >= _MOST_ORIGINS:
+                self._places.clear()
+            check_address = _anything if self._proxied else partial(self._guard.check, origin.host)
+            place = self._places[authority] = _Place(origin.host, _authority(origin), check_address)
         target = url[len(authority) :].partition("#")[0]
-        return *checked, target if target.startswith("/") else f"/{target}"
+        return place, target if target.startswith("/") else f"/{target}"
 
     def _next(self, url: str, reply: Reply) -> str:
         """Where a redirect leads, as a URL that may be asked."""
@@ -163,6 +161,23 @@ class Wire:
                 WorkerReason.STORAGE, f"the storage redirects to {origin.host} without encryption, which is refused"
             )
         return target
+
+
+def _anything(_: str) -> None:
+    """The address is the proxy's, which the machine's owner named."""
+
+
+def _check(exchange: Exchange, place: _Place) -> None:
+    """Raise what went wrong with it."""
+    if isinstance(exchange.error, NotHttp):
+        raise TryAgain(f"{place.host}: {exchange.error}")
+    if exchange.error is not None:
+        raise exchange.error
+    if exchange.code and exchange.reply.status < 400:  # an error's status is enough, even if its words were cut
+        failure = f"{place.host}: {clean(exchange.failure, 200)}"
+        if exchange.code in _HOPELESS:
+            raise WorkerFault(WorkerReason.STORAGE, f"the storage cannot be trusted or asked: {failure}")
+        raise TryAgain(failure)
 
 
 def _lines(request: SignedRequest) -> list[str]:
