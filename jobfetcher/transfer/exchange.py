@@ -211,12 +211,13 @@ class Exchange:
         self.reply.status = status
         headers = self.reply.headers
         for line in lines[start + 1 : start + _MAX_HEADERS]:
-            if line in _BLANK:
+            if len(line) > _MAX_HEADER:
+                continue
+            name, value = _header(line)
+            if name:
+                headers.setdefault(name, value)
+            elif line in _BLANK:
                 break  # what follows an empty body, a chunked one's trailers, means nothing to us
-            if len(line) <= _MAX_HEADER:
-                name, value = _header(line)
-                if name:
-                    headers.setdefault(name, value)
         self.in_body = True
         if self._on_reply is not None:
             self._sink = self._on_reply(self, self.reply)
@@ -293,7 +294,6 @@ class Handle:
         """Set all that differs between two requests of one method; raises pycurl.error for what libcurl refuses."""
         curl, net = self.curl, self._net
         self.exchange = exchange
-        self._lines.clear()
         curl.setopt(pycurl.URL, exchange.origin + exchange.target)
         if net.proxy is None:
             curl.setopt(pycurl.REQUEST_TARGET, exchange.target)  # else `%2f` becomes `%2F`, and a signature may break
@@ -321,8 +321,9 @@ class Handle:
         """Forget the exchange and whatever it left."""
         self.exchange = None
         self._lines.clear()
-        self._pieces.clear()
-        self._size = 0
+        if self._size:
+            self._pieces.clear()
+            self._size = 0
 
     def take_head(self) -> bool:
         """Read the reply's head, if it is there and was not read; false if the exchange must be ended."""

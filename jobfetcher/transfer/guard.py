@@ -40,7 +40,8 @@ class AddressGuard:
         return self._api is not None and self._clock() < self._until
 
     def learn(self) -> None:
-        """Find the API's addresses unless they are known; may block, so it is called aside."""
+        """Find the API's addresses unless they are known; may block, so it is called where files are signed: once for
+        all files that begin together, and no thread has to be started for it."""
         with self._lock:
             if self.knows:
                 return

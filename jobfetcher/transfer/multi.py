@@ -470,8 +470,9 @@ class _Poll:
         """Give free connections to those who wait: at the origin that has one more, or, where only the sum was full, at
         the one that has fewest: else who has them all would keep them until nothing of it is left."""
         if len(self._running) < self._max_total - 1:
-            while freed.waiting and freed.has_room and len(self._running) < self._max_total:
-                self._begin(freed.waiting.popleft(), freed)
+            waiting, running = freed.waiting, self._running
+            while waiting and freed.has_room and len(running) < self._max_total:
+                self._begin(waiting.popleft(), freed)
             return
         while len(self._running) < self._max_total:
             fewest_first = sorted(self._origins.values(), key=lambda origin: origin.active)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from jobfetcher.core.ports import Download, Upload, Watch
-from jobfetcher.core.urls import UrlPolicy
+from jobfetcher.core.urls import SignedRequest, UrlPolicy
 from jobfetcher.transfer import batch, download, upload
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.flights import Flights
@@ -78,7 +78,8 @@ class PresignedTransfer:
             max_connections=max_connections,
             bandwidth_limit=bandwidth_limit,
         )
-        wire = Wire(policy, AddressGuard(policy, resolver, rules.clock), proxied=net.proxy is not None)
+        self._guard = AddressGuard(policy, resolver, rules.clock)
+        wire = Wire(policy, self._guard, proxied=net.proxy is not None)
         # One signed request for each signer lies ready while the connections are busy.
         self._run = partial(batch.run, loop=self._loop, signers=concurrency, window=concurrency + max_host_connections)
         self._fetch = partial(
@@ -91,15 +92,23 @@ class PresignedTransfer:
             flights=Flights(),
         )
         self._send = partial(upload.send, wire=wire, rules=rules, budget_s=upload_budget_s)
-        self._sign_output = partial(upload.sign, max_bytes=max_upload_bytes)
+        self._max_upload_bytes = max_upload_bytes
 
     def download(self, items: Iterable[Download], watch: Watch) -> None:
         """Fetch all; ends at the first failure. See `core.ports.Transfer`."""
-        self._run(items, lambda item: item.sign(), self._fetch, watch, go_on=False)
+        self._run(items, self._sign_input, self._fetch, watch, go_on=False)
 
     def upload(self, items: Iterable[Upload], watch: Watch) -> None:
         """Send all that can be sent, then raise the first failure. See `core.ports.Transfer`."""
         self._run(items, self._sign_output, self._send, watch, go_on=True)
+
+    def _sign_input(self, item: Download) -> SignedRequest:
+        self._guard.learn()
+        return item.sign()
+
+    def _sign_output(self, item: Upload) -> SignedRequest:
+        self._guard.learn()
+        return upload.sign(item, self._max_upload_bytes)
 
     def close(self) -> None:
         """End the loop thread and all connections."""

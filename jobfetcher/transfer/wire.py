@@ -101,7 +101,7 @@ class Wire:
     ) -> Tale[Reply]:
         """Send `body` by PUT or POST; a redirect is refused, the file would go where nobody signed for. `on_start` and
         `since`: see `get`."""
-        headers = _lines(request)
+        headers = _lines(request) if request.headers else []
         if content_type is not None:
             headers = [line for line in headers if not line.lower().startswith("content-type:")]
             headers.append(f"Content-Type: {content_type}")
@@ -126,7 +126,7 @@ class Wire:
 
     def _look_up(self, place: _Place) -> Tale[None]:
         """Find out which addresses may be connected to: before there is a connection, since it may block."""
-        if not self._guard.knows:
+        if not self._guard.knows:  # not any more: a file may have been signed long ago
             yield Aside(self._guard.learn)
         if self._proxied:
             yield Aside(partial(self._guard.check_name, place.host))
@@ -168,7 +168,7 @@ def _anything(_: str) -> None:
 
 
 def _check(exchange: Exchange, place: _Place) -> None:
-    """Raise what went wrong with it."""
+    """Raise what went wrong with it, if it matters."""
     if isinstance(exchange.error, NotHttp):
         raise TryAgain(f"{place.host}: {exchange.error}")
     if exchange.error is not None:

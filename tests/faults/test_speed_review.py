@@ -677,7 +677,8 @@ def test_an_attempt_that_ends_as_it_begins_is_not_repeated_without_end(
             raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(batch, "ThreadPoolExecutor", Full)
-    with RangeServer() as server, closing(transfer()) as made:
+    proxied = NetSettings(proxy="http://127.0.0.1:1")  # so a name is looked up first, which takes a thread
+    with RangeServer() as server, closing(transfer(net=proxied)) as made:
         server.things["/in"] = Thing(b"x")
         thread, raised = in_background(made, server, tmp_path, Recorder())
         thread.join(10)
