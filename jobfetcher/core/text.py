@@ -17,6 +17,8 @@ DETAILS_BYTES = 1500
 
 def clean(text: str, limit: int = 1000) -> str:
     """`text` as one harmless line of at most `limit` characters (the end is kept out, an ellipsis says so)."""
+    if len(text) <= limit and text.isascii() and text.isprintable():  # as most are
+        return text
     shown: list[str] = []
     for char in text[: limit + 1]:
         if unicodedata.category(char) not in _HIDDEN:

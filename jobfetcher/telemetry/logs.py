@@ -24,6 +24,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Literal, Protocol, TextIO, cast
 from urllib.parse import quote, quote_plus
 
@@ -116,6 +117,7 @@ class _Secrets:
             }
             longest_first = sorted(forms, key=len, reverse=True)  # one secret may be the beginning of another
             self._pattern = re.compile("|".join(re.escape(form) for form in longest_first))
+            _safe_name.cache_clear()
 
     def mask(self, text: str) -> str:
         if self._pattern is not None:
@@ -197,12 +199,18 @@ def _safe(event: Event) -> Mapping[str, Any]:
     """Mask, then clean, every name and value: what is left is safe to show. Masked first, as cleaning changes text."""
     safe: dict[str, object] = {}
     for name, value in event.fields.items():
-        hidden = _NAMED.fullmatch(name) is not None and value is not None
-        safe[clean(mask(name), 80)] = _MASK if hidden else _safe_value(value)
+        shown, is_secret = _safe_name(name)
+        safe[shown] = _MASK if is_secret and value is not None else _safe_value(value)
     # the record's own facts come last: no field can stand in for them
     safe |= {"time": float(event.time), "level": clean(event.level, 20), "event": _safe_text(event.name)}
     first = {name: safe[name] for name in _HEAD if name in safe}
     return first | safe
+
+
+@lru_cache(maxsize=128)  # there are some forty; all of them are our own words
+def _safe_name(name: str) -> tuple[str, bool]:
+    """As it is shown, and whether what it names must not be."""
+    return clean(mask(name), 80), _NAMED.fullmatch(name) is not None
 
 
 def _safe_value(value: object) -> object:

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 import httpx
 
@@ -143,7 +144,7 @@ class Client:
         try:
             request = httpx.Request(
                 method,
-                httpx.URL(url, params=list(params)) if params else url,
+                f"{url}?{urlencode(params)}" if params else url,  # httpx would read the whole URL twice for it
                 headers=_HEADERS | dict(headers or {}),
                 content=content,
                 extensions=_TIMEOUTS,
