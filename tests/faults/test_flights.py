@@ -5,20 +5,23 @@ import contextlib
 import errno
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from jobfetcher.core.errors import Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.urls import SignedRequest
 from jobfetcher.transfer.cache import Cache
+from jobfetcher.transfer.flights import Flight, Flights, Landing
 from jobfetcher.transfer.part import Part
 from jobfetcher.transfer.patience import Rules
 from jobfetcher.transfer.presigned import PresignedTransfer
+from jobfetcher.transfer.story import Teller
 from tests.support.range_server import EXPIRED, SLOW_DOWN, Act, RangeServer, Seen, Thing
 from tests.support.services import wait_until
 from tests.support.transfers import Nap, Recorder, get, transfer, wanted
@@ -428,3 +431,53 @@ def test_a_file_that_fails_as_it_is_closed_keeps_nobody_waiting(
     assert first.raised is not None
     assert failed.is_set()
     Job(made, store, tmp_path, "second").check()
+
+
+class _Turns:
+    """What is to be called in turns of their own, and who went on."""
+
+    def __init__(self) -> None:
+        self.due: list[Callable[[], None]] = []
+        self.gone_on: list[str] = []
+
+    def land(self, flight: Flight, name: str) -> Landing:
+        landing = Landing(flight, self.due.append)
+        landing.begin(cast(Teller, None), lambda *_: self.gone_on.append(name))
+        return landing
+
+    def pass_by(self) -> None:
+        while self.due:
+            self.due.pop(0)()
+
+
+def test_who_waited_goes_on_in_a_turn_of_its_own() -> None:
+    """The end of a flight may be told within a callback of libcurl, or in the midst of a closing."""
+    turns, flight = _Turns(), Flights().begin("in")
+    turns.land(flight, "one")
+    turns.land(flight, "another")
+    turns.pass_by()
+    assert turns.gone_on == []
+    flight.end()
+    assert turns.gone_on == []
+    turns.pass_by()
+    assert turns.gone_on == ["one", "another"]
+    flight.end()
+    turns.pass_by()
+    assert turns.gone_on == ["one", "another"]
+
+
+def test_who_comes_when_a_flight_has_just_ended_does_not_wait() -> None:
+    turns, flight = _Turns(), Flights().begin("in")
+    flight.end()
+    turns.land(flight, "late")
+    turns.pass_by()
+    assert turns.gone_on == ["late"]
+
+
+def test_who_is_cancelled_before_its_turn_does_not_go_on() -> None:
+    turns, flight = _Turns(), Flights().begin("in")
+    landing = turns.land(flight, "one")
+    flight.end()
+    landing.cancel()
+    turns.pass_by()
+    assert turns.gone_on == []
