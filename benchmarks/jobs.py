@@ -162,7 +162,7 @@ class Site:
                 if state == "error":
                     raise AssertionError(f"job {left[-1]}: {self.api.job(left[-1])['details']}")
                 left.pop()
-            time.sleep(0.2)  # on top of wait_until's own pause: asking costs the machine something, too
+            time.sleep(1.0)  # a question costs both sides some 3 ms, and the times are the server's own
             return not left
 
         try:
