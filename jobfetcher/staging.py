@@ -222,12 +222,20 @@ def _upload(lease: Lease, kind: OutputKind, reader: tree.Reader, found: tree.Fou
     def sign(renew: bool) -> SignedRequest:
         return lease.sign_output(kind, folder, name, renew=renew)
 
+    said = f"{kind}:{folder}/{name}" if folder else f"{kind}:{name}"
+
+    def open_() -> int:
+        try:
+            return reader.reopen(found)
+        except tree.Changed as error:
+            raise JobFault(JobReason.BAD_OUTPUT, f"output {said} changed before it was sent") from error
+
     return Upload(
-        name=f"{kind}:{folder}/{name}" if folder else f"{kind}:{name}",
+        name=said,
         filename=name,
         size=found.size,
         mtime_ns=found.mtime_ns,
-        open=partial(reader.reopen, found),
+        open=open_,
         sign=sign,
     )
 

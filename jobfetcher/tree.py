@@ -7,6 +7,7 @@ ever given to the kernel as a whole: each step opens one name relative to an ope
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -21,8 +22,8 @@ _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: O_NONBLOCK: opening a FIFO must not wait for a writer (FAULTS.md F11).
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
-#: What opening says where no file is any more: nothing, a folder that is none, a link, a socket.
-_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
+#: What opening says where something else is now: a folder on the way that is none, a link, a socket.
+_REPLACED = frozenset({errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
 #: Deeper folders are reported and not entered: every level costs a descriptor.
 MAX_DEPTH = 100
@@ -51,8 +52,11 @@ class Skipped:
     why: str
 
 
-class Changed(FileNotFoundError):
-    """What was found is not there any more: it is gone, or something else is in its place."""
+class Changed(OSError):
+    """Something else is where a file was, or the file is not what it was."""
+
+    def __init__(self, parts: Sequence[str], why: str) -> None:
+        super().__init__(errno.ESTALE, f"{'/'.join(parts)} {why}")
 
 
 @contextmanager
@@ -92,7 +96,7 @@ def link(file: BinaryIO, root: Path, parts: Sequence[str]) -> None:
 
 
 def open_file(root: Path, parts: Sequence[str]) -> BinaryIO:
-    """The regular file `root/parts...`, for reading. Raises Changed if there is none, or OSError."""
+    """The regular file `root/parts...`, for reading. Raises Changed if that is something else, or OSError."""
     with Reader(root) as reader:
         return os.fdopen(reader.open(parts), "rb", buffering=0)
 
@@ -101,7 +105,8 @@ class Reader:
     """Opens files below `root`; a context manager. From any thread.
 
     The folder of the last one stays open: a walk finds folder after folder, and two more system calls for each step of
-    the path are as much work as the rest of a small file's reading.
+    the path are as much work as the rest of a small file's reading. To leave waits for nobody, not even for one who
+    hangs on a disk.
     """
 
     def __init__(self, root: Path) -> None:
@@ -115,45 +120,57 @@ class Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._closed = True
-            self._leave()
+        self._closed = True
+        self._tidy()
+
+    def open(self, parts: Sequence[str]) -> int:
+        """A descriptor of the regular file `root/parts...`. Raises Changed if that is something else, or OSError."""
+        return self._open(parts, None)
 
     def reopen(self, found: Found) -> int:
         """A descriptor of what a walk found. Raises Changed if it is not that any more, or OSError."""
-        file, now = self._open(found.parts)
-        if now.st_size != found.size or now.st_mtime_ns != found.mtime_ns:
-            os.close(file)
-            raise Changed(f"{'/'.join(found.parts)} was written to")
-        return file
+        return self._open(found.parts, found)
 
-    def open(self, parts: Sequence[str]) -> int:
-        """A descriptor of the regular file `root/parts...`. Raises Changed if there is none, or OSError."""
-        return self._open(parts)[0]
-
-    def _open(self, parts: Sequence[str]) -> tuple[int, os.stat_result]:
+    def _open(self, parts: Sequence[str], found: Found | None) -> int:
         try:
             with self._lock:
-                if self._folder < 0 or parts[:-1] != self._parts:
-                    self._enter(parts[:-1])
-                file = os.open(parts[-1], _FILE, dir_fd=self._folder)
+                file = self._open_in_folder(parts)
         except OSError as error:
-            if error.errno in _GONE:
-                raise Changed(f"{'/'.join(parts)}: {error.strerror}") from error
+            if error.errno in _REPLACED:
+                raise Changed(parts, "is not a file any more") from error
             raise
-        now = os.fstat(file)
-        if not stat.S_ISREG(now.st_mode):
+        finally:
+            if self._closed:
+                self._tidy()
+        try:
+            now = os.fstat(file)
+            if not stat.S_ISREG(now.st_mode):
+                raise Changed(parts, "is not a file any more")
+            if found is not None and (now.st_size != found.size or now.st_mtime_ns != found.mtime_ns):
+                raise Changed(parts, "was written to")
+        except BaseException:
             os.close(file)
-            raise Changed(f"{'/'.join(parts)} is not a file any more")
-        return file, now
+            raise
+        return file
 
-    def _enter(self, parts: Sequence[str]) -> None:
-        self._leave()
+    def _open_in_folder(self, parts: Sequence[str]) -> int:
         if self._closed:  # a number that was closed may be another folder's by now
             raise OSError(errno.EBADF, "nothing is read there any more")
-        with opened(self._root, parts) as folder:
-            self._folder = os.dup(folder)
-        self._parts = parts
+        if self._folder >= 0 and parts[:-1] == self._parts:
+            with contextlib.suppress(OSError):  # there may be another folder of that name by now
+                return os.open(parts[-1], _FILE, dir_fd=self._folder)
+        self._leave()
+        with opened(self._root, parts[:-1]) as folder:
+            self._folder, self._parts = os.dup(folder), parts[:-1]
+        return os.open(parts[-1], _FILE, dir_fd=self._folder)
+
+    def _tidy(self) -> None:
+        """Close the folder, unless somebody is just opening a file in it: who does it then."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._leave()
+            finally:
+                self._lock.release()
 
     def _leave(self) -> None:
         folder, self._folder = self._folder, -1

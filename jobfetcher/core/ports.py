@@ -117,8 +117,8 @@ class Download:
 class Upload:
     """One file to send. `open` gives a fresh descriptor of it, for the caller to close; `sign(renew)` a request for it.
 
-    `size` in bytes and `mtime_ns` are what the walk saw. `open` raises FileNotFoundError if the file is not that any
-    more, or OSError; one that differs at the end of its sending has changed meanwhile.
+    `size` in bytes and `mtime_ns` are what the walk saw. `open` raises JobFault if the file is not that any more, or
+    OSError; one that differs at the end of its sending has changed meanwhile.
     """
 
     name: str

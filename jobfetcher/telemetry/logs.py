@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import count
 from typing import Any, Literal, Protocol, TextIO, cast
 from urllib.parse import quote, quote_plus
 
@@ -82,6 +83,9 @@ _PATTERNS = (
 )
 
 
+_changes = count()
+
+
 class _Secrets:
     """The values that must not be shown, bounded: a worker that renews its tokens for years must not collect them.
 
@@ -98,6 +102,8 @@ class _Secrets:
         self._first: list[str] = []
         self._latest: deque[str] = deque(maxlen=self._LATEST)
         self._pattern: re.Pattern[str] | None = None
+        #: Another number after each change: what was masked before one may have to be masked again.
+        self.change = next(_changes)
 
     def add(self, secret: str) -> None:
         if len(secret) < self._SHORTEST:
@@ -117,7 +123,7 @@ class _Secrets:
             }
             longest_first = sorted(forms, key=len, reverse=True)  # one secret may be the beginning of another
             self._pattern = re.compile("|".join(re.escape(form) for form in longest_first))
-            _safe_name.cache_clear()
+            self.change = next(_changes)
 
     def mask(self, text: str) -> str:
         if self._pattern is not None:
@@ -199,7 +205,7 @@ def _safe(event: Event) -> Mapping[str, Any]:
     """Mask, then clean, every name and value: what is left is safe to show. Masked first, as cleaning changes text."""
     safe: dict[str, object] = {}
     for name, value in event.fields.items():
-        shown, is_secret = _safe_name(name)
+        shown, is_secret = _safe_name(name, _secrets.change)
         safe[shown] = _MASK if is_secret and value is not None else _safe_value(value)
     # the record's own facts come last: no field can stand in for them
     safe |= {"time": float(event.time), "level": clean(event.level, 20), "event": _safe_text(event.name)}
@@ -208,8 +214,8 @@ def _safe(event: Event) -> Mapping[str, Any]:
 
 
 @lru_cache(maxsize=128)  # there are some forty; all of them are our own words
-def _safe_name(name: str) -> tuple[str, bool]:
-    """As it is shown, and whether what it names must not be."""
+def _safe_name(name: str, _change: int) -> tuple[str, bool]:
+    """As it is shown, and whether what it names must not be. Anew after each change of the secrets."""
     return clean(mask(name), 80), _NAMED.fullmatch(name) is not None
 
 

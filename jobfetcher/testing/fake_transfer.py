@@ -87,8 +87,8 @@ class FakeTransfer:
             with os.fdopen(item.open(), "rb") as file:
                 now = os.fstat(file.fileno())
                 content = file.read()
-        except FileNotFoundError:
-            raise JobFault(JobReason.BAD_OUTPUT, f"output {item.name} changed while it was sent") from None
+        except OSError as error:
+            raise WorkerFault(WorkerReason.DISK, f"output {item.name} cannot be read: {error.strerror}") from error
         if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns) or len(content) != item.size:
             raise JobFault(JobReason.BAD_OUTPUT, f"output {item.name} changed while it was sent")
         key = request.url if request.method is Method.PUT else f"{request.url}/{item.filename}"

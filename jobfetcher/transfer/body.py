@@ -51,8 +51,6 @@ class FileBody:
         """Open the file. Raises JobFault or WorkerFault."""
         try:
             self.fd = self._item.open()
-        except FileNotFoundError as error:
-            raise self._changed() from error
         except OSError as error:
             raise self._unreadable(error) from error
         if self.hashes:

@@ -19,6 +19,9 @@ Resolver = Callable[[str], frozenset[str]]
 
 _KNOWN_FOR_S = 60.0
 
+#: A look-up that failed may have taken long, and many files wait for the same one.
+_AGAIN_AFTER_S = 1.0
+
 
 def resolve(host: str) -> frozenset[str]:
     """The system's answer; an address is its own."""
@@ -32,7 +35,7 @@ class AddressGuard:
         self._policy, self._resolver, self._clock = policy, resolver, clock
         self._lock = threading.Lock()
         self._api: frozenset[str] | None = None
-        self._until = -1.0
+        self._until = self._not_before = -1.0
 
     @property
     def knows(self) -> bool:
@@ -43,13 +46,13 @@ class AddressGuard:
         """Find the API's addresses unless they are known; may block, so it is called where files are signed: once for
         all files that begin together, and no thread has to be started for it."""
         with self._lock:
-            if self.knows:
+            if self.knows or self._clock() < self._not_before:
                 return
             try:
                 self._api = self._resolver(self._policy.api.host)
                 self._until = self._clock() + _KNOWN_FOR_S
-            except OSError:
-                return  # what was known stays known
+            except OSError:  # what was known stays known
+                self._not_before = self._clock() + _AGAIN_AFTER_S
 
     def check(self, host: str, address: str) -> None:
         """Raise WorkerFault if `host` must not be reached at `address`.

@@ -223,7 +223,7 @@ def test_a_failed_upload_lets_the_others_go_on(world: World, tmp_path: Path) -> 
 
 
 @pytest.mark.fault("C14")
-@pytest.mark.parametrize("change", ["grown", "touched", "gone"])
+@pytest.mark.parametrize("change", ["grown", "touched"])
 def test_an_output_that_changed_is_the_jobs_fault(world: World, tmp_path: Path, change: str) -> None:
     path = tmp_path / "out"
     path.write_bytes(b"before")
@@ -233,11 +233,20 @@ def test_an_output_that_changed_is_the_jobs_fault(world: World, tmp_path: Path, 
             path.write_bytes(b"before and after")
         case "touched":
             os.utime(path, ns=(1, item.mtime_ns + 1))
-        case "gone":
-            path.unlink()
-    with pytest.raises(JobFault, match="output out changed while it was sent") as caught:
+    with pytest.raises(JobFault, match="output out changed before it was sent") as caught:
         world.transfer.upload([item], Recorder())
     assert caught.value.reason is JobReason.BAD_OUTPUT
+    assert world.content("/out") is None
+
+
+def test_an_output_that_is_gone_is_the_machines_fault(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(b"before")
+    item = produced(path, putting(world.url("/out")))
+    path.unlink()
+    with pytest.raises(WorkerFault, match="output out cannot be read: No such file or directory") as caught:
+        world.transfer.upload([item], Recorder())
+    assert caught.value.reason is WorkerReason.DISK
     assert world.content("/out") is None
 
 

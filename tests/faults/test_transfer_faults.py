@@ -1,10 +1,12 @@
 """What storage and network do to files on their way (FAULTS.md C, and B14), on real sockets; sleeps take no time."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shutil
 import socket
 import threading
 import time
@@ -12,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,7 @@ from jobfetcher.transfer.multi import TransferLoop
 from jobfetcher.workspace import Workspace
 from tests.support.file_server import Act, FileServer, Object
 from tests.support.jobs import make_job
+from tests.support.services import wait_until
 from tests.support.side_by_side import when
 from tests.support.transfers import Nap, Recorder, get, getting, open_files, produced, putting, sparse, transfer, wanted
 from tests.support.worker import TESTS_WITH
@@ -845,20 +849,70 @@ def test_an_output_that_changes_while_it_is_sent_is_not_taken_for_stored(
     assert watch.stored == []
 
 
+def open_below(folder: Path) -> list[str]:
+    """What this process has open below `folder`."""
+    opened = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed by now
+            opened.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [path for path in opened if path.startswith(str(folder))]
+
+
+class Sending:
+    """One job's outputs on their way from its directory: `out/other` and `out/deep/result`, and a log of the worker's.
+
+    `act` is called when the file `at` is signed, which is after the walk has found it and before it is opened.
+    """
+
+    def __init__(self, folder: Path, server: FileServer, moving: Transfer) -> None:
+        self.halt, self.marks = Halt(), list[str]()
+        self.at = "result"
+        self.act: Callable[[], None] = lambda: None
+        self._server, self._moving = server, moving
+        self.workspace = Workspace(folder / "job")
+        self.workspace.create()
+        self.result = self.workspace.files / "out" / "deep" / "result"
+        self.result.parent.mkdir(parents=True)
+        (self.workspace.files / "out" / "other").write_bytes(b"other")
+        self.result.write_bytes(b"result")
+        (self.workspace.logs / "own.log").write_bytes(b"log")
+
+    def run(self) -> None:
+        sending = self
+
+        class Lease(FakeLease):
+            def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:
+                if name == sending.at:
+                    sending.act()
+                return super().sign_output(kind, folder, name, renew=renew)
+
+        job = make_job(outputs={"output": "out"})
+        stage_out(
+            job,
+            Lease(FakeSource(self._server.url("")), "t", job.id, Said()),
+            self.workspace,
+            self._moving,
+            halt=self.halt,
+            have={},
+            mark=lambda stored: self.marks.append(stored.name),
+            progress=Progress(),
+        )
+
+    @property
+    def stored(self) -> set[str]:
+        return {path.rpartition("/")[2] for path in self._server.objects if path != "/in"}
+
+
+@pytest.fixture
+def sending(server: FileServer, moving: Transfer, tmp_path: Path) -> Sending:
+    return Sending(tmp_path, server, moving)
+
+
 @pytest.mark.fault("C14")
-@pytest.mark.parametrize("change", ["gone", "grown", "touched", "folder gone", "link", "folder", "FIFO"])
-def test_an_output_that_changed_after_the_walk_is_the_jobs_own_doing(
-    server: FileServer, moving: Transfer, tmp_path: Path, change: str
-) -> None:
-    """From the walk over the job's directory on; the rest is sent all the same."""
-    job, source = make_job(outputs={"output": "out"}), FakeSource(server.url(""))
-    workspace = Workspace(tmp_path / "job")
-    workspace.create()
-    folder = workspace.files / "out" / "deep"
-    folder.mkdir(parents=True)
-    (workspace.files / "out" / "other").write_bytes(b"other")
-    path = folder / "result"
-    path.write_bytes(b"result")
+@pytest.mark.parametrize("change", ["grown", "touched", "link", "folder", "FIFO", "folder of a link"])
+def test_an_output_that_changed_after_the_walk_is_the_jobs_own_doing(sending: Sending, change: str) -> None:
+    """The rest is sent all the same."""
+    path = sending.result
 
     def act() -> None:
         match change:
@@ -866,41 +920,59 @@ def test_an_output_that_changed_after_the_walk_is_the_jobs_own_doing(
                 path.write_bytes(b"result and more")
             case "touched":
                 os.utime(path, ns=(1, 1))
-            case "folder gone":
-                path.unlink()
-                folder.rmdir()
+            case "folder of a link":
+                path.parent.rename(path.parent.parent / "elsewhere")
+                path.parent.symlink_to("elsewhere")
             case _:
                 path.unlink()
         match change:
             case "link":
-                path.symlink_to(workspace.files / "out" / "other")
+                path.symlink_to("../other")
             case "folder":
                 path.mkdir()
             case "FIFO":
                 os.mkfifo(path)
 
-    class Lease(FakeLease):
-        def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:
-            if name == "result":
-                act()
-            return super().sign_output(kind, folder, name, renew=renew)
-
-    lease = Lease(source, "t", job.id, Said())
-    marks: list[str] = []
-    with pytest.raises(JobFault, match="output output:out/deep/result changed while it was sent") as caught:
-        stage_out(
-            job,
-            lease,
-            workspace,
-            moving,
-            halt=Halt(),
-            have={},
-            mark=lambda stored: marks.append(stored.name),
-            progress=Progress(),
-        )
+    sending.act = act
+    with pytest.raises(JobFault, match="output output:out/deep/result changed before it was sent") as caught:
+        sending.run()
     assert caught.value.reason is JobReason.BAD_OUTPUT
-    assert marks == ["output:out/other"]
-    assert [path.rpartition("/")[2] for path in server.objects if path != "/in"] == ["other"]
+    assert set(sending.marks) == {"output:out/other", "log:jobfetcher/own.log"}
+    assert sending.stored == {"other", "own.log"}
+
+
+@pytest.mark.parametrize("gone", ["files/out/deep/result", "files/out/deep", "files", ".", "logs/own.log"])
+def test_an_output_that_is_gone_after_the_walk_is_the_machines_fault(sending: Sending, gone: str) -> None:
+    """No job is left that could have deleted it; a person may have."""
+    path = sending.workspace.path / gone
+    sending.at = "own.log" if gone == "logs/own.log" else "result"
+    sending.act = path.unlink if path.is_file() else partial(shutil.rmtree, path)
+    with pytest.raises(WorkerFault) as caught:
+        sending.run()
+    assert caught.value.reason is WorkerReason.DISK
+    assert "No such file" in str(caught.value)
+
+
+def test_to_stop_waits_for_no_file_that_hangs_as_it_is_opened(
+    sending: Sending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens, goes_on, came_back = os.open, threading.Event(), threading.Event()
+
+    def hang(path: str, flags: int, *args: int, dir_fd: int | None = None) -> int:
+        if path == "result":
+            sending.halt.set(StopReason.SHUTDOWN)
+            goes_on.wait(60)
+            came_back.set()
+        return opens(path, flags, *args, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", hang)
+    try:
+        with pytest.raises(Stopped):
+            sending.run()
+        assert not came_back.is_set()
+    finally:
+        goes_on.set()
+    wait_until(lambda: not open_below(sending.workspace.path), "the file and its folder are closed")
 
 
 @pytest.mark.fault("C14")

@@ -189,6 +189,19 @@ def test_a_registered_secret_is_masked_in_every_form(secret: str) -> None:
 
 
 @pytest.mark.fault("T10")
+def test_a_name_of_a_field_that_was_shown_before_is_masked_once_it_is_a_secret() -> None:
+    stream = io.StringIO()
+    log = Events(configure("json", "info", stream))
+    log.emit("x", **{"later-a-secret": "1"})
+    redact("later-a-secret")
+    log.emit("x", **{"later-a-secret": "1"})
+    before, after = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert "later-a-secret" in before
+    assert "later-a-secret" not in after
+    assert after["***"] == "1"
+
+
+@pytest.mark.fault("T10")
 def test_tokens_are_known_by_their_form() -> None:
     assert mask(f"refused {JWT} now") == "refused *** now"
 

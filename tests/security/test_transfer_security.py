@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import socket
 import ssl
 import threading
@@ -183,6 +184,28 @@ def test_the_apis_address_is_asked_for_once_a_minute(server: FileServer, tmp_pat
             moving.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
             assert asked == expected
             nap.now += 40
+
+
+@pytest.mark.fault("T7")
+def test_an_address_that_cannot_be_found_is_asked_for_once_a_second_however_many_wait(
+    server: FileServer, tmp_path: Path
+) -> None:
+    """A look-up may take ten seconds to fail, and files that wait for it wait one after the other."""
+    nap, asked = Nap(), list[float]()
+
+    def resolver(_: str) -> frozenset[str]:
+        asked.append(nap.now)
+        if nap.now < 1005:
+            raise OSError("no name server")
+        return frozenset({"127.0.0.1"})
+
+    items = [wanted(tmp_path, f"in{number}", getting(server.url("/in"))) for number in range(40)]
+    watch = Recorder()
+    with closing(transfer(OPEN, resolver=resolver, rules=nap.rules)) as moving:
+        moving.download(items, watch)
+    assert len(watch.stored) == 40
+    assert len(asked) > 1
+    assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(asked))
 
 
 @pytest.mark.fault("T7")

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from jobfetcher.core.errors import JobFault, JobReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.ports import Download, Upload
 from jobfetcher.core.run import Stored
@@ -24,7 +25,7 @@ from jobfetcher.transfer.cache import Cache
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.patience import Rules
 from jobfetcher.transfer.presigned import PresignedTransfer
-from jobfetcher.tree import Found, Reader
+from jobfetcher.tree import Changed, Found, Reader
 
 #: A worker whose API is on this machine may use storage on this machine.
 LOCAL = UrlPolicy(api=parse_origin("http://127.0.0.1:1"))
@@ -143,8 +144,11 @@ def produced(
 
 
 def _reopen(folder: Path, found: Found) -> int:
-    with Reader(folder) as reader:
-        return reader.reopen(found)
+    try:
+        with Reader(folder) as reader:
+            return reader.reopen(found)
+    except Changed as error:
+        raise JobFault(JobReason.BAD_OUTPUT, f"output {found.parts[-1]} changed before it was sent") from error
 
 
 def sparse(path: Path, size: int) -> Path:

@@ -117,8 +117,12 @@ def test_a_found_file_is_read_and_another_in_its_place_is_not(tmp_path: Path) ->
     with tree.open_file(tmp_path, item.parts) as file:
         assert file.read() == b"content"
     path.unlink()
-    with pytest.raises(Changed, match="sub/file"):
+    with pytest.raises(FileNotFoundError):
         tree.open_file(tmp_path, item.parts)
+    path.symlink_to("/etc/passwd")
+    with pytest.raises(Changed, match="sub/file is not a file any more"):
+        tree.open_file(tmp_path, item.parts)
+    path.unlink()
     path.mkdir()
     with pytest.raises(Changed, match="not a file any more"):
         tree.open_file(tmp_path, item.parts)
@@ -136,13 +140,26 @@ def test_a_reader_opens_what_was_found_in_whatever_order_and_nothing_else(tmp_pa
             file = reader.reopen(items[name])
             assert os.read(file, 100) == name.encode()
             os.close(file)
-        for name, content in (("a/deep/2", "longer than it was"), ("a/3", "a/3")):
+        before = open_descriptors()
+        for name, content, mtime_ns in (
+            ("a/deep/2", "longer than it was", items["a/deep/2"].mtime_ns),
+            ("a/3", "a/3", 7),
+        ):
             (tmp_path / name).write_text(content)
-            os.utime(tmp_path / name, ns=(7, 7))
+            os.utime(tmp_path / name, ns=(7, mtime_ns))
             with pytest.raises(Changed, match=f"{name} was written to"):
                 reader.reopen(items[name])
+        assert open_descriptors() == before
         shutil.rmtree(tmp_path / "a")
-        with pytest.raises(Changed, match="a/deep/1: No such file"):
+        with pytest.raises(FileNotFoundError):
+            reader.reopen(items["a/deep/1"])
+        (tmp_path / "a" / "deep").mkdir(parents=True)
+        (tmp_path / "a" / "deep" / "1").write_text("a/deep/1")
+        os.utime(tmp_path / "a" / "deep" / "1", ns=(7, items["a/deep/1"].mtime_ns))
+        os.close(reader.reopen(items["a/deep/1"]))
+        shutil.rmtree(tmp_path / "a")
+        (tmp_path / "a").symlink_to("/etc")
+        with pytest.raises(Changed, match="a/deep/1 is not a file any more"):
             reader.reopen(items["a/deep/1"])
 
 
