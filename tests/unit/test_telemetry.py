@@ -1,6 +1,7 @@
 """telemetry: events reach every listener and hurt nobody, log lines have their form, bars do not tear lines."""
 
 import codecs
+import contextlib
 import io
 import json
 import logging
@@ -450,6 +451,8 @@ pause()
     with Pty(body) as terminal:
         terminal.read_until(lambda lines: any("job 12  upload" in line for line in lines))
         terminal.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(BrokenPipeError):  # it has ended; else the signal came just before it began to wait
+            terminal.go_on()
         shown, _ = terminal.end()
         assert shown[0] == "00:00:00  hello"
         assert shown[-1] == "KeyboardInterrupt"
