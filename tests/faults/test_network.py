@@ -151,7 +151,7 @@ def test_the_proxy_acts_on_what_it_sees(proxy: FaultProxy, server: FileServer) -
     proxy.listen()
     proxy.on_answer(CONTENT[-20:], proxy.refuse)
     assert get(proxy) == CONTENT  # it was passed before
-    assert not proxy.is_listening
+    wait_until(lambda: not proxy.is_listening, "it has acted", 5)
 
 
 def test_the_proxy_swallows_what_is_open_and_lets_it_go(proxy: FaultProxy) -> None:
