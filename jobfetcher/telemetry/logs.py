@@ -83,6 +83,7 @@ _PATTERNS = (
 )
 
 
+#: For `_Secrets.change`: a number is never used twice.
 _changes = count()
 
 

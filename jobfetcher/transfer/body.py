@@ -93,7 +93,7 @@ class FileBody:
         A small file comes with all of its form at once: libcurl then sends it in one packet together with the request,
         which spares both sides a wake-up for each part.
         """
-        piece = self._read_form(size) if self._head else self._read_file(size)
+        piece = self._read_file(size) if self.length == self._size else self._read_form(size)
         self._at += len(piece)
         return piece
 

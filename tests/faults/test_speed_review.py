@@ -669,6 +669,20 @@ def test_what_is_signed_anew_keeps_its_turn(tmp_path: Path, monkeypatch: pytest.
     assert len(sent.stored) == 40
 
 
+def test_an_ordinary_file_needs_no_thread_but_its_signers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look up the API's addresses is theirs, too: a thread for each file that begins took longer than the file."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(batch, "ThreadPoolExecutor", refuse)
+    with RangeServer() as server, closing(transfer()) as made:
+        server.things["/in"] = Thing(b"x")
+        watch = Recorder()
+        made.download([wanted(tmp_path, "in", getting(server.url("/in")))], watch)
+    assert watch.names == {"in"}
+
+
 def test_an_attempt_that_ends_as_it_begins_is_not_repeated_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -986,11 +986,12 @@ def test_an_output_that_shrinks_before_it_is_read_ends_its_sending(out: Path) ->
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
-def test_a_body_is_head_file_and_tail_however_it_is_read(out: Path, size: int) -> None:
-    whole = b"head" + CONTENT[:1000] + b"tail"
+@pytest.mark.parametrize(("head", "tail"), [(b"head", b"tail"), (b"", b"tail"), (b"head", b""), (b"", b"")])
+def test_a_body_is_head_file_and_tail_however_it_is_read(out: Path, size: int, head: bytes, tail: bytes) -> None:
+    whole = head + CONTENT[:1000] + tail
     os.truncate(out, 1000)
     moved: list[int] = []
-    with ThreadPoolExecutor(1) as pool, closing(sent_body(out, pool, moved.append, head=b"head", tail=b"tail")) as body:
+    with ThreadPoolExecutor(1) as pool, closing(sent_body(out, pool, moved.append, head=head, tail=tail)) as body:
         for _ in range(2):
             assert body.length == len(whole)
             body.open()
