@@ -91,8 +91,7 @@ class Bench:
 
     def run(self, job: Job | None = None) -> Outcome:
         job = job or make_job(outputs={"output": "out"})
-        said = self.source.said.get(job.id)
-        if said is None:
+        if job.id not in self.source.said:
             self.source.put(job)
         lease = self.source.resume("t", job.id)
         self.journal.claim(job.id, lease.token, job)
@@ -104,6 +103,8 @@ class Bench:
     def in_thread(self, job: Job | None = None) -> Callable[[], Outcome]:
         """Run beside the test; call the result to wait for the outcome."""
         outcomes: list[Outcome] = []
+        job = job or make_job(outputs={"output": "out"})
+        self.source.put(job)  # before the thread starts: the test asks what was said of it from now on
         thread = threading.Thread(target=lambda: outcomes.append(self.run(job)))
         thread.start()
 
