@@ -124,6 +124,8 @@ class Worker:
         self._slots: dict[JobId, _Slot] = {}
         self._outbox = runner.outbox
         self._reconcile_due = 0.0
+        #: Since when there is nothing to do; None: there is, or nobody was asked for a job since there was.
+        self._idle_since: float | None = None
         self._leaving = Leaving.NO
         self._taken = 0
         #: Whether the server has ever answered a question for a job.
@@ -204,19 +206,22 @@ class Worker:
         failpoint("after:recover")
 
     def _poll(self) -> None:
-        idle_since = self._clock()
         while not self._leaving:
             self._outbox.flush()
             self._reconcile()
-            if self._slots:
-                idle_since = self._clock()
-            if self._polling.enough(self._taken, self._clock() - idle_since):
+            if self._polling.enough(self._taken, self._idle_s):
                 return
             wait_s = self._pace.left_s() or self._take_one()
+            if self._idle_since is None and not self._slots:  # not before: a job may have been waiting for us
+                self._idle_since = self._clock()
             if self._polling.idle_limit_s is not None:
-                wait_s = min(wait_s, max(0.0, self._polling.idle_limit_s - (self._clock() - idle_since)))
+                wait_s = min(wait_s, max(0.0, self._polling.idle_limit_s - self._idle_s))
             if wait_s > 0:
                 self._budget.wait_for_change(min(wait_s, self._outbox.due_in_s()))
+
+    @property
+    def _idle_s(self) -> float:
+        return 0.0 if self._idle_since is None else self._clock() - self._idle_since
 
     def _take_one(self) -> float:
         """Try to take one job; returns how long to wait before the next try, in seconds (0: at once).
@@ -335,6 +340,7 @@ class Worker:
                 del self._slots[lease.job_id]
                 self._budget.wake()
 
+        self._idle_since = None
         slot = _Slot(halt, threading.Thread(target=run, name=f"job-{lease.job_id}"), hold)
         self._slots[lease.job_id] = slot
         try:

@@ -551,6 +551,25 @@ def test_a_job_that_ends_meanwhile_does_not_cut_the_servers_patience_short(tmp_p
     two.close()
 
 
+def test_nobody_is_idle_who_has_not_asked_since_the_last_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that was ago: the machine may have been asleep, and there may be a job."""
+    later = [make_job("2"), make_job("3")]
+    wake = bench.budget.wake
+
+    def late() -> None:
+        if not bench.worker.running and later:
+            bench.put(later.pop(0))
+            bench.budget.skipped += 1000.0
+        wake()
+
+    monkeypatch.setattr(bench.budget, "wake", late)
+    bench.stop_when = lambda taken, idle_s: idle_s >= 3
+    bench.worker = bench.make_worker(idle_limit_s=3)
+    bench.put(make_job("1"))
+    bench.worker.run()
+    assert [bench.ends(job) for job in ("1", "2", "3")] == [["finished"]] * 3
+
+
 def test_no_wait_is_longer_than_what_is_left_of_idleness(bench: Bench) -> None:
     bench.stop_when = lambda taken, idle_s: idle_s >= 3
     bench.worker = bench.make_worker(idle_limit_s=3)
