@@ -94,6 +94,8 @@ class Pulse:
                 failpoint("after:beat")
             except SourceError as error:
                 failures += 1
+                asked = error.retry_after_s if isinstance(error, SourceUnavailable) else None
+                due = self._clock() + retry_pause_s(failures, asked, self._interval_s, self._jitter())
                 if self._gives_up(self._clock() - heard_at):
                     self._halt.set(StopReason.SILENCE)
                 if failures == 1:
@@ -105,8 +107,6 @@ class Pulse:
                     )
                 if last_try:
                     return
-                asked = error.retry_after_s if isinstance(error, SourceUnavailable) else None
-                due = self._clock() + retry_pause_s(failures, asked, self._interval_s, self._jitter())
                 continue
             except Exception as error:
                 # A bug of ours must not end the beats silently: the server would hand the job on while it runs here.
