@@ -99,7 +99,7 @@ def test_a_second_worker_on_one_path_base_names_the_first(lab: Lab, tmp_path: Pa
         lab.server.wait_for_state(job, "running")
         began = time.monotonic()
         said = complaint(lab, tmp_path)
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < DEADLINE_S / 2  # at once: the other one's job has no end
         assert f"{lab.base} is in use by another worker (process {os.getpid()} on {socket.gethostname()}" in said
         lab.let_go(job)
         running.join()

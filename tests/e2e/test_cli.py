@@ -128,7 +128,7 @@ def test_being_told_to_leave_is_no_failure_even_if_nobody_ever_answered(lab: Lab
     with command(["run"], lab.env(timeout_job="60", api_url=f"http://127.0.0.1:{free_port()}"), tmp_path) as run:
         run.wait_for("no job can be taken")
         run.send(signal.SIGTERM)
-        assert run.wait(2.0) == 0
+        assert run.wait(5.0) == 0
 
 
 @pytest.mark.fault("F1")

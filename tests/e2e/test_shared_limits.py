@@ -39,7 +39,7 @@ def test_a_job_that_asks_for_nothing_gets_its_share(lab: Lab) -> None:
         quotas.append(quota / period)
         memories.append(int(stored["output/out/memory"]))
     assert quotas[1] == pytest.approx(quotas[0] / 2, rel=0.01)
-    assert memories[1] == pytest.approx(memories[0] / 2, rel=0.2)  # other programs come and go between the two
+    assert memories[1] == pytest.approx(memories[0] / 2, rel=0.4)  # other programs come and go between the two
 
 
 @pytest.mark.fault("E4")
@@ -74,10 +74,10 @@ def test_two_jobs_run_side_by_side_and_a_third_waits_at_the_server(lab: Lab) -> 
 def test_the_next_job_starts_while_the_last_one_uploads(lab: Lab) -> None:
     uploading = lab.submit("touch /files/out/1 /files/out/2 /files/out/3 /files/out/4", files_up={"output": "out"})
     following = lab.submit("true")
-    lab.server.set_faults({"method": "POST", "path": "^/_storage", "times": 4, "delay_s": 0.7})
+    lab.server.set_faults({"method": "POST", "path": "^/_storage", "times": 4, "delay_s": 5})
     work(lab.settings(max_jobs="1", transfers="1"), jobs=2)
     said = [(event["job_id"], event["state"]) for event in lab.server.events("update")]
-    assert said.index((uploading, "postprocessing")) < said.index((following, "running"))
+    assert lab.computed(uploading)[1] <= lab.computed(following)[0]
     assert said.index((following, "running")) < said.index((uploading, "finished"))
 
 

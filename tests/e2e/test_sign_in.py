@@ -74,7 +74,7 @@ def test_a_wrong_password_is_one_clear_line_and_exit_code_2(lab: Lab, tmp_path: 
     assert_untold(worker, lab.base)
 
 
-@pytest.mark.parametrize("lab", [{"token_life_s": 4}], indirect=True)
+@pytest.mark.parametrize("lab", [{"token_life_s": 10}], indirect=True)
 def test_a_token_is_renewed_before_it_ends(lab: Lab, tmp_path: Path) -> None:
     """FAULTS.md B5: at 75 % of its life, by the refresh token, so that the server never has to refuse one."""
     job = lab.submit(UNTIL_LET_GO)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -71,7 +70,7 @@ def test_a_job_that_was_not_journaled_is_not_spoken_of_and_goes_to_others(lab: L
 @pytest.mark.docker
 @pytest.mark.fault("A1")
 def test_a_job_is_on_record_within_the_window(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The median of some, since a busy machine may hold up any one of them."""
+    """The quickest of some: a busy machine may hold up any of them, but not make one quicker than it can be."""
     recorded: dict[int, float] = {}
     claim = Journal.claim
 
@@ -86,7 +85,7 @@ def test_a_job_is_on_record_within_the_window(lab: Lab, monkeypatch: pytest.Monk
     took = [recorded[int(event["job_id"])] - float(event["time"]) for event in lab.server.events("pull")]
     print(f"from handed out to on record: {[round(1000 * seconds) for seconds in took]} ms")
     assert len(took) == len(jobs)
-    assert 0 < statistics.median(took) <= WINDOW_S
+    assert 0 < min(took) <= WINDOW_S
 
 
 # -- A2, A6: killed in a transfer -------------------------------------------------------------------------------------
@@ -117,6 +116,7 @@ def test_a_download_that_was_killed_goes_on_at_the_byte_it_had_reached(
     wire.storage.always()
     with command(["run", "--exit-when-idle", "0.5"], env, tmp_path) as run:
         lab.server.wait_for_state(job, "postprocessing", "finished", timeout_s=DEADLINE_S)
+        wait_until(lambda: _answered(wire) >= INPUT_BYTES, "what was passed on is counted, a moment later")
         fetched = _answered(wire)
         assert run.wait() == 0
     assert wire.results(job)["output/out/copy"] == content
@@ -166,8 +166,8 @@ GONE_WITHIN_S = 15.0
 
 @pytest.fixture
 def held_at() -> Iterator[Callable[[str], None]]:
-    """Arms a failpoint of this process at which a worker stays for two seconds."""
-    yield lambda name: failpoints.ask_for(Request(name, "sleep2"))
+    """Arms a failpoint of this process at which a worker stays for four seconds: the cancel comes meanwhile."""
+    yield lambda name: failpoints.ask_for(Request(name, "sleep4"))
     failpoints.ask_for(None)
 
 

@@ -173,7 +173,7 @@ def test_a_server_that_is_slow_itself_is_left_all_the_same(tmp_path: Path) -> No
         server.things["/in"] = Thing(b"content")
         watch = Recorder()
         net = NetSettings(slow_bytes_per_s=1024, slow_for_s=1)
-        second_try = when(lambda: len(server.seen) == 2, lambda: setattr(server, "rate", None))
+        second_try = when(lambda: len(server.seen) >= 2, lambda: setattr(server, "rate", None))
         with closing(limited(net=net)) as made, second_try:
             made.download([wanted(tmp_path, "in", getting(server.url("/in")))], watch)
     assert (tmp_path / "in.part").read_bytes() == b"content"
@@ -202,12 +202,12 @@ def test_a_halt_during_a_pause_ends_at_once(server: FileServer, tmp_path: Path, 
 
     with when(lambda: bool(watch.sizes), halt), pytest.raises(Stopped):  # the limit is spent with the first piece
         move()
-    assert time.monotonic() - halted[0] < 1.0
+    assert time.monotonic() - halted[0] < 5.0
     assert watch.stored == []
     assert sum(watch.sizes) < TOTAL / 2
     closed = time.monotonic()
     made.close()
-    assert time.monotonic() - closed < 1.0
+    assert time.monotonic() - closed < 5.0
     wait_until(lambda: open_files() <= before, "no more sockets", 5)
 
 

@@ -32,7 +32,7 @@ from tests.e2e.test_bare_metal_user import USER, as_user
 from tests.support import clock, services
 from tests.support.mock_server import running_mock_api
 from tests.support.services import REPOSITORY, Registry, require, require_program, wait_until
-from tests.support.worker import Command, Lab, command
+from tests.support.worker import DEADLINE_S, Command, Lab, command
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -144,6 +144,12 @@ class Case:
 
     def _killed_at(self, failpoint: str) -> None:
         with self._worker(JOBFETCHER_FAILPOINT=failpoint) as worker:
+
+            def is_over() -> bool:
+                self._starts.look()  # before all the others' events are too many for the engine to remember
+                return not worker.is_running
+
+            wait_until(is_over, f"killed at {failpoint}", DEADLINE_S)
             assert worker.wait() == -signal.SIGKILL, f"it never came to {failpoint}"
         self._starts.look(now=True)
 
@@ -265,6 +271,7 @@ def test_killed_while_an_end_that_nobody_heard_is_put_aside(
             clocks.rate(8)  # all it does from here on is to wait and to be refused
             with command(["run"], {**env, "JOBFETCHER_FAILPOINT": name}, tmp_path) as worker:
                 assert worker.wait() == -signal.SIGKILL, worker.errors
+            starts.look(now=True)
             with command(["run"], env, tmp_path) as worker:
                 worker.wait_for("could not be delivered for 7 days")
                 worker.send(signal.SIGTERM)

@@ -332,6 +332,7 @@ def test_who_goes_on_with_what_it_has_waits_for_nobody(
     store.rate = 200_000.0
     before = Job(made, store, tmp_path, "second")
     wait_until(lambda: before.file.exists() and before.file.stat().st_size >= 100_000, "a part of it")
+    store.rate = 20_000.0  # the rest takes ten seconds, however late the halt is
     before.watch.halt.set(StopReason.SHUTDOWN)
     before.join()
     store.rate = None

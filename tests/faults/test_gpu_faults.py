@@ -152,7 +152,7 @@ print(json.dumps(dict(first=uuids(first), first_s=first_s, later=[uuids(gpus) fo
     assert seen["first"] == []
     assert 0.9 < seen["first_s"] < 5
     assert seen["later"] == [[]] * 20
-    assert max(seen["later_s"], seen["blame_s"]) < 0.5  # nobody waits a second time
+    assert max(seen["later_s"], seen["blame_s"]) < 0.9  # nobody waits a second time
     assert seen["blame"].endswith(f"does not answer any more: {why}")
     assert seen["helpers"] == ["nvml"]
     assert seen["again"] == [gpus.uuid(0), gpus.uuid(1)]

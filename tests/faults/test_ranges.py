@@ -118,6 +118,12 @@ def faster_at(server: RangeServer, sent: float) -> contextlib.AbstractContextMan
     return when(partial(sent_more, server, sent), lambda: setattr(server, "rate", FAST))
 
 
+def nth_range(number: int) -> Callable[[Seen], bool]:
+    """Whether a request is the so-many-th for a range. The server's list does not tell: two may come at once."""
+    ranged = itertools.count(1)
+    return lambda seen: seen.ranged and next(ranged) == number
+
+
 Case = Callable[[RangeServer, Path], None]
 
 
@@ -167,11 +173,6 @@ def test_who_gets_one_connection_and_who_more(tmp_path: Path) -> None:
         assert len(server.seen) == 1
         assert server.sent == SIZE
 
-    def fast(server: RangeServer, folder: Path) -> None:
-        server.rate = FAST
-        bring(moving(), server, folder)
-        assert len(server.seen) == 1
-
     def three(server: RangeServer, folder: Path) -> None:
         with when(lambda: server.busiest == 3, lambda: setattr(server, "rate", 3 * SLOW)):
             bring(moving(ranges=3), server, folder)
@@ -207,12 +208,19 @@ def test_who_gets_one_connection_and_who_more(tmp_path: Path) -> None:
             "a weak ETag": partial(one, thing=Thing(CONTENT, etag='W/"one"')),
             "no ETag": partial(one, thing=Thing(CONTENT, headers={"ETag": None})),
             "an ETag that is none": partial(one, thing=Thing(CONTENT, etag="one")),
-            "a fast connection": fast,
             "TRANSFER_RANGES=3": three,
             "four files, six connections": four_files,
             "each range is redirected": redirected,
         },
     )
+
+
+@pytest.mark.fault("C5")
+def test_a_fast_connection_is_enough(server: RangeServer, tmp_path: Path) -> None:
+    """Alone: beside others it may be slow at first, and then ranges are right."""
+    server.rate = FAST
+    bring(moving(), server, tmp_path)
+    assert len(server.seen) == 1
 
 
 # --- servers that ignore Range, or lie about it
@@ -321,10 +329,11 @@ LIES: dict[str, Callable[[Seen], Act]] = {
 def test_a_range_that_is_not_what_was_asked_for_is_not_taken(tmp_path: Path, which: str) -> None:
     def lies(server: RangeServer, folder: Path, *, lie: Callable[[Seen], Act]) -> None:
         told = 0
+        is_third = nth_range(3)
 
         def plan(seen: Seen) -> Act | None:
             nonlocal told
-            if not seen.ranged or (which == "third" and len(server.ranged) != 3):
+            if not seen.ranged or (which == "third" and not is_third(seen)):
                 return None
             told += 1
             return lie(seen)
@@ -372,7 +381,8 @@ def _vouched_for(content: bytes, how: str = "etag") -> Thing:
 def test_damaged_ranges_are_found_by_the_checksum(tmp_path: Path) -> None:
     def once(server: RangeServer, folder: Path, *, how: str) -> None:
         server.things["/in"] = _vouched_for(CONTENT, how)
-        server.plan = lambda seen: Act(flip=1000) if seen.ranged and len(server.ranged) == 1 else None
+        is_first = nth_range(1)
+        server.plan = lambda seen: Act(flip=1000) if is_first(seen) else None
         with faster_at(server, ALONE):
             bring(moving(), server, folder)
         assert server.ranged
@@ -478,7 +488,7 @@ def test_a_file_that_changes_between_ranges_is_wholly_the_new_one(tmp_path: Path
         new = Thing((OTHER + CONTENT)[:size], etag='"two"')
 
         def plan(_: Seen) -> Act | None:
-            if len(server.ranged) == after and server.things["/in"] is not new:
+            if len(server.ranged) >= after and server.things["/in"] is not new:
                 server.things["/in"] = new
                 server.rate = FAST
             return Act(ignore_if_range=not polite)
@@ -942,10 +952,10 @@ def test_a_halt_ends_all_ranges_at_once(server: RangeServer, tmp_path: Path, sta
     with closing(moving()) as made:
         with when(lambda: server.running >= many, halt), pytest.raises(Stopped):
             made.download([wanted(tmp_path, "in", getting(server.url("/in")))], watch)
-        assert time.monotonic() - halted[0] < 1.0
-        wait_until(lambda: server.running == 0, "no more requests", 1)
-    wait_until(lambda: server.open == 0, "no more connections", 1)
-    wait_until(lambda: ours() == [], "no more threads", 1)
+        assert time.monotonic() - halted[0] < 5.0  # the rest would take three times as long, or for ever
+        wait_until(lambda: server.running == 0, "no more requests", 5)
+    wait_until(lambda: server.open == 0, "no more connections", 5)
+    wait_until(lambda: ours() == [], "no more threads", 5)
     wait_until(lambda: open_files() <= before, "no more descriptors", 5)
 
 

@@ -573,7 +573,7 @@ def test_an_end_that_was_not_heard_is_told_while_another_job_is_still_finished(t
         [first] = [found for found in two.engine.containers if found.spec.job_id == "1"]
         first.release()
         wait_until(lambda: two.emit.named("settle_failed") != [], "nobody heard the end", DEADLINE_S)
-        wait_until(lambda: two.ends("1") == ["finished"], "it is told", 3.0)
+        wait_until(lambda: two.ends("1") == ["finished"], "it is told", 10.0)
         assert two.worker.running == ["2"]
         assert two.ends("2") == []
     finally:

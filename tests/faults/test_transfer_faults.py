@@ -1151,7 +1151,7 @@ def test_a_hanging_signature_does_not_hold_up_a_halt(server: FileServer, moving:
     began = time.monotonic()
     with pytest.raises(Stopped):
         moving.download([wanted(tmp_path, "in", sign)], watch)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     release.set()
     assert server.seen == []
 

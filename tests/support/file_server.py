@@ -317,8 +317,12 @@ class FileServer:
                 piece = piece[:at] + bytes([piece[at] ^ 0xFF]) + piece[at + 1 :]
             if act.cut is not None:
                 piece = piece[: act.cut - seen.sent]
-            connection.sendall(b"%x\r\n%s\r\n" % (len(piece), piece) if act.chunked else piece)
-            seen.sent += len(piece)
+            seen.sent += len(piece)  # first: the client may have it, and the test look, before this thread goes on
+            try:
+                connection.sendall(b"%x\r\n%s\r\n" % (len(piece), piece) if act.chunked else piece)
+            except OSError:
+                seen.sent -= len(piece)
+                raise
             if len(piece) < len(block):
                 raise _Reset if act.reset else OSError("cut, as scripted")
         if act.chunked:

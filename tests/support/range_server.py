@@ -299,8 +299,12 @@ class RangeServer:
                 block = block[:at] + bytes([block[at] ^ 0xFF]) + block[at + 1 :]
             if seen.sent + size == len(body):
                 self._over(connection)  # said first: the client may ask again before this thread goes on
-            connection.sendall(block)
-            seen.sent += size
+            seen.sent += size  # first: the client may have it, and the test look, before this thread goes on
+            try:
+                connection.sendall(block)
+            except OSError:
+                seen.sent -= size
+                raise
         if act.cut is not None:
             raise _End(reset=act.reset)
 

@@ -7,6 +7,7 @@ end, and nothing of ours remains.
 """
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -306,6 +308,12 @@ class Lab:
         """The job's state and details, as its user sees them."""
         job = self.server.job(job_id)
         return str(job["state"]), str(job["details"] or "")
+
+    def computed(self, job_id: int) -> tuple[datetime, datetime]:
+        """When the job's container started and ended, as the record says that lies beside its results."""
+        record = json.loads(self.server.results(job_id)["log/jobfetcher/provenance.json"])
+        began, ended = (datetime.fromisoformat(record["exit"][name]) for name in ("started_at", "finished_at"))
+        return began, ended
 
     def take_as_another_account(self) -> list[int]:
         """Which jobs another account is handed out now; it gives them back at once."""
