@@ -373,7 +373,8 @@ class Worker:
                 jobs = ", ".join(sorted(job for job, slot in list(self._slots.items()) if not self._gives_back(slot)))
                 self._emit("draining", message=f"{what} job {jobs}; {then}" if jobs else "leaving")
             reason = {Leaving.DETACH: StopReason.DETACH, Leaving.STOP_JOBS: StopReason.SHUTDOWN}.get(self._leaving)
-            for job, slot in list(self._slots.items()):
+            # Those that wait first: else one of them might still begin to compute with what another one gives back.
+            for job, slot in sorted(self._slots.items(), key=lambda held: not held[1].hold.is_waiting):
                 if reason is not None:
                     slot.halt.set(reason)
                 elif self._gives_back(slot) and slot.hold.cancel():

@@ -15,6 +15,7 @@ from jobfetcher.core.errors import (
     SourceError,
     SourceRefused,
     SourceUnavailable,
+    StopReason,
     UnreadableJob,
     WorkerFault,
     WorkerReason,
@@ -299,6 +300,7 @@ def prefetched(bench: Bench, *more: Job) -> threading.Thread:
     thread = beside(bench.worker.run)
     until(lambda: bench.waiting() == ["2"])
     until(lambda: bench.budget.offer() is None and bench.engine.containers != [])
+    until(lambda: bench.words("2") != [])  # said by a thread of its own
     assert (bench.base.path / "jobs" / "2" / "files" / "in").read_bytes() == b"input"
     assert [spec.job_id for spec in bench.engine.specs] == ["1"]
     assert set(bench.words("2")) == {"claimed"}
@@ -406,6 +408,24 @@ def test_the_second_signal_gives_back_both(ahead: Bench) -> None:
     assert ahead.nothing_is_left()
 
 
+@pytest.mark.fault("F3")
+def test_nothing_begins_with_what_a_job_gives_back_that_is_stopped_a_moment_earlier(
+    ahead: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = prefetched(ahead)
+    halt = Halt.set
+
+    def slowly(self: Halt, reason: StopReason) -> None:
+        halt(self, reason)
+        until(lambda: len(ahead.worker.running) < 2)
+
+    monkeypatch.setattr(Halt, "set", slowly)
+    ahead.worker.leave(Leaving.STOP_JOBS)
+    thread.join(20)
+    assert [spec.job_id for spec in ahead.engine.specs] == ["1"]
+    assert ahead.ends("1") == ahead.ends("2") == ["released"]
+
+
 @pytest.mark.fault("F2")
 def test_detached_from_both_the_next_start_goes_on_in_the_same_order(ahead: Bench) -> None:
     thread = prefetched(ahead)
@@ -468,7 +488,10 @@ def test_one_that_is_taken_back_while_it_waits_makes_room_for_another(ahead: Ben
 def test_one_that_waits_for_too_long_is_given_back_without_a_fault_and_none_follows_it(ahead: Bench) -> None:
     ahead.rules = Rules(beat_interval_s=3600.0, limits=Limits(stop_grace_s=0.1), prefetch_hold_s=0.05)
     ahead.worker = ahead.make_worker()
-    thread = prefetched(ahead, *(make_job(str(number)) for number in range(3, 9)))
+    ahead.scripts["1"] = Script(held=True)
+    ahead.put(*(make_job(str(number)) for number in range(1, 9)))
+    ahead.stop_when = lambda taken, idle_s: False
+    thread = beside(ahead.worker.run)
     until(lambda: ahead.ends("2") == ["released"])
     until(lambda: ahead.worker.running == ["1"])
     assert ahead.source.said[JobId("2")].details[-1] == "another job computed here for longer than PREFETCH_HOLD"
@@ -476,6 +499,7 @@ def test_one_that_waits_for_too_long_is_given_back_without_a_fault_and_none_foll
     until(lambda: len(ahead.budget.waits) > waits + 5)
     assert ahead.source.asked == 2
     assert ahead.emit.levels("job_ended") == ["info"]
+    ahead.budget.prefetch = 0  # the others are not prefetched, so none of them is given back on a slow machine
     ahead.stop_when = lambda taken, idle_s: ahead.ends("8") != []
     ahead.engine.containers[0].release()
     thread.join(20)
@@ -808,7 +832,7 @@ def test_an_idle_worker_leaves_at_once(bench: Bench) -> None:
     thread = beside(bench.worker.run)
     until(lambda: bench.source.asked > 0)
     bench.worker.leave(Leaving.DRAIN)
-    thread.join(2)
+    thread.join(20)
     assert not thread.is_alive()
 
 
@@ -848,7 +872,7 @@ def test_what_only_a_person_can_mend_waits_for_jobs_of_an_earlier_process(two: B
     two.scripts["1"] = Script(held=True)
     job = make_job("1")
     two.journal.claim(job.id, "t", job)
-    two.source.replies = [ConfigError("a person must look")] * 1000
+    two.source.replies = [ConfigError("a person must look")] * 100_000
     two.stop_when = lambda taken, idle_s: False
     raised: list[ConfigError] = []
 
