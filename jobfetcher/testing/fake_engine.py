@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jobfetcher.core.errors import JobFault, JobfetcherError, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.errors import ConfigError, JobFault, JobfetcherError, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import PullProgress
@@ -59,26 +59,26 @@ class FakeContainer:
         return f"fake-{self.spec.name}"
 
     def wait(self, timeout_s: float) -> Exit | None:
-        self._engine.check()
+        self._engine.answer()
         with self._changed:
             self._changed.wait_for(lambda: self._exit is not None or self._removed, timeout_s)
             self._check_there()
             return self._exit
 
     def is_paused(self) -> bool:
-        self._engine.check()
+        self._engine.answer()
         with self._changed:
             self._check_there()
             return self.paused
 
     def written_bytes(self) -> int:
-        self._engine.check()
+        self._engine.answer()
         with self._changed:
             self._check_there()
             return self._script.written
 
     def stop(self, grace_s: float) -> None:
-        self._engine.check()
+        self._engine.answer()
         with self._changed:
             if self._exit is not None or self._removed:
                 return
@@ -90,15 +90,15 @@ class FakeContainer:
         self._end(Exit(137 if self._script.ignores_term else 143))
 
     def save_logs(self, path: Path) -> None:
-        self._engine.check()
+        self._engine.answer()
         path.write_text("" if self._removed else self._script.prints)
 
     def last_lines(self, count: int) -> str:
-        self._engine.check()
+        self._engine.answer()
         return "" if self._removed else "\n".join(self._script.prints.splitlines()[-count:])
 
     def remove(self) -> None:
-        self._engine.check()
+        self._engine.answer()
         self._engine.forget(self)
         with self._changed:
             self._removed = True
@@ -163,9 +163,15 @@ class FakeEngine:
             return list(self._containers.values())
 
     def check(self) -> None:
-        """Raise `fault`, if one is set; every other call does so first."""
+        """Raise `fault`, if one is set."""
         if self.fault is not None:
             raise self.fault
+
+    def answer(self) -> None:
+        """What every other call does first: the same, but only `check` and `prepare` find a setup wrong."""
+        if isinstance(self.fault, ConfigError):
+            raise WorkerFault(WorkerReason.ENGINE, str(self.fault))
+        self.check()
 
     def forget(self, container: FakeContainer) -> None:
         """For FakeContainer.remove: it is not listed any more."""
@@ -195,7 +201,7 @@ class FakeEngine:
         return self._images.get(reference, missing)
 
     def start(self, spec: RunSpec) -> FakeContainer:
-        self.check()
+        self.answer()
         script = self._script(spec) if self._script else Script()
         with self._lock:
             if adopted := self._containers.get(spec.name):
@@ -210,12 +216,12 @@ class FakeEngine:
         return container
 
     def find(self, job_id: JobId) -> FakeContainer | None:
-        self.check()
+        self.answer()
         ours = [container for container in self.containers if container.spec.job_id == job_id]
         return ours[-1] if ours else None
 
     def reap(self, known: frozenset[JobId], *, older_than_s: float = 0.0) -> list[str]:
-        self.check()
+        self.answer()
         born = self._clock() - older_than_s
         strays = [one for one in self.containers if one.spec.job_id not in known and one.created_at <= born]
         for container in strays:
@@ -223,7 +229,7 @@ class FakeEngine:
         return [container.spec.name for container in strays]
 
     def forget_image(self, image_id: str, reference: str) -> bool:
-        self.check()
+        self.answer()
         with self._lock:
             used = any(container.spec.image_id == image_id for container in self._containers.values())
             if used or self.here.get(image_id, set()) - {reference}:
@@ -233,6 +239,6 @@ class FakeEngine:
             return True
 
     def own(self, image_id: str, host_path: str) -> None:
-        self.check()
+        self.answer()
         with self._lock:
             self.owned.append((image_id, host_path))
