@@ -9,11 +9,16 @@ import time
 from collections.abc import Iterator
 
 import docker
+import hypothesis
 import pytest
 
 from tests.fault_rows import Table
 from tests.support import services
 from tests.without import RULES
+
+# As where CI is set: a machine that stands still for a moment is no example of anything.
+hypothesis.settings.register_profile("ours", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("ours")
 
 _GRACE_S = 5.0  # a thread that was told to stop, and an engine that is removing a container, get this long
 

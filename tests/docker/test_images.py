@@ -536,13 +536,13 @@ def test_a_pull_in_which_nothing_moves_is_cut(
     registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
 ) -> None:
     name = shelf.pushed(registry)
-    impatient = prepare(ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=0, inactivity_s=1))
+    impatient = prepare(ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=0, inactivity_s=3))
     with black_hole(registry) as came:
         started = time.monotonic()
-        with pytest.raises(WorkerFault, match="nothing moved for 1 s") as cut:
+        with pytest.raises(WorkerFault, match="nothing moved for 3 s") as cut:
             impatient(name)
-        assert time.monotonic() - started < 10
-        assert came.is_set()
+        assert time.monotonic() - started < 30
+        assert came.wait(20)
     assert cut.value.reason is WorkerReason.REGISTRY
 
 
@@ -564,7 +564,7 @@ def test_a_job_that_must_end_aborts_its_pull_at_once(
         canceller.start()
         with pytest.raises(Stopped) as stopped:
             prepare(ImagePolicy(pull=PullPolicy.ALWAYS))(name, halt)
-        assert time.monotonic() - set_at[0] < 2
+        assert time.monotonic() - set_at[0] < 20
         canceller.join()
     assert stopped.value.reason is StopReason.CANCELLED
 

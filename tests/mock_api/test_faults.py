@@ -66,11 +66,12 @@ def test_garbage_is_an_html_page_with_200(mock: MockServer, worker: httpx.Client
 
 def test_a_delay_is_before_the_handling(mock: MockServer, worker: httpx.Client) -> None:
     job_id = mock.submit(job_spec())
-    mock.set_faults({"path": "/jobs", "delay_s": 0.5, "times": 1})
+    mock.set_faults({"path": "^/jobs$", "delay_s": 0.5, "times": 1})
     with pytest.raises(httpx.ReadTimeout):
         worker.get("/jobs", params={"memory": 1}, timeout=0.1)
-    assert mock.state(job_id) == "queued"
     assert mock.wait_for_state(job_id, "pulled", timeout_s=10) == "pulled"  # S1: the reply is lost, the job is gone
+    [fault], [pull] = mock.events("fault"), mock.events("pull")
+    assert pull["time"] - fault["time"] >= 0.5
 
 
 def test_tokens_can_expire_in_the_middle(mock: MockServer) -> None:

@@ -216,7 +216,7 @@ def test_of_two_simultaneous_updates_the_second_fails(tmp_path: Path) -> None:
         job_id = mock.submit(job_spec())
         assert pull(worker) == [job_id]
         # the first is held up in the server until the second has been answered
-        mock.set_faults({"method": "PUT", "path": "/status", "times": 1, "delay_s": 2})
+        mock.set_faults({"method": "PUT", "path": "/status", "times": 1, "delay_s": 5})
         codes: list[int] = []
         first = threading.Thread(target=lambda: codes.append(put(worker, job_id, "preprocessing")))
         first.start()

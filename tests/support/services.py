@@ -38,6 +38,9 @@ S3_REGION = "us-east-1"
 READY_TIMEOUT_S = 60.0  # SeaweedFS takes 3 s alone on two cores; twenty times that when the machine is busy
 LOOPBACK = "127.0.0.1"
 
+#: The ports that `free_port` gave in this process.
+_given: set[int] = set()
+
 
 def require(found: T | None, what: str) -> T:
     """Return `found`. When it is None: skip the test, naming `what` is missing; in CI (`CI` set) fail it instead."""
@@ -55,11 +58,18 @@ def require_program(name: str, package: str) -> str:
 
 
 def free_port() -> int:
-    """A loopback TCP port that is free now. Nobody holds it: start the server that uses it at once."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A loopback TCP port that is free now, another one each time. Nobody holds it: start its server at once.
+
+    It lies below those that the kernel gives to whoever asks for any (from 32,768 on), so that no connection gets it
+    meanwhile, and is drawn by chance, since tests run in two processes.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(22_768)
+        if port not in _given:
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind((LOOPBACK, port))
+                _given.add(port)
+                return port
 
 
 def wait_until(ready: Callable[[], bool], what: str, timeout_s: float = READY_TIMEOUT_S) -> None:

@@ -84,6 +84,7 @@ class RunningWorker:
         self._settings = settings
         self._enough = enough
         self._worker: Worker | None = None
+        self._told = Leaving.NO
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="worker")
         self._thread.start()
@@ -99,6 +100,7 @@ class RunningWorker:
 
     def leave(self, how: Leaving = Leaving.DRAIN) -> None:
         """What a signal does: stop taking jobs; with STOP_JOBS also stop the running ones."""
+        self._told = how  # first: it may be put together just now
         if self._worker is not None:
             self._worker.leave(how)
 
@@ -112,6 +114,8 @@ class RunningWorker:
         try:
             with build.worker(self._settings, Polling(self._settings.timeout_job, self._enough), self.heard) as worker:
                 self._worker = worker
+                if self._told is not Leaving.NO:
+                    worker.leave(self._told)
                 worker.run()
         except Exception as error:
             self._error = error

@@ -99,9 +99,9 @@ def test_a_call_ends_in_time_however_slowly_the_server_speaks(api: ScriptedApi, 
     api.then(drip(data, stop) if where == "headers" else _then(head(200, 1000), drip(b"x" * 1000, stop)))
     started = time.monotonic()
     with pytest.raises(SourceUnavailable, match="no answer") as error:
-        client.request("GET", "/jobs", within_s=0.7)
+        client.request("GET", "/jobs", within_s=2.0)
     stop.set()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert error.value.sent
 
 

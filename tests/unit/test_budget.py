@@ -477,6 +477,7 @@ def test_what_waits_gets_the_gpu_that_the_other_one_gives_back() -> None:
 
 def test_a_gpu_whose_memory_comes_back_late_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget_module, "_LOOK_AGAIN_S", 0.005)
+    monkeypatch.setattr(budget_module, "_MISFITS", 10**9)
     others = Others(gpus=(SMALL,))
     of = budget(gpus=(SMALL,), slots=1, prefetch=1, others=others)
     first = of.reserve(Needs(gpu_mem_mib=1))

@@ -157,7 +157,7 @@ def test_a_failed_beat_is_repeated_and_told_once(error: SourceUnavailable | Sour
     source, emit = FakeSource(), Emitted()
     lease = new_lease(source)
     source.said[SEVEN].answers += [error] * 4
-    with pulsing(lease, emit=emit, jitter=lambda: 0.001) as (pulse, halt):
+    with pulsing(lease, emit=emit, interval_s=10**7, jitter=lambda: 0.001) as (pulse, halt):
         pulse.enter(Phase.RUNNING)
         assert source.wait_for(lambda: said(source) == ["claimed", "running"])
         assert halt.reason is None  # neither an outage nor a refusal stops a job (S16)
@@ -196,12 +196,14 @@ def test_while_the_source_is_down_a_new_phase_does_not_hammer_it() -> None:
 def test_leaving_while_the_source_is_down_takes_one_try_at_most() -> None:
     source = FakeSource()
     lease = new_lease(source)
-    with pulsing(lease) as (pulse, _):
+    with pulsing(lease, jitter=lambda: 1000.0) as (pulse, _):  # no other try is due meanwhile
         assert source.wait_for(lambda: said(source) == ["claimed"])
-        source.said[SEVEN].answers += [SourceUnavailable("down")] * 5
+        answers = source.said[SEVEN].answers
+        answers += [SourceUnavailable("down")] * 5
         for phase in (Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_OUT):
             pulse.enter(phase)
-    assert len(source.said[SEVEN].answers) >= 4
+        assert source.wait_for(lambda: len(answers) == 4)
+    assert len(answers) == 3
 
 
 class Broken(FakeLease):

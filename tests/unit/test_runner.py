@@ -541,10 +541,17 @@ def test_a_container_that_could_not_be_stopped_is_stopped_again(bench: Bench) ->
     bench.script = Script(held=True)
     outcome = bench.in_thread()
     until(lambda: "running" in bench.words)
-    bench.engine.fault = WorkerFault(WorkerReason.ENGINE, "the engine is away")
+    [container] = bench.engine.containers
+    stop, failures = container.stop, iter([WorkerFault(WorkerReason.ENGINE, "the engine is away")])
+
+    def fails_once(grace_s: float) -> None:
+        for failure in failures:
+            raise failure
+        stop(grace_s)
+
+    setattr(container, "stop", fails_once)  # noqa: B010 - the engine is away for this call only
     bench.halt.set(StopReason.CANCELLED)  # the stop fails in its own thread
     until(lambda: bench.emit.named("stop_failed") != [])
-    bench.engine.fault = None
     assert outcome().ending is Ending.DROPPED
     assert bench.nothing_is_left()
 
