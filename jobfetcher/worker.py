@@ -113,8 +113,7 @@ class Worker:
         self._source = source
         self._engine = engine
         self._budget = budget
-        self._base = base
-        self._journal = journal
+        self._base, self._journal = base, journal
         self._runner = runner
         self._housekeeper = housekeeper
         self._polling = polling
@@ -123,11 +122,8 @@ class Worker:
         self._pace = Pace(polling.interval_s, emit, clock=clock, jitter=jitter)
         self._slots: dict[JobId, _Slot] = {}
         self._outbox = runner.outbox
-        self._reconcile_due = 0.0
-        #: Since when there is nothing to do; None: there is, or nobody was asked for a job since there was.
-        self._idle_since: float | None = None
+        self._taken, self._reconcile_due = 0, 0.0
         self._leaving = Leaving.NO
-        self._taken = 0
         #: Whether the server has ever answered a question for a job.
         self.welcomed = False
         #: Whether a job was left as it stands, for the next start.
@@ -206,22 +202,20 @@ class Worker:
         failpoint("after:recover")
 
     def _poll(self) -> None:
+        idle_since: float | None = None
         while not self._leaving:
             self._outbox.flush()
             self._reconcile()
-            if self._polling.enough(self._taken, self._idle_s):
+            taken, idle_s = self._taken, 0.0 if idle_since is None else self._clock() - idle_since
+            if self._polling.enough(taken, idle_s):
                 return
             wait_s = self._pace.left_s() or self._take_one()
-            if self._idle_since is None and not self._slots:  # not before: a job may have been waiting for us
-                self._idle_since = self._clock()
+            is_busy = self._slots or self._taken > taken
+            idle_since = None if is_busy else idle_since or self._clock()  # not before it asked: a job may have waited
             if self._polling.idle_limit_s is not None:
-                wait_s = min(wait_s, max(0.0, self._polling.idle_limit_s - self._idle_s))
+                wait_s = min(wait_s, max(0.0, self._polling.idle_limit_s - idle_s))
             if wait_s > 0:
                 self._budget.wait_for_change(min(wait_s, self._outbox.due_in_s()))
-
-    @property
-    def _idle_s(self) -> float:
-        return 0.0 if self._idle_since is None else self._clock() - self._idle_since
 
     def _take_one(self) -> float:
         """Try to take one job; returns how long to wait before the next try, in seconds (0: at once).
@@ -340,7 +334,6 @@ class Worker:
                 del self._slots[lease.job_id]
                 self._budget.wake()
 
-        self._idle_since = None
         slot = _Slot(halt, threading.Thread(target=run, name=f"job-{lease.job_id}"), hold)
         self._slots[lease.job_id] = slot
         try:
