@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import time
 from datetime import datetime
 from itertools import pairwise
 
 import docker
 import pytest
 
-from tests.support.worker import UNTIL_LET_GO, Lab, running_worker, work
+from tests.support.services import wait_until
+from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Lab, running_worker, work
 
 pytestmark = pytest.mark.docker
 
@@ -217,9 +217,8 @@ def test_a_running_job_beats_regularly(lab: Lab) -> None:
             events = lab.server.events("update", job)
             return [event["time"] for event in events if event["state"] == "running"]
 
-        while len(beats()) < 8:
-            assert running.heard.all("heartbeat_failed") == []
-            time.sleep(0.05)
+        wait_until(lambda: len(beats()) >= 8, "some keep-alives", DEADLINE_S)
+        assert running.heard.all("heartbeat_failed") == []
         lab.let_go(job)
         running.join()
     said = beats()

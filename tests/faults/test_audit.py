@@ -70,7 +70,7 @@ def test_a_job_that_was_not_journaled_is_not_spoken_of_and_goes_to_others(lab: L
 @pytest.mark.docker
 @pytest.mark.fault("A1")
 def test_a_job_is_on_record_within_the_window(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quickest of some: a busy machine may hold up any of them, but not make one quicker than it can be."""
+    """The third quickest of seven: a busy machine may hold up some of them, but not make any quicker than it can be."""
     recorded: dict[int, float] = {}
     claim = Journal.claim
 
@@ -85,7 +85,7 @@ def test_a_job_is_on_record_within_the_window(lab: Lab, monkeypatch: pytest.Monk
     took = [recorded[int(event["job_id"])] - float(event["time"]) for event in lab.server.events("pull")]
     print(f"from handed out to on record: {[round(1000 * seconds) for seconds in took]} ms")
     assert len(took) == len(jobs)
-    assert 0 < min(took) <= WINDOW_S
+    assert 0 < sorted(took)[2] <= WINDOW_S
 
 
 # -- A2, A6: killed in a transfer -------------------------------------------------------------------------------------

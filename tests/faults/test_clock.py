@@ -320,6 +320,5 @@ def test_keep_alives_go_on_on_a_machine_that_is_far_too_busy(lab: Lab, tmp_path:
         assert worker.wait() == 0
     assert len(lab.server.results(job)) == 300 + len({"in/data", "container.log", "provenance.json"})
     gaps = gaps_s(lab, job)
-    if len(gaps) >= 100:  # of fewer, the longest one says it
-        assert gaps[math.ceil(len(gaps) * 0.99) - 1] <= P99_S * scale
+    assert gaps[min(math.ceil(len(gaps) * 0.99), len(gaps) - 1) - 1] <= P99_S * scale  # of fewer than 100 all but one
     assert gaps[-1] <= MOST_S * scale
