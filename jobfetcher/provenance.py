@@ -32,14 +32,17 @@ def provenance(
 ) -> str:
     """The record as JSON text. `seconds`: how long each step took; memory in MiB.
 
+    `job` is the server's id and `user_job` the user's own, which is another number (PROTOCOL.md S22).
+
     No token, signed URL or host path is in it, and no value of an environment variable: people put their keys there.
     """
     record = {
         "jobfetcher": __version__,
         "job": job.id,
+        "user_job": job.user_job_id,
         "image": {"reference": image.reference, "id": image.id, "digest": image.digest, "arch": image.architecture},
         "command": list(spec.command) if spec.command is not None else None,
-        "entrypoint": list(spec.entrypoint) if spec.entrypoint is not None else None,
+        "labels": dict(job.labels),
         "environment": sorted(spec.env),
         "inputs": [
             {

@@ -81,7 +81,9 @@ def _open(
         hold = _hold(record, record.job, budget)
     except WorkerFault as error:
         return Open(lease, None, None, Outcome(Ending.WORKER_FAILED, error.reason, str(error)))
-    emit("job_resumed", job=record.id, message=f"going on with it where it was left ({where})")
+    known_as = f" (to its user: job {record.job.user_job_id})" if record.job.user_job_id else ""
+    message = f"going on with it where it was left ({where}){known_as}"
+    emit("job_resumed", job=record.id, user_job=record.job.user_job_id, message=message)
     return Open(lease, record.job, hold, None)
 
 

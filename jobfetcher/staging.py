@@ -172,7 +172,7 @@ def stage_out(
 
     def items(files: tree.Reader, logs: tree.Reader) -> Iterator[Upload]:
         for output in job.outputs:
-            for found in tree.walk(workspace.files, output.path.split("/")):
+            for found in tree.walk(workspace.files, output.parts):
                 halt.check()  # many in a row may have been sent by an earlier attempt
                 if isinstance(found, tree.Skipped):
                     result.skip("/".join(found.parts), found.why)

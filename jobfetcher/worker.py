@@ -288,7 +288,9 @@ class Worker:
             failpoint("before:claim")
             self._journal.claim(job.id, lease.token, job)
             failpoint("after:claim")
-            self._emit("job_claimed", job=job.id, message=f"claimed, image {job.image}", image=job.image)
+            known_as = f" (to its user: job {job.user_job_id})" if job.user_job_id else ""
+            message = f"claimed{known_as}, image {job.image}"
+            self._emit("job_claimed", job=job.id, user_job=job.user_job_id, message=message, image=job.image)
             hold = self._budget.reserve(job.needs)
             failpoint("after:reserve")
         except WorkerFault as error:

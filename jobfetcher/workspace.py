@@ -334,7 +334,7 @@ class Workspace:
         """Create the folders that the job writes its outputs to, empty, as deployed jobs expect."""
         for output in job.outputs:
             try:
-                with tree.opened(self.files, output.path.split("/"), create=True):
+                with tree.opened(self.files, output.parts, create=True):
                     pass
             except (NotADirectoryError, FileExistsError):
                 raise JobFault(

@@ -51,6 +51,10 @@ ROWS = {
     "B18": "the lease is lost and another worker has the job",
     "B19": "one account on two machines",
     "B20": "proxies and IPv6",
+    "B21": "a 404, 403, 5xx or redirect that is not the API's",
+    "B22": "a success that is not the API's",
+    "B23": "an end that was committed and then answered 500",
+    "B24": "a token that is refused with 403, a sign-in that is locked, a token file that changes",
     "C1": "a link runs out during the download",
     "C2": "a download is cut short",
     "C3": "a download is damaged on the way",
@@ -66,6 +70,13 @@ ROWS = {
     "C13": "one very large file",
     "C14": "an output changes while it is sent",
     "C15": "empty files and odd names",
+    "C16": "a success that is no store's",
+    "C17": "a content encoding that packs nothing",
+    "C18": "a store that refuses for a while",
+    "C19": "addresses that are not encoded, and links to the API's own host",
+    "C20": "form fields that are no text",
+    "C21": "retries that nobody hears of",
+    "C22": "an ETag that is no digest",
     "D1": "too little disk to take a job",
     "D2": "the disk fills up during a download",
     "D3": "the job fills the disk",
@@ -140,6 +151,12 @@ ROWS = {
     "S16": "401 and 403 are about the worker",
     "S17": "an error is final",
     "S18": "GPU models are compared for equality",
+    "S19": "a state is committed before the user's side hears of it",
+    "S20": "the API's own answers, and those of whoever stands before it",
+    "S21": "groups are a preference, after priority and before age",
+    "S22": "the queue's number of a job and its user's are different ones",
+    "S23": "an account with a semicolon in its name is never handed a job",
+    "S24": "a sweep that cannot reach the user's side ends whole",
     "T1": "an input name that leads elsewhere",
     "T2": "an output name that leads elsewhere",
     "T3": "a job id that leads elsewhere",
@@ -164,15 +181,34 @@ ROWS = {
     "T22": "headers, tags and messages that are hostile or huge",
     "T23": "a server that wastes the worker's time",
     "T24": "where the worker's own parts come from",
+    "T25": "an image's registry that leads the engine inside",
+    "T26": "a directory of somebody else's below or above the worker's own",
+    "T27": "helper containers outside the policy",
+    "T28": "what an image's configuration brings along",
+    "T29": "a flood of log lines",
+    "T30": "a signed job that is played again, or with other inputs",
+    "T31": "a job that reaches the host's services on the gateway",
+    "T32": "settings and keys that others may write",
+    "T33": "a worker that was broken into and holds the engine's socket",
 }
+
+#: Rows whose tests come with the commits that mend what they tell of.
+NOT_YET = {
+    *("B21", "B22", "B23", "B24", "C16", "C17", "C18", "C19", "C20", "C21", "C22", "S19", "S20", "S21", "S23", "S24"),
+}
+
+#: Threats that wait for the second pass over who can get in and out.
+SECOND_PASS = {"T25", "T26", "T27", "T28", "T29", "T30", "T31", "T32", "T33"}
 
 #: What of a row comes with a later part of the program.
 WAITING = {
     "B19": "that `doctor` refuses a second live instance",
     "J10": "that `status` shows it",
     "T10": "the status page among the places that are searched",
+    **dict.fromkeys(NOT_YET, "the whole row"),
     "T18": "the whole row: there is no status page yet",
     "T19": "that `doctor` tries the metadata address from a container",
+    **dict.fromkeys(SECOND_PASS, "the whole row: it comes with the second pass over who can get in and out"),
     "T24": "hashes, a bill of materials and a signature: they come with the first release",
 }
 
@@ -195,7 +231,7 @@ NOT_HERE = {
 }
 
 #: Rows that have no test at all; each must be in WAITING or NOT_HERE.
-WITHOUT_TEST = frozenset({"T18"})
+WITHOUT_TEST = frozenset({"T18"} | SECOND_PASS | NOT_YET)
 
 
 class Mark(NamedTuple):

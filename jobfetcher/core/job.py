@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated, NewType, Self
+from typing import Annotated, Any, NewType, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -62,9 +62,15 @@ def parse_job_path(text: str) -> JobPath:
     return JobPath(text)
 
 
+#: The output path that means the whole job directory, inputs included (PROTOCOL.md "How a job must be run").
+WHOLE_DIRECTORY = JobPath(".")
+
+
 def parse_output_path(text: str) -> JobPath:
-    """A directory to upload: a JobPath that may be written with one closing `/`, as people write directories."""
-    return parse_job_path(text.removesuffix("/"))
+    """A directory to upload: a JobPath as people write directories, with a closing `/` or a `./` in front, or `.`."""
+    if text in {".", "./"}:
+        return WHOLE_DIRECTORY
+    return parse_job_path(text.removeprefix("./").removesuffix("/"))
 
 
 def parse_file_ref(text: str) -> FileRef:
@@ -136,10 +142,18 @@ class InputFile(_Value):
 
 
 class OutputTree(_Value):
-    """One directory whose files are sent as `kind`. Trees may nest or coincide: each kind gets its files."""
+    """One directory whose files are sent as `kind`. Trees may nest or coincide: each kind gets its files.
+
+    `path` is WHOLE_DIRECTORY, or a path below the job directory.
+    """
 
     kind: OutputKind
     path: Annotated[JobPath, AfterValidator(parse_output_path)]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The path's segments below the job directory; none for the whole of it."""
+        return () if self.path == WHOLE_DIRECTORY else tuple(self.path.split("/"))
 
 
 class Needs(_Value):
@@ -166,17 +180,29 @@ class Job(_Value):
     """One job, whole.
 
     `command` is a list of shell fragments, joined with spaces and run by `/bin/sh -c` (PROTOCOL.md); None: the
-    image's own command. `entrypoint` replaces the image's; an empty one clears it.
+    image's own command. `labels` are what the source calls the job's program and `user_job_id` what the job's user
+    calls the job: both are for people and records, and nothing of them reaches the engine.
     """
 
     id: Annotated[JobId, AfterValidator(parse_job_id)]
     image: Annotated[str, Field(min_length=1, max_length=1024)]
     command: tuple[_Text, ...] | None = None
-    entrypoint: _Text | None = None
+    labels: dict[_Text, _Text] = {}
+    user_job_id: _Text | None = None
     env: dict[Annotated[str, AfterValidator(_check_env_name)], _Text] = {}
     inputs: Annotated[tuple[InputFile, ...], Field(max_length=MAX_FILES)] = ()
     outputs: tuple[OutputTree, ...] = ()
     needs: Needs = Needs()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_an_older_record(cls, data: Any) -> Any:
+        """A journal of before `labels` holds the label `entrypoint` as a field of its own (FAULTS.md F12)."""
+        if isinstance(data, dict) and "entrypoint" in data:
+            data = dict(data)
+            if (label := data.pop("entrypoint")) is not None:
+                data["labels"] = {"entrypoint": label}
+        return data
 
     @model_validator(mode="after")
     def _inputs_are_distinct(self) -> Self:

@@ -31,7 +31,7 @@ class RunSpec:
     """Everything an engine needs to run one job, already decided; the engine adds nothing of its own.
 
     Memory in MiB, `cpu_cores` may be a fraction, `time_limit_s` is not here: the runner watches the clock.
-    `entrypoint` None keeps the image's, () clears it. `network` None means no network at all.
+    The image's own entry point stays: nothing of a job replaces it. `network` None means no network at all.
     """
 
     job_id: JobId
@@ -39,7 +39,6 @@ class RunSpec:
     labels: Mapping[str, str]
     image_id: str
     command: tuple[str, ...] | None
-    entrypoint: tuple[str, ...] | None
     env: Mapping[str, str]
     files_host_path: str
     cpu_cores: float

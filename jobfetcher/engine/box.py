@@ -44,8 +44,6 @@ def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
     }
     if spec.command is not None:
         config["Cmd"] = list(spec.command)
-    if spec.entrypoint is not None:
-        config["Entrypoint"] = list(spec.entrypoint)  # [] clears the image's and keeps its command
     if spec.user is not None:
         config["User"] = spec.user
     if spec.runtime is not None:

@@ -6,7 +6,6 @@ come from the policy and the share alone, never from the job (DESIGN.md "The job
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -80,7 +79,7 @@ def build_run_spec(
 ) -> RunSpec:
     """Everything the engine needs to run `job`. `files_host_path` is the job directory on the engine's host.
 
-    Raises JobFault(CANNOT_START) for an entry point that cannot be read, and for what is too long for Linux.
+    Raises JobFault(CANNOT_START) for what is too long for Linux.
     """
     memory_mib = max(share.memory_mib, _MIN_MEMORY_MIB)
     return RunSpec(
@@ -89,7 +88,6 @@ def build_run_spec(
         labels={LABEL_INSTANCE: instance, LABEL_JOB: job.id, LABEL_ATTEMPT: str(attempt)},
         image_id=image.id,
         command=_command(job),
-        entrypoint=_entrypoint(job),
         env=_env(job, share),
         files_host_path=files_host_path,
         cpu_cores=max(share.cpu_cores, _MIN_CORES),
@@ -129,17 +127,6 @@ def _checked(what: str, text: str) -> str:
             JobReason.CANNOT_START, f"the {what} has {size:,} bytes; Linux takes at most {_MAX_STRING:,} in one piece"
         )
     return text
-
-
-def _entrypoint(job: Job) -> tuple[str, ...] | None:
-    if job.entrypoint is None:
-        return None
-    try:
-        return tuple(shlex.split(job.entrypoint))
-    except ValueError as error:  # a quote that is never closed, a backslash at the end
-        raise JobFault(
-            JobReason.CANNOT_START, f"the entry point {clean(job.entrypoint, 200)!r} cannot be read: {error}"
-        ) from None
 
 
 def _env(job: Job, share: Share) -> dict[str, str]:

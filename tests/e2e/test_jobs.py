@@ -109,6 +109,21 @@ def test_fragments_are_joined_and_env_is_given(lab: Lab) -> None:
     assert stored["output/out/env"] == b"hello $HOME|a  b\nc|-|"
 
 
+def test_an_output_of_a_dot_is_everything_the_job_has(lab: Lab) -> None:
+    job = lab.submit(
+        "mkdir /files/sub && echo made > /files/sub/b && echo top > /files/c",
+        files_down={"in/a": lab.server.put_input("a", b"brought")},
+        files_up={"output": "."},
+    )
+    work(lab.settings())
+    assert lab.ended(job) == ("finished", "")
+    results = lab.server.results(job)
+    outputs = {name: body for name, body in results.items() if name.startswith("output/")}
+    assert outputs == {"output/in/a": b"brought", "output/sub/b": b"made\n", "output/c": b"top\n"}
+    record = json.loads(results["log/jobfetcher/provenance.json"])
+    assert record["labels"] == {"entrypoint": "fit"}
+
+
 @pytest.fixture
 def image_with_entrypoint(lab: Lab, engine: docker.APIClient) -> str:
     """busybox with an entry point, a command, a variable and a working directory of its own. Untagged with the lab."""
@@ -129,12 +144,13 @@ def test_entry_point_command_and_working_directory(
     lab: Lab, engine: docker.APIClient, image_with_entrypoint: str
 ) -> None:
     up = {"output": "out"}
-    says = "echo $MINE in $PWD > /files/out/said"
+    own, with_command = b"entry own command baked in /var\n", b"entry /bin/sh baked in /var\n"
     jobs = {
-        lab.submit(image=image_with_entrypoint, files_up=up): b"entry own command baked in /var\n",
-        lab.submit("replaced", image=image_with_entrypoint, files_up=up): b"entry /bin/sh baked in /var\n",
-        lab.submit(says, image=image_with_entrypoint, entrypoint="", files_up=up): b"baked in /var\n",
-        lab.submit(says, image=image_with_entrypoint, entrypoint="env MINE=set", files_up=up): b"set in /var\n",
+        lab.submit(image=image_with_entrypoint, files_up=up): own,
+        lab.submit("replaced", image=image_with_entrypoint, files_up=up): with_command,
+        lab.submit("x", image=image_with_entrypoint, entrypoint=None, files_up=up): with_command,
+        lab.submit("x", image=image_with_entrypoint, entrypoint="", files_up=up): with_command,
+        lab.submit("x", image=image_with_entrypoint, entrypoint="env MINE=set", files_up=up): with_command,
     }
     try:
         work(lab.settings(), jobs=len(jobs))

@@ -36,7 +36,7 @@ valid_specs = st.fixed_dictionaries(
         "handler": st.fixed_dictionaries(
             {
                 "image_url": _plain,
-                "entrypoint": st.none() | _plain,
+                "entrypoint": values,
                 "files_down": st.none() | st.dictionaries(_paths, _paths.map("s3://bucket/{}".format), max_size=1),
                 "files_up": st.none() | st.dictionaries(st.sampled_from(["output", "log", "artifact"]), _paths),
             }

@@ -32,6 +32,9 @@ from tests.support.jobs import Emitted
 from tests.support.mock_server import MockServer, job_spec, running_mock_api
 from tests.support.trees import fingerprint, names_in
 
+#: Of these an output folder may be named so: they lie inside the job directory whatever is in it.
+WRITTEN_BY_PEOPLE = {".", "./", "./a"}
+
 #: No name of these is a path below the job directory.
 REFUSED = [
     "",
@@ -281,6 +284,9 @@ def test_ten_thousand_names_stay_inside(name: str) -> None:
             assert "path" in reason
             continue
         joined = os.path.normpath(f"/jobs/7/files/{path}")
+        if parse is parse_output_path and path == ".":  # the whole directory, and nothing above it
+            assert joined == "/jobs/7/files"
+            continue
         assert joined == f"/jobs/7/files/{path}"
         assert joined.startswith("/jobs/7/files/")
         assert not any(unicodedata.category(char) in {"Cc", "Cs"} for char in path)
@@ -300,7 +306,7 @@ def test_names_written_for_real_stay_inside(tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.fault("T2")
-@pytest.mark.parametrize("name", REFUSED, ids=lambda name: ascii(name)[:30])
+@pytest.mark.parametrize("name", sorted(set(REFUSED) - WRITTEN_BY_PEOPLE), ids=lambda name: ascii(name)[:30])
 def test_a_hostile_output_folder_sends_nothing(workspace: Workspace, name: str) -> None:
     with pytest.raises(ValueError, match="path"):
         Job.model_validate({"id": "7", "image": "i", "outputs": [{"kind": "output", "path": name}]})

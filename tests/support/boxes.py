@@ -54,14 +54,14 @@ class Bench:
         memory_mib: int = 64,
         cpu_cores: float = 1,
         gpus: tuple[Gpu, ...] = (),
-        entrypoint: str | None = None,
+        labels: Mapping[str, str] | None = None,
         env: Mapping[str, str] | None = None,
         image: Image | None = None,
         policy: BoxPolicy = NO_NETWORK,
     ) -> RunSpec:
         """The spec of a job with that command, made by the product's own `build_run_spec`."""
         return build_run_spec(
-            Job(id=JobId(job_id), image="any", command=command, entrypoint=entrypoint, env=dict(env or {})),
+            Job(id=JobId(job_id), image="any", command=command, labels=dict(labels or {}), env=dict(env or {})),
             Share(cpu_cores, memory_mib, gpus),
             image=image or self.image,
             files_host_path=str(self.files),

@@ -276,13 +276,16 @@ class Lab:
         self,
         *cmd: str,
         image: str | None = None,
-        entrypoint: str | None = None,
+        entrypoint: str | None = "fit",
         env: Mapping[str, str] | None = None,
         files_down: Mapping[str, str] | None = None,
         files_up: Mapping[str, str] | None = None,
         hardware: Mapping[str, object] | None = None,
     ) -> int:
-        """Submit a job; without `cmd` it has the image's own command. `files_down` is path to file id."""
+        """Submit a job; without `cmd` it has the image's own command. `files_down` is path to file id.
+
+        `entrypoint` is a label that real jobs always have and that nothing runs (PROTOCOL.md).
+        """
         spec = {
             "app": {"cmd": list(cmd) or None, "env": env},
             "handler": {

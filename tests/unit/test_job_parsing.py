@@ -1,5 +1,6 @@
 """core.job: what is refused, with which words, and that what is accepted comes back from JSON unchanged."""
 
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from jobfetcher.core.job import (
     JobPath,
     Needs,
     OutputKind,
+    OutputTree,
     check_distinct,
     parse_file_ref,
     parse_job_id,
@@ -57,9 +59,14 @@ def test_the_longest_lawful_segment_and_path_are_taken() -> None:
     assert parse_job_path(path) == path
 
 
-def test_an_output_directory_may_end_with_one_slash() -> None:
+def test_an_output_directory_may_be_written_as_people_write_directories() -> None:
     assert parse_output_path("out/") == "out"
-    for text in ("out//", "/", ""):
+    assert parse_output_path("./out/b") == "out/b"
+    for whole in (".", "./"):
+        assert parse_output_path(whole) == "."
+        assert OutputTree(kind=OutputKind.OUTPUT, path=parse_output_path(whole)).parts == ()
+    assert OutputTree(kind=OutputKind.OUTPUT, path=parse_output_path("a/b")).parts == ("a", "b")
+    for text in ("out//", "/", "", "..", "./..", ".//out", "././out", "out/.", "./.", "../."):
         with pytest.raises(ValueError, match="path"):
             parse_output_path(text)
 
@@ -128,8 +135,9 @@ def test_more_than_ten_thousand_files_are_refused() -> None:
         {"env": {"\udfff": "x"}},
         {"command": ["a\0b"]},
         {"command": ["\ud800"]},
-        {"entrypoint": "\0"},
-        {"entrypoint": "\udc00"},
+        {"labels": {"entrypoint": "\0"}},
+        {"labels": {"\udc00": "fit"}},
+        {"user_job_id": "\udc00"},
         {"image": ""},
         {"image": "x" * 1025},
         {"image": "\ud800"},
@@ -160,12 +168,23 @@ _texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"
 
 @given(
     command=st.none() | st.lists(_texts, max_size=4),
-    entrypoint=st.none() | _texts,
+    label=st.none() | _texts,
     env=st.dictionaries(_texts.filter(lambda name: name != "" and "=" not in name), _texts, max_size=4),
     names=st.lists(st.from_regex(r"[a-z]{1,8}(/[a-z]{1,8}){0,3}", fullmatch=True), unique=True, max_size=1),
 )
 def test_every_job_comes_back_from_the_journals_json(
-    command: list[str] | None, entrypoint: str | None, env: dict[str, str], names: list[str]
+    command: list[str] | None, label: str | None, env: dict[str, str], names: list[str]
 ) -> None:
-    job = make_job(command=command, entrypoint=entrypoint, env=env, inputs=dict.fromkeys(names, "s3://b/k"))
+    labels = {} if label is None else {"entrypoint": label}
+    job = make_job(command=command, labels=labels, user_job_id=label, env=env, inputs=dict.fromkeys(names, "s3://b/k"))
     assert Job.model_validate_json(job.model_dump_json()) == job
+
+
+@pytest.mark.fault("F12")
+@pytest.mark.parametrize(("label", "labels"), [("fit", {"entrypoint": "fit"}), (None, {})])
+def test_a_journal_that_holds_the_label_as_a_field_of_its_own_is_read(
+    label: str | None, labels: dict[str, str]
+) -> None:
+    older = make_job().model_dump() | {"entrypoint": label}
+    del older["labels"], older["user_job_id"]
+    assert Job.model_validate_json(json.dumps(older)) == make_job(labels=labels)

@@ -61,9 +61,10 @@ def test_the_record_says_what_ran_on_what_and_how_it_ended(tmp_path: Path) -> No
     assert record == {
         "jobfetcher": __version__,
         "job": "7",
+        "user_job": None,
         "image": {"reference": IMAGE.reference, "id": "sha256:1", "digest": "busybox@sha256:2", "arch": "amd64"},
         "command": ["/bin/sh", "-c", "a b"],
-        "entrypoint": None,
+        "labels": {},
         "environment": ["A", "KEY", "NVIDIA_VISIBLE_DEVICES"],
         "inputs": [{"path": "in/ä", "source": "s3://b/k", "size": 3, "digest": "sha256:x"}],
         "gpus": ["GPU-1"],
@@ -87,6 +88,7 @@ def test_no_value_of_the_environment_and_no_path_of_the_host_is_in_it(tmp_path: 
     assert "/srv/private" not in text
 
 
-def test_a_job_without_a_command_keeps_the_images_own(tmp_path: Path) -> None:
-    _, record = record_of(tmp_path, entrypoint="")
-    assert record["entrypoint"] == []
+@pytest.mark.fault("S22")
+def test_labels_and_the_users_own_number_are_on_record(tmp_path: Path) -> None:
+    _, record = record_of(tmp_path, labels={"entrypoint": "fit"}, user_job_id="12")
+    assert (record["job"], record["user_job"], record["labels"]) == ("7", "12", {"entrypoint": "fit"})

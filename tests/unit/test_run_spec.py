@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobfetcher.core.errors import ConfigError, JobFault, JobReason
+from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Gpu, Share
 from jobfetcher.core.run import Image, RunSpec
@@ -16,13 +16,13 @@ GPUS = (Gpu("GPU-1", "A4000", 16_000, "8.6"), Gpu("GPU-2", "A4000", 16_000, "8.6
 def build(
     *,
     command: tuple[str, ...] | None = None,
-    entrypoint: str | None = None,
+    labels: dict[str, str] | None = None,
     env: dict[str, str] | None = None,
     share: Share | None = None,
     policy: BoxPolicy | None = None,
 ) -> RunSpec:
     return build_run_spec(
-        Job(id=JobId("17"), image="busybox", command=command, entrypoint=entrypoint, env=env or {}),
+        Job(id=JobId("17"), image="busybox", command=command, labels=labels or {}, env=env or {}),
         share or Share(2.5, 4096),
         image=IMAGE,
         files_host_path="/data/jobs/17/files",
@@ -51,24 +51,11 @@ def test_no_command_means_the_images_own(command: tuple[str, ...] | None) -> Non
     assert "Cmd" not in box(build(command=command), "none")
 
 
-@pytest.mark.parametrize(
-    ("given", "parsed"),
-    [
-        (None, None),
-        ("", ()),
-        ("/usr/bin/env  python3", ("/usr/bin/env", "python3")),
-        ("sh -c 'a b'", ("sh", "-c", "a b")),
-    ],
-)
-def test_entry_points(given: str | None, parsed: tuple[str, ...] | None) -> None:
-    assert build(entrypoint=given).entrypoint == parsed
-    assert box(build(entrypoint=given), "none").get("Entrypoint") == (None if parsed is None else list(parsed))
-
-
-def test_an_entry_point_with_an_open_quote_is_the_jobs_fault() -> None:
-    with pytest.raises(JobFault, match="cannot be read: No closing quotation") as refused:
-        build(entrypoint="sh -c 'echo")
-    assert refused.value.reason is JobReason.CANNOT_START
+def test_labels_never_reach_the_engine() -> None:
+    plain = build()
+    labelled = build(labels={"entrypoint": "fit", "image_name": "decode", "image_version": "1.2"})
+    assert labelled == plain
+    assert "Entrypoint" not in box(labelled, "none")
 
 
 @pytest.mark.fault("E15")

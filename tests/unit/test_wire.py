@@ -33,20 +33,17 @@ def test_a_full_spec_is_read() -> None:
                 "image_url": "busybox",
                 "image_name": "n",
                 "image_version": "v",
-                "entrypoint": "/bin/sh -c",
+                "entrypoint": "fit",
                 "files_down": {"data/a.tif": "s3://b/a.tif"},
                 "files_up": {"output": "out/", "log": "logs", "artifact": "out"},
             },
-            "meta": {"job_id": 7, "date_created": "2024-01-01", "more": {"a": [1]}},
+            "meta": {"job_id": 12, "date_created": "2024-01-01", "more": {"a": [1]}},
             "hardware": {"cpu_cores": 2, "memory": 1024, "gpu_model": "RTX", "gpu_archi": "8.6", "gpu_mem": 4000},
         }
     )
-    assert (job.id, job.image, job.command, job.entrypoint) == (
-        "7",
-        "busybox",
-        ("mkdir -p /files/out &&", "prog"),
-        "/bin/sh -c",
-    )
+    assert (job.id, job.image, job.command) == ("7", "busybox", ("mkdir -p /files/out &&", "prog"))
+    assert job.labels == {"entrypoint": "fit", "image_name": "n", "image_version": "v"}
+    assert job.user_job_id == "12"
     assert [(file.path, file.ref) for file in job.inputs] == [("data/a.tif", "s3://b/a.tif")]
     assert [(str(tree.kind), tree.path) for tree in job.outputs] == [
         ("output", "out"),
@@ -83,8 +80,31 @@ def test_numbers_may_come_as_text_and_text_as_numbers() -> None:
     assert parse(spec(hardware={"gpu_mem": 0})).needs.gpu is False
 
 
-def test_an_empty_entry_point_clears_the_images_own() -> None:
-    assert parse(spec(handler={"image_url": "busybox", "entrypoint": ""})).entrypoint == ""
+@pytest.mark.parametrize("label", ["fit", "", "/bin/sh -c", "sh -c 'an open quote", "a\0b\x1b", 7, ["fit"], {}, None])
+def test_a_label_decides_nothing_whatever_it_is(label: object) -> None:
+    job = parse(spec(handler={"image_url": "busybox", "entrypoint": label, "image_name": label}))
+    assert job.model_copy(update={"labels": {}}) == Job(id=SEVEN, image="busybox")
+    assert all("\0" not in text and "\x1b" not in text for text in job.labels.values())
+
+
+@pytest.mark.fault("S22")
+@pytest.mark.parametrize(
+    ("meta", "known_as"),
+    [
+        ({"job_id": 12}, "12"),
+        ({"job_id": "run 5\n"}, "run 5\\x0a"),
+        ({"job_id": 10**100}, "1" + "0" * 78 + "…"),
+        ({"job_id": None}, None),
+        ({"job_id": True}, None),
+        ({"job_id": ""}, None),
+        ({"job_id": [1]}, None),
+        ({}, None),
+        (None, None),
+        ("12", None),
+    ],
+)
+def test_what_the_user_calls_the_job_is_known_where_it_is_said(meta: object, known_as: str | None) -> None:
+    assert parse(spec(meta=meta)).user_job_id == known_as
 
 
 def nested(levels: int) -> Any:

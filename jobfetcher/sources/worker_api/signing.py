@@ -6,10 +6,10 @@ was taken over cannot make up its own. The signature lies in `meta`, which serve
     "meta": {"signature": {"key": KEYID, "value": BASE64}}
 
 It is Ed25519 (RFC 8032) over the JSON object of `job_id` (a string), `image` (handler.image_url), `cmd`, `env`,
-`entrypoint`, `files_down` and `files_up`, with sorted keys, no spaces, in UTF-8; what a specification does not say is
-null. So neither what runs nor its files can be changed, and no signature serves a second job. The hardware a job asks
-for is not signed: at worst it waits in vain. `cryptography` is imported only where keys are set; it is the extra
-`signing`.
+`files_down` and `files_up`, with sorted keys, no spaces, in UTF-8; what a specification does not say is null. So
+neither what runs nor its files can be changed, and no signature serves a second job. The labels of the handler
+(`entrypoint`, `image_name`, `image_version`) are not signed, because nothing of them runs; neither is the hardware that
+a job asks for: at worst it waits in vain. `cryptography` is imported only where keys are set: the extra `signing`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,6 @@ def _signed_bytes(job_id: JobId, specs: Mapping[str, Any]) -> bytes:
         "image": handler.get("image_url"),
         "cmd": app.get("cmd"),
         "env": app.get("env"),
-        "entrypoint": handler.get("entrypoint"),
         "files_down": handler.get("files_down"),
         "files_up": handler.get("files_up"),
     }

@@ -62,9 +62,12 @@ class _App(BaseModel):
     env: dict[str, str] | None = None
 
 
+#: What the user's side calls the program of a job, on every real one (PROTOCOL.md "How a job must be run").
+_LABELS = ("entrypoint", "image_name", "image_version")
+
+
 class _Handler(BaseModel):
     image_url: str
-    entrypoint: str | None = None
     files_down: dict[str, str] | None = None
     files_up: dict[str, str] | None = None
 
@@ -97,7 +100,8 @@ def parse_specs(job_id: JobId, raw: Any) -> Job:
                 "id": job_id,
                 "image": specs.handler.image_url,
                 "command": specs.app.cmd or None,
-                "entrypoint": specs.handler.entrypoint,
+                "labels": _labels(raw),
+                "user_job_id": _user_job_id(raw),
                 "env": specs.app.env or {},
                 "inputs": [{"path": path, "ref": ref} for path, ref in (specs.handler.files_down or {}).items()],
                 "outputs": [{"kind": kind, "path": path} for kind, path in (specs.handler.files_up or {}).items()],
@@ -114,6 +118,21 @@ def parse_specs(job_id: JobId, raw: Any) -> Job:
         raise ValueError(_first_problem(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _labels(raw: Any) -> dict[str, str]:
+    """The labels that are set. They decide nothing, so one that is no plain text spoils no job: it is left out."""
+    handler = raw.get("handler") if isinstance(raw, dict) else None
+    found = {name: handler.get(name) for name in _LABELS} if isinstance(handler, dict) else {}
+    return {name: clean(value, 200) for name, value in found.items() if isinstance(value, str)}
+
+
+def _user_job_id(raw: Any) -> str | None:
+    """`meta.job_id`: the number under which the job's user knows it (PROTOCOL.md S22); None where none is said."""
+    meta = raw.get("meta") if isinstance(raw, dict) else None
+    found = meta.get("job_id") if isinstance(meta, dict) else None
+    is_one = isinstance(found, str | int) and not isinstance(found, bool) and found != ""
+    return clean(str(found)[:200], 80) if is_one else None
 
 
 def _first_problem(error: ValidationError) -> str:
