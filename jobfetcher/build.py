@@ -179,12 +179,13 @@ def make_budget(settings: Settings, inventory: Inventory, emit: Emit) -> Budget:
     """The machine's accounts."""
     return Budget(
         inventory,
-        slots=settings.max_jobs or auto_slots(inventory),
+        slots=settings.max_jobs or auto_slots(inventory, gpu_unasked=settings.gpu_unasked == "give"),
         memory_in_use_mib=detect.memory_in_use_mib,
         read_gpus=detect.GpuProbe(settings.gpus, emit),
         reserve_cpus=settings.reserve_cpus,
         reserve_memory_mib=settings.reserve_memory,
         prefetch=settings.prefetch,
+        gpu_unasked=settings.gpu_unasked == "give",
     )
 
 

@@ -127,7 +127,12 @@ class Settings(BaseModel):
     older_than: Annotated[int, Field(ge=0)] = _field(0, "Take only jobs that have waited for this many seconds.")
     gpus: str = _field("all", "GPUs to use: all, none, or a comma-separated list of UUIDs.")
     max_jobs: Annotated[Annotated[int, Field(ge=1, le=256)] | None, BeforeValidator(_auto)] = _field(
-        "auto", "Jobs computing side by side. auto: one per GPU, or 1."
+        "auto", "Jobs computing side by side. auto: one per GPU, or 1; with GPU_UNASKED=none one more."
+    )
+    gpu_unasked: Literal["give", "none"] = _field(
+        "give",
+        "What a job gets that does not say whether it needs a GPU: give (one that is free), or none (GPUs are for jobs "
+        "that ask).",
     )
     reserve_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _field(
         0.1, "Cores no job may use, so that heartbeats never starve. May be a fraction."

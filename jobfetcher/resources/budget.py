@@ -50,9 +50,14 @@ def default_reserve_memory_mib(total_mib: int) -> int:
     return max(512, total_mib // 20)
 
 
-def auto_slots(inventory: Inventory) -> int:
-    """MAX_JOBS=auto: one job per GPU, or one on a machine without."""
-    return max(1, len(inventory.gpus))
+def auto_slots(inventory: Inventory, *, gpu_unasked: bool = True) -> int:
+    """MAX_JOBS=auto: one job per GPU, or one on a machine without.
+
+    Where GPUs are for those who ask (GPU_UNASKED=none), one more for jobs that need none. Not else: a server matches
+    jobs that say nothing of GPUs with every offer (PROTOCOL.md S18), so that slot would draw, while the GPUs compute,
+    the very jobs that count on one without asking.
+    """
+    return max(1, len(inventory.gpus) + (not gpu_unasked and bool(inventory.gpus)))
 
 
 class Reservation:
@@ -157,6 +162,7 @@ class Budget:
 
     The probes are called by `offer` and `grant`, outside the lock: `memory_in_use_mib` as said above, `read_gpus` for
     the GPUs that are there now and what is free on them. `reserve_memory_mib` None: see `default_reserve_memory_mib`.
+    `gpu_unasked`: whether a job that does not say if it needs a GPU gets its share of them, as far as any is free.
     """
 
     def __init__(
@@ -169,6 +175,7 @@ class Budget:
         reserve_cpus: float = DEFAULT_RESERVE_CPUS,
         reserve_memory_mib: int | None = None,
         prefetch: int = 0,
+        gpu_unasked: bool = True,
     ) -> None:
         if reserve_memory_mib is None:
             reserve_memory_mib = default_reserve_memory_mib(inventory.memory_mib)
@@ -184,6 +191,7 @@ class Budget:
         self._probe_memory = memory_in_use_mib
         self._probe_gpus = read_gpus
         self.prefetch = prefetch
+        self._gpu_unasked = gpu_unasked
         self._held: dict[Reservation, None] = {}  # in the order of their beginning
         self._queue: deque[Reservation] = deque()
         #: One that queued had to be given back: nothing is prefetched before a running job has ended.
@@ -436,7 +444,7 @@ class Budget:
     def _take_gpus(self, needs: Needs, free: Offer) -> tuple[Gpu, ...]:
         # the smallest that fits, so that the large ones stay for those who need them; then by UUID, to be repeatable
         candidates = sorted(free.gpus, key=lambda gpu: (gpu.memory_mib, gpu.uuid))
-        if needs.gpu is False:
+        if needs.gpu is False or (needs.gpu is None and not self._gpu_unasked):
             return ()
         if needs.gpu is None:
             return tuple(candidates[: max(1, len(self._gpus) // self.slots)])

@@ -140,6 +140,22 @@ def test_a_job_sees_what_it_asked_for_and_nothing_else(
     assert {job: seen(lab, job) for job in cases} == cases
 
 
+def test_where_gpus_are_for_those_who_ask_a_silent_job_computes_beside_one_that_has_it(
+    gpu_lab: Lab, gpu_engine: PrivateEngine, gpus: GpuStub, tmp_path: Path
+) -> None:
+    lab = gpu_lab
+    silent = lab.submit(SEE, UNTIL_LET_GO, files_up=OUT)
+    asking = lab.submit(SEE, UNTIL_LET_GO, files_up=OUT, hardware={"gpu_mem": 16000})
+    worker_env = env(lab, gpu_engine, gpus, f"{A4000}:16376:8.6", gpu_unasked="none", reserve_memory="64")
+    with command(["run", "--exit-when-idle", "1"], worker_env, tmp_path) as worker:
+        for job in (silent, asking):
+            lab.server.wait_for_state(job, "running")
+        for job in (silent, asking):
+            lab.let_go(job)
+        assert worker.wait() == 0
+    assert (seen(lab, silent), seen(lab, asking)) == ("void", gpus.uuid(0))
+
+
 def test_a_worker_asks_once_for_each_model(
     gpu_lab: Lab, gpu_engine: PrivateEngine, gpus: GpuStub, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def budget(
     reserve_cpus: float = 0.0,
     reserve_memory_mib: int | None = 0,
     prefetch: int = 0,
+    gpu_unasked: bool = True,
 ) -> Budget:
     others = others or Others(gpus=gpus)
     return Budget(
@@ -61,6 +62,7 @@ def budget(
         reserve_cpus=reserve_cpus,
         reserve_memory_mib=reserve_memory_mib,
         prefetch=prefetch,
+        gpu_unasked=gpu_unasked,
     )
 
 
@@ -85,8 +87,10 @@ def test_default_reserve_of_memory_is_a_twentieth_and_at_least_512() -> None:
     assert [default_reserve_memory_mib(total) for total in (1_000, 10_240, 64_000)] == [512, 512, 3_200]
 
 
-def test_slots_are_one_per_gpu_or_one() -> None:
-    assert [auto_slots(Inventory(8, 1000, gpus)) for gpus in ((), (SMALL,), (SMALL, LARGE))] == [1, 1, 2]
+def test_slots_are_one_per_gpu_or_one_and_one_more_where_gpus_are_for_those_who_ask() -> None:
+    machines = [Inventory(8, 1000, gpus) for gpus in ((), (SMALL,), (SMALL, LARGE))]
+    assert [auto_slots(machine) for machine in machines] == [1, 1, 2]
+    assert [auto_slots(machine, gpu_unasked=False) for machine in machines] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("cores", "memory_mib"), [(0.49, 10_000), (0.0, 10_000), (8.0, 63), (8.0, 0)])
@@ -281,6 +285,16 @@ def test_a_job_that_says_nothing_of_gpus_gets_its_share_of_them(slots: int, expe
 
 def test_a_job_that_wants_no_gpu_gets_none() -> None:
     assert budget(gpus=(SMALL,)).reserve(Needs(gpu_mem_mib=0)).share.gpus == ()
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_where_gpus_are_for_those_who_ask_no_other_job_holds_one(slots: int) -> None:
+    of = budget(gpus=(SMALL,), slots=slots, gpu_unasked=False)
+    with of.reserve(Needs(cpu_cores=1, memory_mib=100)) as silent:
+        assert silent.share.gpus == ()
+        if slots == 2:
+            assert of.offer() == Offer(7.0, 9_900, (SMALL,))
+            assert of.reserve(Needs(cpu_cores=1, memory_mib=100, gpu_mem_mib=1)).share.gpus == (SMALL,)
 
 
 def test_a_job_that_says_nothing_runs_without_a_gpu_when_none_is_free() -> None:
