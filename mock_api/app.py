@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
@@ -25,7 +25,7 @@ from mock_api.s3 import S3Storage
 from mock_api.settings import Settings
 from mock_api.signing import Signer
 from mock_api.storage import Storage, StorageError
-from mock_api.store import Store
+from mock_api.store import Store, UserSideAway
 from mock_api.tokens import Tokens
 from mock_api.tree import Tree
 
@@ -51,6 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(StorageError, _storage_refusal)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
     app.add_exception_handler(OverflowError, _no_such_number)
+    app.add_exception_handler(UserSideAway, _not_told)
     for module in (auth, worker_routes, files, user_routes, mock_routes, page):
         app.include_router(module.router)
     return app
@@ -125,6 +126,11 @@ async def _nobody_there(_: Request, __: Exception) -> Response:
 async def _no_such_number(_: Request, __: Exception) -> Response:
     """A number beyond 64 bits: the database has none of those."""
     return JSONResponse({"detail": "a number is too large"}, 400)
+
+
+async def _not_told(_: Request, __: Exception) -> Response:
+    """A deployed server crashes here, after its commit (S19)."""
+    return PlainTextResponse("Internal Server Error", 500)
 
 
 app = create_app()

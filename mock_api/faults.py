@@ -39,7 +39,8 @@ class Rule(BaseModel):
     """Which requests a fault meets, and what it does to them. Several effects may stand in one rule.
 
     Instead of handling: `status` (with `body`, `content_type`, `headers`, `retry_after`), `garbage` (an HTML page
-    with 200), `drop` "before". Besides handling: `delay_s`, `expire_tokens`, `nested_headers`, `no_range`. To the
+    with 200), `drop` "before". Besides handling: `delay_s`, `expire_tokens`, `nested_headers`, `no_range`,
+    `unheard` (the user's side cannot be told: what the request changes is committed, then answered 500, S19). To the
     answer: `drop` "after" (handled, reply lost), `cut_after` (bytes of the body, then the connection ends), `flip_at`
     (the byte at this offset is inverted), `bytes_per_s` (slow body).
     """
@@ -62,6 +63,7 @@ class Rule(BaseModel):
     expire_tokens: bool = False
     nested_headers: bool = False
     no_range: bool = False
+    unheard: bool = False
     cut_after: int | None = Field(None, ge=0)
     flip_at: int | None = Field(None, ge=0)
     bytes_per_s: int | None = Field(None, ge=1)
@@ -167,6 +169,8 @@ class FaultLayer:
     async def _altered(self, rule: Rule, scope: Scope, receive: Receive, send: Send) -> None:
         if rule.nested_headers:
             scope.setdefault("state", {})["nested_headers"] = True
+        if rule.unheard:
+            scope.setdefault("state", {})["unheard"] = True
         if rule.no_range:
             scope["headers"] = [item for item in scope["headers"] if item[0] != b"range"]
         reply = _Reply(rule, send)

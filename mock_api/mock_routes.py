@@ -18,6 +18,10 @@ class _Shift(BaseModel):
     advance_s: float
 
 
+class _UserSide(BaseModel):
+    away: bool
+
+
 class _NewAccount(Account):
     token: str | None = None
 
@@ -35,7 +39,8 @@ def events(parts: Parts, kind: str | None = None, job_id: int | None = None) -> 
     """The record, oldest first.
 
     Kinds: submit, pull, poll (an empty pull), update, status, sign_download, sign_upload, stored, missing, mail,
-    requeue, delete, sign_in, refused (401, 403), fault, overlap, violation.
+    requeue, delete, sign_in, refused (401, 403), fault, overlap, violation; lost_pull (a pull that the user's side
+    could not be told of: the answer was 500, the job is `pulled`, S19).
     """
     return [asdict(entry) for entry in parts.store.record(kind, job_id)]
 
@@ -48,8 +53,34 @@ def get_violations(parts: Parts) -> list[dict[str, Any]]:
 
 @router.get("/tally")
 def tally(parts: Parts) -> list[dict[str, Any]]:
-    """Pulls, ends and late requests of each account with each job."""
+    """Pulls, ends, repeats and late requests of each account with each job."""
     return [asdict(one) for one in tallies(parts.store.record())]
+
+
+@router.get("/heard")
+def heard(parts: Parts, job_id: int | None = None) -> list[dict[str, Any]]:
+    """Every word that reached the user's side, oldest first; `account` is null for the server's own sweep (S4).
+
+    Ends that the user's side accepted are counted here, never in the queue's states (S19).
+    """
+    return parts.store.heard(job_id)
+
+
+@router.get("/user_side")
+def get_user_side(parts: Parts) -> _UserSide:
+    """Whether the user's side is away."""
+    return _UserSide(away=parts.store.away)
+
+
+@router.put("/user_side")
+def put_user_side(parts: Parts, wanted: _UserSide) -> _UserSide:
+    """Send the user's side away, or bring it back.
+
+    While it is away each update and pull is committed to the queue and answered 500 (S19), and a sweep ends with the
+    first job that it meets (S24).
+    """
+    parts.store.away = wanted.away
+    return wanted
 
 
 @router.get("/outbox")

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from mock_api.models import State
 
+#: The note of an update that the queue committed and the user's side did not hear: the answer was 500 (S19).
+UNHEARD = "committed, the user's side not told"
+
 MAX_DETAILS_BYTES = 1500  # S12: they travel in the query string
 
 _RANK = {State.PULLED: 0, State.PREPROCESSING: 1, State.RUNNING: 2, State.POSTPROCESSING: 3, State.FINISHED: 4}
@@ -42,12 +45,16 @@ class Violation:
 @dataclass
 class Tally:
     """What one account did with one job: how often it pulled it, which ends of its were accepted, in order (`queued`:
-    given back), and how many updates and upload requests it sent after one, whatever they were answered."""
+    given back), which ends the queue committed and the user's side never heard (S19), how often it told the same end
+    again after it had been accepted (right where the answer did not reach it, or it was killed before it noted it), and
+    how many other updates and upload requests it sent after one, whatever they were answered."""
 
     job_id: int
     account: str
     pulls: int = 0
     ends: list[str] = field(default_factory=list)
+    unheard_ends: list[str] = field(default_factory=list)
+    repeats: int = 0
     late_requests: int = 0
 
 
@@ -70,8 +77,11 @@ def violations(entries: Iterable[Entry]) -> list[Violation]:
     """All violations in the record, in its order.
 
     A refused update does not count towards the order of states (the worker is right to send it again), but it counts
-    for the rules on details and on updates after a 404. An account that lost a job without being told may send one
-    update more: the 404 is how it learns (S5). Asking for the state is right at any time.
+    for the rules on details and on updates after a 404. An end may be told again until the worker knows that it was
+    accepted, which nobody but the worker can tell: `tallies` counts these repeats. Another word than the same end is
+    wrong even after an end that was answered 500, because the queue may have committed it (S19, S6). An account that
+    lost a job without being told may send one update more: the 404 is how it learns (S5). Asking for the state is right
+    at any time.
     """
     tenures: dict[tuple[int | None, str | None], _Tenure] = {}
     answer_lost: set[int | None] = set()  # jobs whose next answer a fault keeps from the worker
@@ -101,17 +111,22 @@ def violations(entries: Iterable[Entry]) -> list[Violation]:
 def tallies(entries: Iterable[Entry]) -> list[Tally]:
     """The tally of each account with each job that it pulled, in the order of the first pulls."""
     found: dict[tuple[int | None, str | None], Tally] = {}
-    ended: set[tuple[int | None, str | None]] = set()
+    ended: dict[tuple[int | None, str | None], str | None] = {}  # by the end that was accepted last
     for entry in entries:
         owner = (entry.job_id, entry.account)
         if entry.kind == "pull" and entry.job_id is not None and entry.account is not None:
             found.setdefault(owner, Tally(entry.job_id, entry.account)).pulls += 1
-            ended.discard(owner)
+            ended.pop(owner, None)
+        elif entry.kind == "update" and owner in ended and entry.state == ended[owner]:
+            found[owner].repeats += 1
         elif entry.kind in ("update", "sign_upload") and owner in ended:
             found[owner].late_requests += 1
-        if entry.kind == "update" and entry.code == 204 and entry.state in _ENDS and owner in found:
-            found[owner].ends.append(entry.state)
-            ended.add(owner)
+        if entry.kind == "update" and entry.state in _ENDS and owner in found:
+            if entry.code == 204:
+                found[owner].ends.append(entry.state)
+                ended[owner] = entry.state
+            elif entry.note == UNHEARD:
+                found[owner].unheard_ends.append(entry.state)
     return list(found.values())
 
 
@@ -121,7 +136,7 @@ def _of_order(entry: Entry, tenure: _Tenure | None) -> Iterator[str]:
         return
     if tenure.told_to_stop:
         yield "update after a 404 told the worker to stop"
-    if entry.code == 204:
+    if entry.code == 204 or entry.note == UNHEARD:
         yield from _of_state(State(entry.state or ""), tenure)
 
 
@@ -130,7 +145,8 @@ def _of_state(state: State, tenure: _Tenure) -> Iterator[str]:
     if state in _ENDS:
         tenure.last_word = state
     if last_word is not None:
-        yield f"{state} after {_end(last_word)}"
+        if state is not last_word:
+            yield f"{state} after {_end(last_word)}"
         return
     if state in (State.QUEUED, State.ERROR):  # right from every state
         return

@@ -1,5 +1,8 @@
 """Jobs, accounts and the ordered record, in SQLite. All the oddities of job states live here.
 
+Two records are kept of each job, as deployed servers do, which consist of two programs: the queue, which is committed
+first, and the user's side, which is told afterwards and may be away (S19, S24). `away` is that switch.
+
 Used by the routes. One lock puts all writing transactions in order (one process, one writer), so a change of a job and
 its line in the record are one atomic step, and the record's order is the order in which things happened. A method takes
 some ten microseconds, so routes call it on the event loop; only `record` and `mails`, which can be long, have a
@@ -13,19 +16,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
 from mock_api.clock import Clock
 from mock_api.models import HELD, TERMINAL, HardwareSpec, Offer, State
-from mock_api.record import Entry
+from mock_api.record import UNHEARD, Entry
 from mock_api.tables import TABLES
 
 _ENTRY = ", ".join(column.name for column in fields(Entry))
 
 #: The matching rules (S18): models by equality, amounts by at most, null needs match anyone.
 _FITTING = """
-    SELECT * FROM jobs WHERE state = :queued AND NOT deleted
+    SELECT * FROM jobs WHERE state = :queued
     AND (cpu_cores IS NULL OR cpu_cores <= :cpu_cores)
     AND (memory IS NULL OR memory <= :memory)
     AND (gpu_mem IS NULL OR gpu_mem <= :gpu_mem)
@@ -39,6 +43,25 @@ _FITTING = """
 """
 
 
+#: A job as its user sees it: state and details are what the user's side heard; the queue may have lost the job.
+_SEEN = """
+    SELECT queue_id AS job_id, user_jobs.state, details, user_jobs.created, user_jobs.updated, "group", holder, retries,
+    jobs.state AS queue_state FROM user_jobs LEFT JOIN jobs ON id = queue_id WHERE NOT deleted
+"""
+
+
+class Heard(Enum):
+    """What came of telling the user's side."""
+
+    YES = auto()
+    GONE = auto()  # the user deleted the job
+    AWAY = auto()
+
+
+class UserSideAway(Exception):
+    """The user's side cannot be told. What the queue was told is committed all the same; the answer is a 500 (S19)."""
+
+
 class Store:
     """The database below `path`. Methods may be called from any thread; `close` when done."""
 
@@ -47,6 +70,7 @@ class Store:
         self._lease_s = lease_s
         self._max_retries = max_retries
         self._retry_different = retry_different
+        self.away = False  # nobody can reach the user's side
         self._lock = threading.Lock()
         self._db = _connect(path)
         self._db.executescript(TABLES)
@@ -109,116 +133,172 @@ class Store:
             ).lastrowid
             assert job_id is not None  # noqa: S101 - for the type checker: an INSERT has one
             db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (json.dumps(_stamped(spec, job_id, now)), job_id))
+            db.execute(
+                "INSERT INTO user_jobs (queue_id, state, created, updated) VALUES (?, ?, ?, ?)",
+                (job_id, State.QUEUED, now, now),
+            )
             self._note("submit", job_id, state=State.QUEUED)
             return job_id
 
     def job(self, job_id: int) -> dict[str, Any] | None:
         """The job as its user sees it; None when there is none or it was deleted."""
         with self._lock:
-            job = self._job(job_id)
-        return None if job is None or job["deleted"] else _public(job)
+            found = self._db.execute(_SEEN + " AND queue_id = ?", (job_id,)).fetchone()
+        return None if found is None else dict(found)
 
     def jobs(self, limit: int) -> list[dict[str, Any]]:
         """The newest jobs, newest first, deleted ones left out."""
         with self._lock:
-            found = self._db.execute("SELECT * FROM jobs WHERE NOT deleted ORDER BY id DESC LIMIT ?", (limit,))
-            return [_public(job) for job in found]
+            return [dict(job) for job in self._db.execute(_SEEN + " ORDER BY queue_id DESC LIMIT ?", (limit,))]
 
     def delete(self, job_id: int, *, swept: bool) -> bool:
-        """Delete a job as its user; whether there was one. `swept`: the sweep met the deletion at once (S7)."""
+        """Delete a job as its user; whether there was one. The queue is not told: it learns of it from the next update
+        or sweep (S7). `swept`: the sweep met the deletion at once."""
         with self._writing() as db:
-            job = self._job(job_id)
-            if job is None or job["deleted"]:
+            seen = db.execute(_SEEN + " AND queue_id = ?", (job_id,)).fetchone()
+            if seen is None:
                 return False
-            db.execute("UPDATE jobs SET deleted = 1, deletion_met = ? WHERE id = ?", (swept, job_id))
-            self._note("delete", job_id, state=job["state"])
+            db.execute("UPDATE user_jobs SET deleted = 1 WHERE queue_id = ?", (job_id,))
+            if swept:
+                self._forget(job_id)
+            self._note("delete", job_id, state=seen["state"])
             return True
 
     # -- the worker's side ----------------------------------------------------------------------------------------
 
-    def pull(self, offer: Offer, account: str, *, asked: str = "") -> dict[int, Any]:
+    def pull(self, offer: Offer, account: str, *, asked: str = "", away: bool = False) -> dict[int, Any]:
         """Hand out up to `offer.limit` jobs that fit, oldest first: id to specs. They are `pulled` at once (S1).
 
-        `asked` is the query that the offer came in, for the record: it shows what the worker called things.
+        `asked` is the query that the offer came in, for the record: it shows what the worker called things. `away`: the
+        user's side cannot be reached just now. Raises `UserSideAway`: one job is `pulled` then, and nobody knows.
         """
         now = self._clock.now()
-        values = offer.model_dump() | {"now": now, "account": account, "queued": State.QUEUED}
+        values = offer.model_dump() | {"account": account, "queued": State.QUEUED, "now": now}
         values |= {"groups": json.dumps(offer.groups), "any_puller": not self._retry_different}
+        found: dict[int, Any] = {}
+        heard = Heard.YES
         with self._writing() as db:
-            jobs = db.execute(_FITTING, values).fetchall()
-            for job in jobs:
+            while len(found) < offer.limit and heard is not Heard.AWAY:
+                job = db.execute(_FITTING, values).fetchone()
+                if job is None:
+                    break
                 db.execute(
                     "UPDATE jobs SET state = ?, updated = ?, holder = ?, pullers = pullers || ? || ';' WHERE id = ?",
                     (State.PULLED, now, account, account, job["id"]),
                 )
-                self._note("pull", job["id"], account, State.PULLED, note=asked or None)
-            if not jobs:
+                heard = self._tell(job["id"], account, State.PULLED, "", away=away)
+                if heard is Heard.YES:
+                    self._note("pull", job["id"], account, State.PULLED, note=asked or None)
+                    found[job["id"]] = json.loads(job["spec"])
+                elif heard is Heard.AWAY:
+                    self._note("lost_pull", job["id"], account, State.PULLED, code=500, note=asked or None)
+            if not found and heard is not Heard.AWAY:
                 self._note("poll", account=account, note=asked or None)
-        return {job["id"]: json.loads(job["spec"]) for job in jobs}
+        if heard is Heard.AWAY:
+            raise UserSideAway
+        return found
 
     def state(self, job_id: int, account: str) -> State | None:
-        """What `GET status` answers; None is a 404."""
+        """What `GET status` answers: the queue's word, which says nothing of the user's side (S19). None is a 404."""
         with self._writing():
             job = self._job(job_id)
-            found = None if job is None or job["deleted"] else State(job["state"])
+            found = None if job is None else State(job["state"])
             self._note("status", job_id, account, found, code=404 if found is None else 200)
             return found
 
-    def update(self, job_id: int, account: str, state: State, details: str) -> int:
-        """Take a worker's word on a job and return the HTTP status of the answer. No transition is checked (S6)."""
+    def update(self, job_id: int, account: str, state: State, details: str, *, away: bool = False) -> int:
+        """Take a worker's word on a job and return the HTTP status of the answer. No transition is checked (S6).
+
+        The queue is committed first, then the user's side is told: 404 when the user has deleted the job, and 500 when
+        nobody can tell it (S19); `away` has that happen to this update.
+        """
         with self._writing() as db:
             job = self._job(job_id)
             code = _verdict(job, account)
-            self._note("update", job_id, account, state, details or None, code)
-            if job is not None and job["deleted"] and job["holder"] == account:
-                db.execute("UPDATE jobs SET deletion_met = 1 WHERE id = ?", (job_id,))
+            heard = Heard.YES
             if job is not None and code == 204:
-                db.execute("UPDATE jobs SET updated = ? WHERE id = ?", (self._clock.now(), job_id))
-                self._enter(job, state, details)
+                db.execute("UPDATE jobs SET state = ?, updated = ? WHERE id = ?", (state, self._clock.now(), job_id))
+                heard = self._tell(job_id, account, state, details, away=away)
+                code = {Heard.YES: 204, Heard.GONE: 404, Heard.AWAY: 500}[heard]
+            note = UNHEARD if heard is Heard.AWAY else None
+            self._note("update", job_id, account, state, details or None, code, note)
             return code
 
     def holds(self, job_id: int, account: str) -> bool:
-        """Whether files of the job may be stored by this account: it pulled the job last and nobody deleted it (S8)."""
+        """Whether files of the job may be stored by this account: it is the last to have pulled it (S8)."""
         with self._lock:
             return _verdict(self._job(job_id), account) == 204
 
     def sweep(self) -> list[int]:
-        """Put held jobs that were silent for longer than the lease back, or end them as `error` (S4); their ids."""
+        """Put held jobs that were silent for longer than the lease back, or end them as `error` (S4); their ids.
+
+        Where the user's side cannot be told, the round ends with the job that it was to be told of: that job is in the
+        queue again, its retry not counted, and the others wait for the next round (S24).
+        """
         now = self._clock.now()
+        swept: list[int] = []
         with self._writing() as db:
             silent = db.execute(
                 "SELECT * FROM jobs WHERE state IN (SELECT value FROM json_each(?)) AND updated < ?"
-                " AND NOT deletion_met ORDER BY id",
+                " ORDER BY retries >= max_retries, id",
                 (json.dumps(HELD), now - self._lease_s),
             ).fetchall()
             for job in silent:
-                if job["deleted"]:
-                    # from now on the worker's updates get 500, never the 404 (S7)
-                    db.execute("UPDATE jobs SET deletion_met = 1 WHERE id = ?", (job["id"],))
+                swept.append(job["id"])
+                again = job["retries"] < job["max_retries"]
+                state = State.QUEUED if again else State.ERROR
+                details = "" if again else f"no sign of life for {self._lease_s:g} s"
+                db.execute("UPDATE jobs SET state = ?, updated = ? WHERE id = ?", (state, now, job["id"]))
+                heard = self._tell(job["id"], None, state, details)
+                if heard is Heard.GONE:
                     continue
-                db.execute("UPDATE jobs SET updated = ? WHERE id = ?", (now, job["id"]))
                 self._note("requeue", job["id"], job["holder"], job["state"])
-                if job["retries"] < job["max_retries"]:
-                    db.execute(
-                        "UPDATE jobs SET retries = retries + 1, state = ? WHERE id = ?", (State.QUEUED, job["id"])
-                    )
-                else:
-                    self._enter(job, State.ERROR, f"no sign of life for {self._lease_s:g} s")
-            return [job["id"] for job in silent]
+                if heard is Heard.AWAY:
+                    break
+                if again:
+                    db.execute("UPDATE jobs SET retries = retries + 1 WHERE id = ?", (job["id"],))
+        return swept
 
-    def _enter(self, job: sqlite3.Row, state: State, details: str) -> None:
-        job_id, known = job["id"], job["details"]
+    def heard(self, job_id: int | None = None) -> list[dict[str, Any]]:
+        """What the user's side was told, oldest first: of every job or of one."""
+        with self._reading:
+            rows = self._reader.execute("SELECT * FROM heard WHERE ? IS NULL OR job_id = ? ORDER BY id", (job_id,) * 2)
+            return [{name: row[name] for name in ("time", "job_id", "account", "state", "details")} for row in rows]
+
+    def _tell(self, job_id: int, account: str | None, state: State, details: str, *, away: bool = False) -> Heard:
+        """Tell the user's side; `account` is None for the server's own sweep. A deletion is met here (S7): the queue
+        forgets the job."""
+        if away or self.away:
+            return Heard.AWAY
+        job = self._db.execute("SELECT * FROM user_jobs WHERE queue_id = ? AND NOT deleted", (job_id,)).fetchone()
+        if job is None:
+            self._forget(job_id)
+            return Heard.GONE
+        now, known = self._clock.now(), job["details"]
         if details:
             known = f"{known}\n{details}" if known else details
-        self._db.execute("UPDATE jobs SET state = ?, details = ? WHERE id = ?", (state, known, job_id))
+        self._db.execute(
+            "UPDATE user_jobs SET state = ?, details = ?, updated = ? WHERE queue_id = ?", (state, known, now, job_id)
+        )
+        self._db.execute(
+            "INSERT INTO heard (time, job_id, account, state, details) VALUES (?, ?, ?, ?, ?)",
+            (now, job_id, account, state, details),
+        )
         if state in TERMINAL:
-            subject = f"Job {job_id}: {state}"
-            html = f"<html><body><h1>{subject}</h1><pre>{known}</pre></body></html>"  # unescaped, as S11 has it
-            self._db.execute(
-                "INSERT INTO outbox (time, job_id, subject, html) VALUES (?, ?, ?, ?)",
-                (self._clock.now(), job_id, subject, html),
-            )
-            self._note("mail", job_id, state=state)
+            self._mail(job_id, state, known)
+        return Heard.YES
+
+    def _mail(self, job_id: int, state: State, details: str) -> None:
+        subject = f"Job {job_id}: {state}"
+        html = f"<html><body><h1>{subject}</h1><pre>{details}</pre></body></html>"  # unescaped, as S11 has it
+        self._db.execute(
+            "INSERT INTO outbox (time, job_id, subject, html) VALUES (?, ?, ?, ?)",
+            (self._clock.now(), job_id, subject, html),
+        )
+        self._note("mail", job_id, state=state)
+
+    def _forget(self, job_id: int) -> None:
+        self._db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
 
     # -- accounts and objects -------------------------------------------------------------------------------------
 
@@ -301,12 +381,11 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _verdict(job: sqlite3.Row | None, account: str) -> int:
-    """404 unless the account is the last to have pulled the job (S5); of a deleted one 404 once, then 500 (S7)."""
-    if job is None or job["holder"] != account:
-        return 404
-    if job["deleted"]:
-        return 500 if job["deletion_met"] else 404
-    return 204
+    """404 unless the account is the last to have pulled the job (S5); 500 for one that the queue does not know, be it
+    that it never did, or that it met the user's deletion (S7)."""
+    if job is None:
+        return 500
+    return 204 if job["holder"] == account else 404
 
 
 def _stamped(spec: Any, job_id: int, now: float) -> Any:
@@ -315,8 +394,3 @@ def _stamped(spec: Any, job_id: int, now: float) -> Any:
         return spec
     date = datetime.fromtimestamp(now, UTC).isoformat()
     return {**spec, "meta": {**meta, "job_id": job_id, "date_created": date}}
-
-
-def _public(job: sqlite3.Row) -> dict[str, Any]:
-    names = ("state", "details", "created", "updated", "group", "holder", "retries")
-    return {"job_id": job["id"], **{name: job[name] for name in names}}

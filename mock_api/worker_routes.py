@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.responses import PlainTextResponse, Response
 
 from mock_api.auth import Worker
 from mock_api.context import Context, Parts
@@ -15,7 +16,7 @@ router = APIRouter()
 @router.get("/jobs")
 async def pull(parts: Parts, caller: Worker, request: Request, offer: Annotated[Offer, Query()]) -> dict[int, Any]:
     """Jobs that fit the offer. They are the caller's from now on, without acknowledgement (S1)."""
-    return parts.store.pull(offer, caller.name, asked=request.url.query)
+    return parts.store.pull(offer, caller.name, asked=request.url.query, away=_unheard(request))
 
 
 @router.get("/jobs/{job_id}/status")
@@ -27,14 +28,16 @@ async def get_status(parts: Parts, caller: Worker, job_id: int) -> State:
     return state
 
 
-@router.put("/jobs/{job_id}/status", status_code=204)
-async def put_status(parts: Parts, caller: Worker, job_id: int, status: State, runtime_details: str = "") -> None:
-    """A worker's word on a job: heartbeat, progress, end or release. 404: stop this job (S5 to S7, S10)."""
-    code = parts.store.update(job_id, caller.name, status, runtime_details)
+@router.put("/jobs/{job_id}/status", status_code=204, response_class=Response)
+async def put_status(
+    parts: Parts, caller: Worker, request: Request, job_id: int, status: State, runtime_details: str = ""
+) -> Response:
+    """A worker's word on a job: heartbeat, progress, end or release. 404: stop this job (S5 to S7, S10). 500: the job
+    is not known any more (S7), or it is committed and the user's side could not be told (S19)."""
+    code = parts.store.update(job_id, caller.name, status, runtime_details, away=_unheard(request))
     if code == 404:
         raise HTTPException(404, "Job not found")
-    if code == 500:
-        raise HTTPException(500, "Internal Server Error")
+    return PlainTextResponse("Internal Server Error", 500) if code == 500 else Response(status_code=204)
 
 
 @router.get("/files/{file_id:path}/url")
@@ -69,6 +72,11 @@ async def upload_url(
     one_object = filename if parts.settings.upload_method == "put" else None  # deployed servers ignore the file name
     answer = await parts.storage.upload(Folder(job_id, kind, base_path), one_object, _asker(parts, request))
     return _nested(parts, request, answer)
+
+
+def _unheard(request: Request) -> bool:
+    """Whether a fault keeps what this request changes from the user's side (S19)."""
+    return bool(getattr(request.state, "unheard", False))
 
 
 def _asker(parts: Context, request: Request) -> Asker:

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 import pytest
 
-from tests.mock_api.calls import MOCK_TOKEN, pull, worker_client
+from tests.mock_api.calls import MOCK_TOKEN, pull, put, worker_client
 from tests.support.mock_server import MockServer, job_spec, running_mock_api
 from tests.support.services import wait_until
 
@@ -467,6 +467,7 @@ def test_local_uploads(local: MockServer) -> None:
         assert send_form(answer, "x.csv", CONTENT).status_code == 201
         assert send_form({**answer, "headers": {}}, "y.csv", CONTENT).status_code == 401
         local.delete(job_id)
+        assert put(worker, job_id, "running") == 404  # the server meets the deletion only now
         assert send_form(answer, "z.csv", CONTENT).status_code == 500
         assert (local.data_dir / f"files/outputs/{job_id}/output/out/a&b/x.csv").read_bytes() == CONTENT
         assert not (local.data_dir / f"files/outputs/{job_id}/output/out/a&b/z.csv").exists()

@@ -168,6 +168,7 @@ def test_of_a_deleted_job_the_first_update_gets_404_and_every_later_one_500(
     job_id = mock.submit(job_spec())
     assert pull(worker) == [job_id]
     mock.delete(job_id)
+    assert worker.get(f"/jobs/{job_id}/status").json() == "pulled"  # nobody has told the queue yet
     assert [put(worker, job_id, "running") for _ in range(4)] == [404, 500, 500, 500]
     assert worker.get(f"/jobs/{job_id}/status").status_code == 404
 
@@ -203,6 +204,8 @@ def test_an_upload_url_for_a_lost_job_is_a_500(mock: MockServer, workers: Worker
         assert one.post(f"/jobs/{job_id}/files/url", params=where).status_code == 201
     if lost_by == "deletion":
         mock.delete(job_id)
+        assert one.post(f"/jobs/{job_id}/files/url", params=where).status_code == 201  # the queue does not know yet
+        assert put(one, job_id, "running") == 404
     if lost_by == "another's pull":
         mock.advance(LEASE_S + 1)
         mock.sweep()
@@ -321,9 +324,9 @@ def test_groups_limit_and_older_than(mock: MockServer, worker: httpx.Client) -> 
     assert pull(worker, groups=["red", "blue"], limit=9) == [red, blue]
 
 
-def test_status_of_a_job_that_never_was_is_404(worker: httpx.Client) -> None:
+def test_of_a_job_that_never_was_the_status_is_404_and_an_update_500(worker: httpx.Client) -> None:
     assert worker.get("/jobs/99/status").status_code == 404
-    assert put(worker, 99, "running") == 404
+    assert put(worker, 99, "running") == 500
 
 
 def test_an_unknown_state_is_refused(mock: MockServer, worker: httpx.Client) -> None:

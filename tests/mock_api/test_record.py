@@ -1,9 +1,11 @@
 """The judge of the record, on made-up records: what it flags, and what it must leave alone."""
 
+from dataclasses import asdict
+
 import httpx
 import pytest
 
-from mock_api.record import Entry, Tally, tallies, violations
+from mock_api.record import UNHEARD, Entry, Tally, tallies, violations
 from tests.mock_api.calls import pull, put, run_through
 from tests.support.mock_server import MockServer, job_spec
 
@@ -20,6 +22,10 @@ def fault(note: str) -> Entry:
 
 def updates(*states: str, code: int = 204, who: str = "one") -> list[Entry]:
     return [entry("update", state, code=code, who=who) for state in states]
+
+
+def unheard(state: str, *, who: str = "one") -> Entry:
+    return Entry(0, 0.0, "update", 1, who, state, None, 500, UNHEARD)
 
 
 def rules(*entries: Entry) -> list[str]:
@@ -51,7 +57,6 @@ def test_right_orders(states: list[str]) -> None:
         (["running", "finished"], "finished before postprocessing"),
         (["preprocessing", "running", "finished"], "finished before postprocessing"),
         (["preprocessing", "running", "preprocessing"], "preprocessing after running: going backwards"),
-        ([*RUN, "finished"], "finished after finished"),
         ([*RUN, "error"], "error after finished"),
         (["error", "finished"], "finished after error"),
         ([*RUN, "postprocessing"], "postprocessing after finished"),
@@ -65,6 +70,13 @@ def test_wrong_orders(states: list[str], flagged: str) -> None:
 
 def test_refused_updates_do_not_count_towards_the_order() -> None:
     assert rules(*updates(*RUN[:3]), *updates("finished", "finished", code=500), *updates("finished")) == []
+
+
+def test_the_same_end_may_be_told_again_and_nothing_else_may_follow_it() -> None:
+    assert rules(*updates(*RUN[:3]), unheard("finished"), unheard("finished"), *updates("finished", "finished")) == []
+    assert rules(*updates("error"), *updates("error", code=500), *updates("error")) == []
+    assert rules(*updates(*RUN[:3]), unheard("finished"), *updates("running")) == ["running after finished"]
+    assert rules(*updates("running"), unheard("error"), *updates("queued")) == ["queued after error"]
 
 
 def test_an_update_after_a_404_is_flagged_the_one_that_learnt_it_is_not() -> None:
@@ -114,18 +126,19 @@ def test_a_tally_counts_pulls_ends_and_what_came_after() -> None:
         entry("pull", who="two"),
         *updates("running", who="two"),
         *updates("error", code=500, who="two"),  # not accepted, so no end
+        unheard("error", who="two"),
         *updates("error", who="two"),
         entry("status", "error", code=200, who="two"),  # a question is no late request
         *updates("running", code=404),
         entry("pull"),
-        *updates(*RUN, "postprocessing"),
+        *updates(*RUN, "finished", "postprocessing"),
         asks,
         entry("pull", who="three"),
     ]
     assert tallies(record) == [
-        Tally(1, "one", 2, ["queued", "finished"], 3),
-        Tally(1, "two", 1, ["error"], 0),
-        Tally(1, "three", 1, [], 0),
+        Tally(1, "one", 2, ["queued", "finished", "finished"], [], repeats=1, late_requests=3),
+        Tally(1, "two", 1, ["error"], ["error"]),
+        Tally(1, "three", 1),
     ]
 
 
@@ -135,8 +148,8 @@ def test_the_server_tells_its_tally(mock: MockServer, worker: httpx.Client) -> N
     run_through(worker, first)
     assert put(worker, first, "running") == 204
     assert mock.tally() == [
-        {"job_id": first, "account": "worker", "pulls": 1, "ends": ["finished"], "late_requests": 1},
-        {"job_id": second, "account": "worker", "pulls": 1, "ends": [], "late_requests": 0},
+        asdict(Tally(first, "worker", 1, ["finished"], late_requests=1)),
+        asdict(Tally(second, "worker", 1)),
     ]
 
 

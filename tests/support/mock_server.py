@@ -90,8 +90,26 @@ class MockServer:
         return list(self._call("GET", "/_mock/violations"))
 
     def tally(self) -> list[Json]:
-        """Of each account with each job that it pulled: `pulls`, accepted `ends`, and `late_requests` after an end."""
+        """Of each account with each job that it pulled: `pulls`, accepted `ends`, `unheard_ends` (committed, then 500),
+        `repeats` of an accepted end, and `late_requests` after an end."""
         return list(self._call("GET", "/_mock/tally"))
+
+    def heard(self, job_id: int | None = None) -> list[Json]:
+        """Every word that reached the user's side: `job_id`, `account` (None: the sweep), `state`, `details`."""
+        return list(self._call("GET", "/_mock/heard", params={} if job_id is None else {"job_id": job_id}))
+
+    def heard_ends(self, job_id: int) -> list[str]:
+        """The ends of the job that its user's side accepted, in order; each of them is also an e-mail."""
+        return [word["state"] for word in self.heard(job_id) if word["state"] in ("finished", "error")]
+
+    def queue_state(self, job_id: int) -> str | None:
+        """The job's state in the queue, which may be ahead of what its user sees (S19); None: the queue forgot it."""
+        state = self.job(job_id)["queue_state"]
+        return None if state is None else str(state)
+
+    def set_user_side(self, *, away: bool) -> None:
+        """Send the user's side away: from now on all that changes a state is committed, then answered 500 (S19)."""
+        self._call("PUT", "/_mock/user_side", json={"away": away})
 
     def outbox(self) -> list[Json]:
         """The e-mails sent to users (PROTOCOL.md S11)."""
