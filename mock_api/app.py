@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from mock_api import auth, files, mock_routes, page, user_routes, worker_routes
+from mock_api import auth, files, gateway, mock_routes, page, user_routes, worker_routes
 from mock_api.clock import Clock
 from mock_api.context import Context
 from mock_api.disk import LocalStorage, SignedStorage
@@ -52,7 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _nobody_there)
     app.add_exception_handler(OverflowError, _no_such_number)
     app.add_exception_handler(UserSideAway, _not_told)
-    for module in (auth, worker_routes, files, user_routes, mock_routes, page):
+    for module in (auth, worker_routes, files, user_routes, mock_routes, page, gateway):
         app.include_router(module.router)
     return app
 

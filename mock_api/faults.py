@@ -5,6 +5,7 @@ sees when two updates of one job overlap (PROTOCOL.md S9).
 """
 
 import asyncio
+import random
 import re
 import threading
 from collections.abc import Iterable
@@ -12,12 +13,13 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mock_api import gateway
 from mock_api.context import Context
 
-GARBAGE = "<html><body><h1>Welcome to the hotel network</h1></body></html>"
 #: An update takes so long at least. A deployed server's takes longer; without it, two senders would hardly ever be seen
 #: to overlap (S9) on a server that is done in a tenth of that.
 _UPDATE_LASTS_S = 0.001
@@ -38,11 +40,12 @@ Pattern = Annotated[str, AfterValidator(_regex)]
 class Rule(BaseModel):
     """Which requests a fault meets, and what it does to them. Several effects may stand in one rule.
 
-    Instead of handling: `status` (with `body`, `content_type`, `headers`, `retry_after`), `garbage` (an HTML page
-    with 200), `drop` "before". Besides handling: `delay_s`, `expire_tokens`, `nested_headers`, `no_range`,
-    `unheard` (the user's side cannot be told: what the request changes is committed, then answered 500, S19). To the
-    answer: `drop` "after" (handled, reply lost), `cut_after` (bytes of the body, then the connection ends), `flip_at`
-    (the byte at this offset is inverted), `bytes_per_s` (slow body).
+    Instead of handling: `status` (with `body`, `content_type`, `headers`, `retry_after`), `page` (a page of a gateway
+    or a portal, one of `mock_api.gateway.Page` or "any", S20; `garbage` is the page `login`), `drop` "before". Besides
+    handling: `delay_s`, `expire_tokens`, `nested_headers`, `no_range`, `unheard` (the user's side cannot be told: what
+    the request changes is committed, then answered 500, S19). To the answer: `drop` "after" (handled, reply lost),
+    `cut_after` (bytes of the body, then the connection ends), `flip_at` (the byte at this offset is inverted),
+    `bytes_per_s` (slow body).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,12 +54,15 @@ class Rule(BaseModel):
     path: Pattern = Field(".*", description="regular expression, found anywhere in the decoded path")
     skip: int = Field(0, ge=0, description="leave this many matching requests alone first")
     times: int | None = Field(None, ge=1, description="act this often, then no more; null: always")
+    rate: float = Field(1, gt=0, le=1, description="the share of matching requests that are met, thrown by `seed`")
+    seed: int = Field(0, description="of the throws for `rate` and for the page of `any`")
 
     status: int | None = Field(None, ge=200, le=599)
     body: str = ""
     content_type: str = "application/json"
     headers: dict[str, str] = Field(default_factory=dict)
     retry_after: str | int | None = None
+    page: gateway.Page | Literal["any"] | None = None
     garbage: bool = False
     drop: Literal["before", "after"] | None = None
     delay_s: float = Field(0, ge=0)
@@ -67,6 +73,22 @@ class Rule(BaseModel):
     cut_after: int | None = Field(None, ge=0)
     flip_at: int | None = Field(None, ge=0)
     bytes_per_s: int | None = Field(None, ge=1)
+
+    _thrown: random.Random = PrivateAttr()
+
+    def model_post_init(self, _: Any) -> None:
+        """Begin the throws."""
+        self._thrown = random.Random(self.seed)  # noqa: S311 - which requests fail is no secret
+
+    def hits(self) -> bool:
+        """Whether a matching request is met; each question is one throw."""
+        return self.rate == 1 or self._thrown.random() < self.rate
+
+    def next_page(self) -> gateway.Page | None:
+        """The page that answers, if one does."""
+        if self.page == "any":
+            return self._thrown.choice(list(gateway.Page))
+        return gateway.Page.LOGIN if self.garbage else self.page
 
     def matches(self, method: str, path: str) -> bool:
         """Whether the rule is about this request."""
@@ -95,8 +117,8 @@ class Faults:
         with self._lock:
             return [rule.model_copy() for rule in self._rules]
 
-    def take(self, method: str, path: str) -> Rule | None:
-        """The rule that acts on this request, counted down."""
+    def take(self, method: str, path: str) -> tuple[Rule, gateway.Page | None] | None:
+        """The rule that acts on this request, counted down, and the page that it answers with, if it does."""
         with self._lock:
             for rule in self._rules:
                 if not rule.matches(method, path):
@@ -104,11 +126,13 @@ class Faults:
                 if rule.skip:
                     rule.skip -= 1
                     continue
+                if not rule.hits():
+                    continue
                 if rule.times is not None:
                     rule.times -= 1
                     if rule.times == 0:
                         self._rules.remove(rule)
-                return rule
+                return rule, rule.next_page()
         return None
 
 
@@ -148,21 +172,25 @@ class FaultLayer:
             self._updating.discard(job_id)
 
     async def _faulty(self, scope: Scope, receive: Receive, send: Send) -> None:
-        rule = self._faults.take(scope["method"], scope["path"])
-        if rule is None:
+        taken = self._faults.take(scope["method"], scope["path"])
+        if taken is None:
             await self._app(scope, receive, send)
             return
+        rule, page = taken
         parts: Context = scope["app"].state.context
-        effects = rule.model_dump_json(exclude_defaults=True, exclude={"method", "path", "skip", "times"})
-        note = f"{scope['method']} {scope['path']} {effects}"
-        parts.store.note("fault", code=rule.status, note=note)
+        effects = rule.model_dump_json(
+            exclude_defaults=True, exclude={"method", "path", "skip", "times", "page", "rate", "seed"}
+        )
+        note = f"{scope['method']} {scope['path']} {page or effects}"
+        stand_in = _stand_in(rule, page, scope)
+        parts.store.note("fault", code=None if stand_in is None else stand_in.status_code, note=note)
         await asyncio.sleep(rule.delay_s)
         if rule.expire_tokens:
             parts.tokens.expire_all()
         if rule.drop == "before":
             await _hang_up(receive, at_once=True)
-        elif rule.status is not None or rule.garbage:
-            await _answer(rule)(scope, receive, send)
+        elif stand_in is not None:
+            await stand_in(scope, receive, send)
         else:
             await self._altered(rule, scope, receive, send)
 
@@ -217,15 +245,17 @@ class _Reply:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _answer(rule: Rule) -> Response:
-    if rule.garbage:
-        return Response(GARBAGE, rule.status or 200, media_type="text/html")
+def _stand_in(rule: Rule, page: gateway.Page | None, scope: Scope) -> Response | None:
+    """What is answered instead of the request's being handled."""
+    if page is not None:
+        return gateway.answer(page, str(Request(scope).base_url).rstrip("/"))
+    if rule.status is None:
+        return None
     headers = dict(rule.headers)
     if rule.retry_after is not None:
         headers["Retry-After"] = str(rule.retry_after)
-    status = rule.status or 200
-    empty = status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
-    return Response(None if empty else rule.body, status, headers, media_type=rule.content_type)
+    empty = rule.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
+    return Response(None if empty else rule.body, rule.status, headers, media_type=rule.content_type)
 
 
 async def _hang_up(receive: Receive, *, at_once: bool) -> None:

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.mock_api.calls import pull, put
-from tests.support.mock_server import MockServer, job_spec
+from tests.support.mock_server import API_CALLS, STORAGE_CALLS, MockServer, job_spec
 
 CONTENT = bytes(range(256)) * 400
 
@@ -62,6 +62,63 @@ def test_garbage_is_an_html_page_with_200(mock: MockServer, worker: httpx.Client
     answer = worker.get("/jobs", params={"memory": 1})
     assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert "<html>" in answer.text
+
+
+PAGES = {
+    "no_backend": (404, "text/html", "nginx"),
+    "forbidden": (403, "text/html", "Blocked"),
+    "redirect": (302, "text/html", "nginx"),
+    "login": (200, "text/html", "sign in"),
+    "bad_gateway": (502, "text/html", "nginx"),
+    "unavailable": (503, "text/html", "nginx"),
+    "plain": (200, "text/plain", "OK"),
+}
+
+
+@pytest.mark.fault("S20")
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_stands_in_for_the_api_and_for_the_storage_and_nothing_is_handled(
+    mock: MockServer, worker: httpx.Client, url: str, page: str
+) -> None:
+    job_id = mock.submit(job_spec())
+    assert pull(worker) == [job_id]
+    form = worker.post(f"/jobs/{job_id}/files/url", params={"type": "output", "base_path": "out"}).json()
+    mock.set_faults({"page": page, "path": API_CALLS}, {"page": page, "path": STORAGE_CALLS})
+    answers = [
+        worker.get("/jobs", params={"memory": 1}),
+        worker.put(f"/jobs/{job_id}/status", params={"status": "finished"}),
+        worker.get(f"/jobs/{job_id}/status"),
+        worker.get("/access_info"),
+        worker.post("/", json={}),
+        worker.post(f"/jobs/{job_id}/files/url", params={"type": "output"}),
+        httpx.get(url, trust_env=False),
+        httpx.put(url, content=b"x", trust_env=False),
+        httpx.post(form["url"], data=form["data"], files={"file": ("x", b"x")}, trust_env=False),
+    ]
+    for answer in answers:
+        assert (answer.status_code, answer.headers["content-type"].split(";")[0]) == PAGES[page][:2]
+        assert PAGES[page][2] in answer.text
+    assert [event["note"].split()[-1] for event in mock.events("fault")] == [page] * len(answers)
+    mock.set_faults()
+    assert (mock.queue_state(job_id), mock.results(job_id)) == ("pulled", {})
+    if page == "redirect":
+        followed = httpx.get(answers[0].headers["location"], trust_env=False)
+        assert (followed.status_code, followed.headers["content-type"]) == (200, "text/html; charset=utf-8")
+
+
+def test_a_rate_meets_a_share_of_the_requests_the_same_ones_for_the_same_seed(
+    mock: MockServer, worker: httpx.Client
+) -> None:
+    def seen(seed: int) -> list[int]:
+        mock.set_faults({"page": "any", "path": API_CALLS, "rate": 0.3, "seed": seed})
+        return [worker.get("/jobs/1/status").status_code for _ in range(200)]
+
+    first = seen(1)
+    met = len(mock.events("fault"))
+    assert 40 <= met <= 80  # 60 +- 3 standard deviations of 6.5
+    assert set(first) == {200, 302, 403, 404, 502, 503}
+    assert seen(1) == first
+    assert seen(2) != first
 
 
 def test_a_delay_is_before_the_handling(mock: MockServer, worker: httpx.Client) -> None:

@@ -11,6 +11,7 @@ LEASE_S = 300
 ONCE = {"method": "PUT", "path": "/status$", "unheard": True, "times": 1}
 
 
+@pytest.mark.fault("S19")
 def test_an_end_can_be_committed_and_answered_500_so_that_only_the_queue_knows(
     mock: MockServer, worker: httpx.Client
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_repeat_of_an_accepted_end_is_a_second_mail(mock: MockServer, worker: 
     assert mock.tally()[0]["repeats"] == 1
 
 
+@pytest.mark.fault("S19")
 def test_while_the_users_side_is_away_every_update_is_committed_and_a_pull_loses_its_job(
     mock: MockServer, workers: Workers
 ) -> None:
@@ -67,6 +69,7 @@ def test_while_the_users_side_is_away_every_update_is_committed_and_a_pull_loses
     assert pull(workers("six")) == []  # only the sweep brings it back
 
 
+@pytest.mark.fault("S24")
 def test_a_sweep_that_cannot_reach_the_users_side_ends_with_its_first_job(mock: MockServer, workers: Workers) -> None:
     one = workers("one")
     jobs = [mock.submit(job_spec()) for _ in range(3)]

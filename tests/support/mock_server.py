@@ -26,6 +26,11 @@ _STOP_TIMEOUT_S = 15.0
 
 Json = dict[str, Any]
 
+#: For the `path` of a fault: what a worker asks the API, the sign-in included, and never what a test asks.
+API_CALLS = r"^/$|^/access_info$|^/jobs$|^/jobs/\d+/status$|^/jobs/\d+/files/url$|^/files/.*/url$"
+#: For the `path` of a fault: what a worker sends to the storage or fetches from it, be it signed or local-disk.
+STORAGE_CALLS = r"^/_storage|^/jobs/\d+/files/upload$|^/files/.*/download$"
+
 
 def job_spec(**changes: Any) -> Json:
     """A small valid job as a user submits it. `changes` replace whole sections (`app`, `hardware`, ...)."""
