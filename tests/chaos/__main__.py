@@ -26,7 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     code = 1
     try:
         asked = Options(
-            options.kills, seed, options.engine, options.jobs, options.max_jobs, options.prefetch, options.cache
+            options.kills,
+            seed,
+            options.engine,
+            options.jobs,
+            options.max_jobs,
+            options.prefetch,
+            options.cache,
+            options.pages,
         )
         verdict = run(asked, directory, _show)
         code = _report(verdict)
@@ -75,14 +82,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog="""\
 It starts a mock API and a worker, submits jobs of many kinds whose outputs are known, and sends the worker SIGKILL at
 times that the seed decides; each time it is started again at once. At the end one worker is left alone until all jobs
-have ended. On standard output: one line of JSON; all must be 0 but kills, jobs and restart_to_beat_p99_s (seconds from
-a start to the first heartbeat of a job held before). On standard error: how far it is, and what is wrong, by job.
+have ended. On standard output: one line of JSON; all must be 0 but kills, jobs, repeats (ends told once more because
+the process that told them died before it noted the answer) and restart_to_beat_p99_s (seconds from a start to the first
+heartbeat of a job held before). On standard error: how far it is, and what is wrong, by job.
 
 examples:
   python -m tests.chaos                           50 kills, some minutes
   python -m tests.chaos --kills 1000 --seed 7     an hour or two
   python -m tests.chaos --engine --kills 30       kills an engine of its own, too; needs root
   python -m tests.chaos --max-jobs 3 --prefetch 1 --cache
+  python -m tests.chaos --kills 200 --pages       strangers' pages, and the user's side of the server away
 
 Exit codes: 0 all well; 1 something is wrong; 2 something is missing here; 130 Ctrl-C.
 """,
@@ -99,6 +108,11 @@ Exit codes: 0 all well; 1 something is wrong; 2 something is missing here; 130 C
         "--prefetch", type=int, default=0, metavar="N", help="jobs brought while others compute (default: %(default)s)"
     )
     parser.add_argument("--cache", action="store_true", help="keep inputs for later jobs (CACHE_SIZE)")
+    parser.add_argument(
+        "--pages",
+        action="store_true",
+        help="strangers' pages as answers, and the user's side away now and then",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the directory also when all is well")
     return parser
 

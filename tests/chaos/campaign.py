@@ -46,6 +46,10 @@ _CRASHES = 10
 #: The end of an idle worker that is told to leave.
 _LEAVE_S = 30.0
 
+#: With `pages`: this share of all requests, to the API and to the storage, is answered by somebody else's page; and
+#: before this share of the workers' lives the user's side goes away, or comes back. For the last one it is there.
+_PAGES_SHARE, _AWAY_SHARE = 0.04, 0.3
+
 Progress = Callable[[str], None]
 
 
@@ -57,7 +61,8 @@ class CampaignError(Exception):
 class Options:
     """What to do. `jobs` None: as many as the kills need, the queue never runs dry; `engine`: kill an engine, too.
 
-    `max_jobs`, `prefetch` and `cache` (whether inputs are kept) are the worker's settings.
+    `max_jobs`, `prefetch` and `cache` (whether inputs are kept) are the worker's settings. `pages`: the user's side of
+    the server goes away and comes back, and some requests are answered by pages of gateways, filters and portals.
     """
 
     kills: int = 50
@@ -67,6 +72,7 @@ class Options:
     max_jobs: int = 8
     prefetch: int = 0
     cache: bool = False
+    pages: bool = False
 
 
 def run(options: Options, directory: Path, progress: Progress = lambda line: None) -> Verdict:
@@ -110,6 +116,11 @@ class Campaign:
         self._in_a_row = 0  # lives that ended by themselves
         self._starts = Starts(lab)
         self._began = time.monotonic()
+        self._away = False
+        if options.pages:
+            # but not to the user's own requests, which are the campaign's
+            everything = {"path": "^(?!/user/)", "page": "any"}
+            self._server.set_faults({**everything, "rate": _PAGES_SHARE, "seed": options.seed})
         logs.mkdir()
 
     @property
@@ -122,6 +133,8 @@ class Campaign:
             self._submit()
         while self._kills < self._options.kills:
             self._keep_queue_full()
+            if self._options.pages and self._chance.random() < _AWAY_SHARE:
+                self._set_user_side(away=not self._away)
             held = open_jobs(self._lab.base)
             with self._worker(held) as worker:
                 if len(held) >= 2 * self._options.max_jobs + self._options.prefetch:
@@ -131,8 +144,13 @@ class Campaign:
 
     def let_end(self) -> None:
         """A last worker, which nobody kills, until every job has its end; then it is told to leave."""
+        self._set_user_side(away=False)
         while not self._last_life():
             self._say()
+
+    def _set_user_side(self, *, away: bool) -> None:
+        self._away = away
+        self._server.set_user_side(away=away)
 
     def judge(self) -> Verdict:
         """Look at what there is, and hold it against the plan."""
@@ -247,7 +265,7 @@ class Campaign:
 
     def _keep_queue_full(self) -> None:
         if self._options.jobs is None:
-            taken = {event["job_id"] for event in self._server.events("pull")}
+            taken = {event["job_id"] for kind in ("pull", "lost_pull") for event in self._server.events(kind)}
             while len(self._planned.keys() - taken) < 2 * self._options.max_jobs:
                 self._submit()
 

@@ -2,7 +2,10 @@
 
 lost                 jobs that did not end as planned: no end, the wrong one (a false `finished` above all), objects
                      missing, different or too many, or given back though the engine was well
-duplicate_terminals  ends told beyond the one, or mails to the user beyond the one
+duplicate_terminals  ends that the user's side heard beyond the one, but repeats; and mails other than one for each end
+                     that it heard
+repeats              the same end told once more by a process that could not know that it was heard: the one before was
+                     killed between its request and its note of the answer. They are right, and counted apart (A7)
 late_requests        updates, questions where to upload, and uploads after the end was told
 orphans              containers, directories, files and journal rows that are left
 extra_starts         container starts beyond the one; where the engine was killed too, beyond two for each time that
@@ -15,6 +18,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from tests.chaos.jobs import PROVENANCE, Planned
@@ -37,13 +41,18 @@ class Life:
 
 @dataclass(frozen=True)
 class Seen:
-    """All that was seen of a campaign. `starts`: the job of each container start; `objects`: job to name to SHA-256."""
+    """All that was seen of a campaign. `starts`: the job of each container start; `objects`: job to name to SHA-256.
+
+    `heard`: the ends that the user's side accepted, by job, each with its time: what the queue says proves nothing of
+    that (PROTOCOL.md S19).
+    """
 
     kills: int
     events: Sequence[Mapping[str, Any]]
     states: Mapping[int, str]
     details: Mapping[int, str]
     objects: Mapping[int, Mapping[str, str]]
+    heard: Mapping[int, Sequence[tuple[float, str]]]
     mails: Mapping[int, int]
     starts: Sequence[int]
     lives: Sequence[Life] = ()
@@ -61,6 +70,7 @@ class Verdict:
     jobs: int
     lost: int
     duplicate_terminals: int
+    repeats: int
     late_requests: int
     orphans: int
     extra_starts: int
@@ -84,14 +94,9 @@ class Verdict:
 def judge(planned: Mapping[int, Planned], seen: Seen) -> Verdict:
     """Hold what was seen against what was planned."""
     wrong: dict[int | None, list[str]] = defaultdict(list)
-    lost = duplicates = late = extra = 0
+    lost = duplicates = repeats = late = extra = 0
     releases = _releases(seen.events)
     starts = Counter(seen.starts)
-    ends = Counter(
-        event["job_id"]
-        for event in seen.events
-        if event["kind"] == "update" and event["code"] == 204 and event["state"] in _ENDS
-    )
     requests_after = _late(seen.events)
     for job, plan in planned.items():
         losses = [*_loss(job, plan, seen)]
@@ -101,9 +106,13 @@ def judge(planned: Mapping[int, Planned], seen: Seen) -> Verdict:
             losses.append("the engine never started it")
         lost += bool(losses)
         wrong[job] += losses
-        if (twice := max(ends[job], seen.mails.get(job, 0)) - 1) > 0:
+        ends = seen.heard.get(job, ())
+        again = _repeats(ends, seen.lives)
+        repeats += again
+        if (twice := max(len(ends), seen.mails.get(job, 0)) - 1 - again) > 0:
             duplicates += twice
-            wrong[job].append(f"{ends[job]} ends and {seen.mails.get(job, 0)} mails")
+            mails = seen.mails.get(job, 0)
+            wrong[job].append(f"{len(ends)} ends, {again} of them rightly told again, and {mails} mails")
         late += len(requests_after[job])
         wrong[job] += requests_after[job]
         allowed = 2 * (1 + releases[job]) if seen.engine_killed else 1
@@ -120,6 +129,7 @@ def judge(planned: Mapping[int, Planned], seen: Seen) -> Verdict:
         jobs=len(planned),
         lost=lost,
         duplicate_terminals=duplicates,
+        repeats=repeats,
         late_requests=late,
         orphans=len(seen.orphans),
         extra_starts=extra,
@@ -148,6 +158,14 @@ def _loss(job: int, plan: Planned, seen: Seen) -> list[str]:
     return losses
 
 
+def _repeats(ends: Sequence[tuple[float, str]], lives: Sequence[Life]) -> int:
+    """How many of the ends are the one before, told once more by another process, which could not know of the first."""
+    died = [life.ended for life in lives]
+    return sum(
+        word == before and any(since < end < now for end in died) for (since, before), (now, word) in pairwise(ends)
+    )
+
+
 def _releases(events: Sequence[Mapping[str, Any]]) -> Counter[int]:
     return Counter(
         event["job_id"]
@@ -164,6 +182,8 @@ def _late(events: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
         job = event["job_id"]
         if event["kind"] == "pull":
             over.pop(job, None)
+        elif event["kind"] == "update" and event["state"] == over.get(job):
+            pass  # the same end once more: `_repeats` and the mails say whether that was right
         elif event["kind"] in _LATE and job in over:
             late[job].append(f"{event['kind']} {event['state'] or event['note'] or ''} after {over[job]}")
         if event["kind"] == "update" and event["code"] == 204 and event["state"] in {*_ENDS, "queued"}:

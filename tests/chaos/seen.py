@@ -5,10 +5,11 @@ import os
 import shutil
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import docker
 
@@ -93,6 +94,7 @@ def see(
         states={job: str(found["state"]) for job, found in described.items()},
         details={job: str(found["details"] or "") for job, found in described.items()},
         objects={job: _digests(server, job) for job in planned},
+        heard=_ends(server.heard()),
         mails=Counter(int(mail["job_id"]) for mail in server.outbox()),
         starts=starts.jobs,
         lives=lives,
@@ -101,6 +103,15 @@ def see(
         crashes=crashes,
         engine_killed=engine_killed,
     )
+
+
+def _ends(words: Sequence[Mapping[str, Any]]) -> dict[int, list[tuple[float, str]]]:
+    """Of what the user's side heard: the ends, by job, in order."""
+    ends: dict[int, list[tuple[float, str]]] = defaultdict(list)
+    for word in words:
+        if word["state"] in ("finished", "error"):
+            ends[int(word["job_id"])].append((float(word["time"]), str(word["state"])))
+    return ends
 
 
 def remove_containers(lab: Lab) -> None:
@@ -113,14 +124,15 @@ def remove_containers(lab: Lab) -> None:
 def take_lost_answers_back(server: MockServer, silent_s: float) -> bool:
     """Whether all that has not ended are jobs whose answer no worker lived to read; then they are in the queue again.
 
-    Such a job was `pulled`, and nobody has said a word of it since, while workers asked for more for `silent_s`. The
+    Such a job was `pulled`, and nobody has said a word of it since, while workers asked for more for `silent_s`. One
+    that was pulled while the user's side was away is such a job as well: its answer was a 500 (PROTOCOL.md S19). The
     server would take it back after its lease (FAULTS.md A1); its clock is set forward instead.
     """
-    pulled = {event["job_id"]: event["time"] for event in server.events("pull")}
+    pulled = {event["job_id"]: event["time"] for kind in ("pull", "lost_pull") for event in server.events(kind)}
     ended = {mail["job_id"] for mail in server.outbox()}
     left = pulled.keys() - ended
     polls = [event["time"] for event in server.events("poll")]
-    if not left or any(server.state(job) != "pulled" for job in left):
+    if not left or any(server.queue_state(job) != "pulled" for job in left):
         return False
     if not polls or polls[-1] < max(pulled[job] for job in left) + silent_s:
         return False

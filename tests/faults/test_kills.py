@@ -3,7 +3,7 @@
 Longer ones by hand: `python -m tests.chaos --kills 1000`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ SEED = 20
 
 def report(options: Options, verdict: Verdict) -> str:
     """What a person needs to see of a campaign that went wrong, and how to do it again."""
-    switches = "".join(f" --{name}" for name in ("engine", "cache") if getattr(options, name))
+    switches = "".join(f" --{name}" for name in ("engine", "cache", "pages") if getattr(options, name))
     switches += f" --max-jobs {options.max_jobs} --prefetch {options.prefetch}"
     again = f"again: python -m tests.chaos --kills {options.kills} --seed {options.seed}{switches} --keep"
     wrong = [f"{'campaign' if job is None else f'job {job}'}: {'; '.join(why)}" for job, why in verdict.wrong.items()]
@@ -93,6 +93,7 @@ GOOD = Seen(
     states={1: "finished", 2: "error"},
     details={1: "", 2: f"exit code {FAILS}"},
     objects={1: {_OUTPUT: "aa", CONTAINER_LOG: "bb", PROVENANCE: "-"}, 2: {CONTAINER_LOG: "cc", PROVENANCE: "-"}},
+    heard={1: [(14.0, "finished")], 2: [(15.0, "error")]},
     mails={1: 1, 2: 1},
     starts=[1, 2],
 )
@@ -106,6 +107,7 @@ def test_a_good_campaign_is_good() -> None:
         "jobs": 2,
         "lost": 0,
         "duplicate_terminals": 0,
+        "repeats": 0,
         "late_requests": 0,
         "orphans": 0,
         "extra_starts": 0,
@@ -123,6 +125,24 @@ def with_objects(**changes: str) -> Mapping[int, Mapping[str, str]]:
 RELEASED = [event("pull", 1), event("update", 1, "queued"), *GOOD.events]
 
 
+def heard(*ends: str) -> Mapping[int, Sequence[tuple[float, str]]]:
+    """The ends of job 1 that its user's side heard, two seconds apart."""
+    return {**GOOD.heard, 1: [(14.0 + 2 * number, end) for number, end in enumerate(ends)]}
+
+
+#: A process that ended between two ends of job 1.
+KILLED = [Life(1.0, 15.0, frozenset())]
+
+
+@pytest.mark.fault("A7")
+def test_an_end_that_the_next_process_tells_again_is_counted_apart() -> None:
+    twice = replace(GOOD, heard=heard("finished", "finished"), mails={1: 2, 2: 1})
+    told_again = judge(PLANNED, replace(twice, lives=KILLED, events=[*GOOD.events, event("update", 1, "finished")]))
+    assert told_again.good, told_again.wrong
+    assert told_again.repeats == 1
+    assert judge(PLANNED, twice).duplicate_terminals == 1
+
+
 @pytest.mark.parametrize(
     ("count", "expected", "changes"),
     [
@@ -136,7 +156,8 @@ RELEASED = [event("pull", 1), event("update", 1, "queued"), *GOOD.events]
         ("lost", 1, {"objects": {1: GOOD.objects[1], 2: {CONTAINER_LOG: "cc"}}}),
         ("lost", 1, {"starts": [2]}),
         ("lost", 1, {"events": RELEASED}),
-        ("duplicate_terminals", 1, {"events": [*GOOD.events[:7], event("update", 2, "error")]}),
+        ("duplicate_terminals", 1, {"heard": heard("finished", "finished")}),
+        ("duplicate_terminals", 1, {"heard": heard("error", "finished"), "lives": KILLED}),
         ("duplicate_terminals", 2, {"mails": {1: 3, 2: 1}}),
         ("late_requests", 1, {"events": [*GOOD.events, event("update", 1, "running")]}),
         ("late_requests", 1, {"events": [*GOOD.events, event("update", 1, "running", 404)]}),
