@@ -206,7 +206,7 @@ class Journal:
         return int(row.claimed_at * 1000) + row.runs - 1
 
     def started(self, job_id: JobId, container: str) -> None:
-        """Record the id of the container that now runs."""
+        """Record the id of the container before the engine is asked to start it: from here on it may have run."""
         self._change(job_id, durable=False, container=container)
 
     def stopping(self, job_id: JobId) -> None:

@@ -1,11 +1,13 @@
-"""The record of how a job was run, sent beside its logs: enough to run it again, and to see what it had. Pure."""
+"""The record of how a job was run, sent beside its logs: enough to run it again, and to see what it had."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from jobfetcher import __version__
+from jobfetcher.core.errors import WorkerFault, WorkerReason
 from jobfetcher.core.job import Job
 from jobfetcher.core.run import Exit, Image, RunSpec, Stored
 
@@ -70,3 +72,18 @@ def provenance(
         "seconds": {step: round(took, 3) for step, took in seconds.items()},
     }
     return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def keep(text: str, logs: Path, *, draft: Path) -> None:
+    """Write the record into the folder `logs`, whole or not at all (by way of `draft`, a file on the same disk).
+
+    Only once: after a restart it would not know how long the steps took. Raises WorkerFault(DISK).
+    """
+    target = logs / "provenance.json"
+    if target.exists():
+        return
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.rename(target)
+    except OSError as error:
+        raise WorkerFault(WorkerReason.DISK, f"the record of the run cannot be written: {error}") from error

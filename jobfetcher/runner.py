@@ -7,7 +7,7 @@ of it, in the order of DESIGN.md's table:
     5  stage in: inputs, concurrently, verified, into place
     6  prepare: the image, allowed and for this machine, pulled while the inputs come; then the run specification
        (a prefetched job waits here for its share of the machine)
-    7  run: intent to the journal, start, container id to the journal; wait (watching.py)
+    7  run: intent to the journal, container made, its id to the journal, start; wait (watching.py)
     8  free: the share of the machine goes back, so that the next job starts while this one uploads
     9  stage out: outputs, logs and the provenance record, whatever the exit code
     10 decide: the only line that can say *finished*
@@ -50,7 +50,7 @@ from jobfetcher.heartbeat import Pulse, beating
 from jobfetcher.journal import Journal, Record
 from jobfetcher.outbox import Outbox
 from jobfetcher.overlap import both
-from jobfetcher.provenance import provenance
+from jobfetcher.provenance import keep, provenance
 from jobfetcher.reporting import file_progress, pull_progress
 from jobfetcher.resources.budget import Reservation
 from jobfetcher.watching import Limits, Watcher
@@ -217,9 +217,8 @@ class Runner:
         self._collect(job.id, workspace, halt)
         fault = fault_of(exit, record.share, workspace.logs / _LOG)
         inputs = self._journal.marked(job.id, "in")
-        self._keep_provenance(
-            workspace, provenance(job, image=record.image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
-        )
+        text = provenance(job, image=record.image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
+        keep(text, workspace.logs, draft=workspace.parts / "provenance")
         failpoint("after:provenance")
         with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {exit.code}"):
             left_out = self._stage_out(lease, job, workspace, halt, fault)
@@ -313,16 +312,20 @@ class Runner:
         return exit
 
     def _container(self, job_id: JobId, record: Record, spec: RunSpec, halt: Halt) -> Container:
-        """The job's container: started now, or the one that an earlier process started (FAULTS.md A3, A4)."""
+        """The job's container: started now, or the one that an earlier process started (FAULTS.md A3, A4).
+
+        What an earlier process may have asked the engine to start is never started again, for the job may have run and
+        left half of its files, whatever an engine says that was killed meanwhile: it is found running or at a genuine
+        end, or the run is repeated from a clean state.
+        """
         if record.rebooted:
             raise WorkerFault(WorkerReason.INTERRUPTED, "this machine was restarted while the job ran")
         if record.stopping:  # whatever it exited with was its answer to our TERM
             raise WorkerFault(WorkerReason.INTERRUPTED, "the worker died while it was stopping the job")
         if record.container is None:
+            self._base.job(job_id).make_folders(spec.folders)
             failpoint("before:start")
-            container = self._engine.start(spec)  # one of that name is adopted
-            failpoint("after:start")
-            self._journal.started(job_id, container.id)
+            container = self._engine.start(spec, partial(self._starting, job_id))  # one of that name is adopted
             failpoint("after:started")
             return container
         found = self._insist(halt, lambda: self._engine.find(job_id))
@@ -330,6 +333,11 @@ class Runner:
             raise WorkerFault(WorkerReason.INTERRUPTED, "the job's container was gone when the worker came back")
         self._emit("adopted", job=job_id, message="its container was still there; going on with it")
         return found
+
+    def _starting(self, job_id: JobId, container_id: str) -> None:
+        failpoint("before:starting")
+        self._journal.started(job_id, container_id)
+        failpoint("after:starting")
 
     def _collect(self, job_id: JobId, workspace: Workspace, halt: Halt) -> None:
         """Before outputs are read: the log saved, the container gone, so that nothing writes any more (T4), and the
@@ -365,18 +373,6 @@ class Runner:
                 raise
             return str(error)
         return sent.sentence()
-
-    def _keep_provenance(self, workspace: Workspace, text: str) -> None:
-        """Written whole or not at all, and only once: after a restart it would not know how long the steps took."""
-        target = workspace.logs / "provenance.json"
-        if target.exists():
-            return
-        draft = workspace.parts / "provenance"
-        try:
-            draft.write_text(text, encoding="utf-8")
-            draft.rename(target)
-        except OSError as error:
-            raise WorkerFault(WorkerReason.DISK, f"the record of the run cannot be written: {error}") from error
 
     def _record(self, job_id: JobId) -> Record:
         record = self._journal.record(job_id)

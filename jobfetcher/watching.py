@@ -180,7 +180,7 @@ class _Watch:
         limit_mib = self._limits.disk_limit_mib
         if not full and limit_mib is None:
             return
-        used = self._used(with_layer=bool(full))
+        used = self._used()
         if limit_mib is not None and used > limit_mib << 20:
             self.reason = JobReason.DISK_FILLED
             self.why = f"stopped: the job used {used / _GIB:.1f} GiB of disk, and JOB_DISK_LIMIT is {limit_mib} MiB"
@@ -191,13 +191,13 @@ class _Watch:
             self.reason = WorkerReason.DISK
             self.why = f"the disk ran full while the job ran: {full}"
 
-    def _used(self, *, with_layer: bool) -> int:
+    def _used(self) -> int:
+        """What the job takes on all disks together: its directory, its container's layer and volumes (FAULTS.md D3)."""
         used = self._base.job(self._job_id).used_bytes()
-        if with_layer:
-            try:
-                used += self._container.written_bytes()
-            except WorkerFault as error:  # the engine's disk may be the one that is full
-                self._emit("measure_failed", level="debug", job=self._job_id, message=str(error))
+        try:
+            used += self._container.written_bytes()
+        except WorkerFault as error:  # the engine's disk may be the one that is full
+            self._emit("measure_failed", level="debug", job=self._job_id, message=str(error))
         return used
 
     def _look_for_pause(self, now: float) -> None:

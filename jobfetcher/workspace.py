@@ -22,7 +22,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -329,6 +329,23 @@ class Workspace:
             raise WorkerFault(
                 WorkerReason.DISK, f"the disk of {self.path} takes no writes: {error.strerror}"
             ) from error
+
+    def make_folders(self, paths: Iterable[str]) -> None:
+        """Before a container is made: the folders that are to be mounted in it, which its image's author named.
+
+        Never through a link: what is there already was made by this worker for this run.
+        """
+        for path in paths:
+            try:
+                with tree.opened(self.files, path.split("/"), create=True):
+                    pass
+            except (NotADirectoryError, FileExistsError):
+                raise JobFault(
+                    JobReason.CANNOT_START,
+                    f"the image declares a folder {clean(path, 200)!r} (VOLUME), which is an input file of the job",
+                ) from None
+            except OSError as error:
+                raise WorkerFault(WorkerReason.DISK, f"{path!r} cannot be made: {error.strerror}") from error
 
     def make_output_folders(self, job: Job) -> None:
         """Create the folders that the job writes its outputs to, empty, as deployed jobs expect."""

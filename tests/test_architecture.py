@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": set(),
     "sources": set(),
     "transfer": set(),
-    "engine": set(),
+    "engine": {"tree"},
     "testing": set(),
     "outbox": {"journal", "workspace"},
     "ending": set(),

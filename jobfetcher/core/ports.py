@@ -176,6 +176,7 @@ class Container(Protocol):
     def wait(self, timeout_s: float) -> Exit | None:
         """How it ended, as soon as it does; None if it still runs after `timeout_s`.
 
+        Of one that was never started, as far as the engine knows, it is an end that is not genuine.
         Raises WorkerFault when the engine cannot be reached, JobFault when the container was removed by somebody else.
         """
         ...
@@ -185,7 +186,7 @@ class Container(Protocol):
         ...
 
     def written_bytes(self) -> int:
-        """What it wrote to its own layer on the engine's disk, in bytes; slow, for when the disk fills up."""
+        """What it wrote to the engine's disk, its own layer and volumes that its image declares, in bytes; slow."""
         ...
 
     def stop(self, grace_s: float) -> None:
@@ -219,8 +220,14 @@ class Engine(Protocol):
         """
         ...
 
-    def start(self, spec: RunSpec) -> Container:
-        """Create and start; if a container of that name exists and its labels are ours, adopt it instead."""
+    def start(self, spec: RunSpec, before_start: Callable[[str], None] | None = None) -> Container:
+        """Create and start; if a container of that name exists and its labels are ours, adopt it instead.
+
+        `before_start` is called with the container's id before the engine is asked to start it. Whoever remembers that
+        must not call this again for the same directory: what was asked for once may have run, whatever an engine says
+        that was killed meanwhile (FAULTS.md A3). One that was lost on the way raises WorkerFault(INTERRUPTED), as does
+        an image that is gone: then a clean state and a new container are right.
+        """
         ...
 
     def find(self, job_id: JobId) -> Container | None:

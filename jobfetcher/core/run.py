@@ -15,7 +15,8 @@ class Image:
     """An image that is on this machine and was checked; `id` is what is run, so no tag can move in between.
 
     `digest` is the registry's (`repo@sha256:...`), or None for an image that never was in one. `pulled`: this worker
-    brought it just now, so it may remove it again one day (FAULTS.md D7).
+    brought it just now, so it may remove it again one day (FAULTS.md D7). `volumes`: the paths that it declares to hold
+    files (VOLUME), in its author's words.
     """
 
     id: str
@@ -24,6 +25,7 @@ class Image:
     architecture: str
     size_bytes: int = 0
     pulled: bool = False
+    volumes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,9 @@ class RunSpec:
     """Everything an engine needs to run one job, already decided; the engine adds nothing of its own.
 
     Memory in MiB, `cpu_cores` may be a fraction, `time_limit_s` is not here: the runner watches the clock.
-    The image's own entry point stays: nothing of a job replaces it. `network` None means no network at all.
+    The image's own entry point stays: nothing of a job replaces it. `network` None means no network at all. `folders`:
+    of the job's directory, relative to it, which must be there before the start: each is mounted once more at its own
+    place, over a volume that the image declares. `volumes`: what it declares elsewhere, where the engine makes its own.
     """
 
     job_id: JobId
@@ -52,6 +56,8 @@ class RunSpec:
     user: str | None = None
     read_only: bool = False
     cap_add: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

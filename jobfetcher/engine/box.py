@@ -1,6 +1,7 @@
 """A RunSpec in the engine's own words (Docker Engine API, "Create a container"). Pure; used by `docker`.
 
-Promises: what is not in the spec is not in the container: no ports, devices, volumes, privileges, restarts.
+Promises: what is not in the spec is not in the container: no ports, devices, volumes, privileges, restarts. Below
+/files nothing is mounted that does not lie in the job's own directory, whatever the image declares (`volumes`).
 `tests/security/golden_inspect.json` is what the engine makes of it, field by field (FAULTS.md T11).
 """
 
@@ -11,9 +12,7 @@ from typing import Any
 
 from jobfetcher.core.run import RunSpec
 from jobfetcher.engine.run_spec import BASE_CAPABILITIES
-
-#: Where a job finds its directory (PROTOCOL.md "How a job must be run").
-MOUNT_POINT = "/files"
+from jobfetcher.engine.volumes import MOUNT_POINT
 
 _MIB = 1024 * 1024
 
@@ -25,7 +24,7 @@ def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
         "Image": spec.image_id,
         "Env": [f"{name}={value}" for name, value in spec.env.items()],
         "Labels": dict(spec.labels),
-        "HostConfig": _closed(spec.files_host_path, spec.cap_add)
+        "HostConfig": _closed([_bind(spec.files_host_path), *_inner_binds(spec)], spec.cap_add)
         | {
             "IpcMode": "private",
             "ShmSize": spec.shm_mib * _MIB,
@@ -53,28 +52,44 @@ def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
     return config
 
 
-def chown_box(image_id: str, host_path: str, owner: str, labels: Mapping[str, str]) -> dict[str, Any]:
+def chown_box(
+    image_id: str, host_path: str, owner: str, labels: Mapping[str, str], *, target: str, host_users: bool = False
+) -> dict[str, Any]:
     """A container that gives all below `host_path` to `owner` (`uid:gid`); of links themselves, not of targets.
 
     And opens it to the owner, who could neither read nor delete below a directory of mode 000. `chmod -R` leaves links.
+    `target`: where it is mounted, a path that no image can know, or a volume that the image declares there would be
+    given away instead. `host_users`: outside of the user namespace that an engine with userns-remap gives containers,
+    where `owner` would be somebody else.
     """
     return {
         "Image": image_id,
-        "Entrypoint": ["/bin/sh", "-c", f'chown -Rh "$0" {MOUNT_POINT} && chmod -R u+rwX {MOUNT_POINT}'],
-        "Cmd": [owner],
+        "Entrypoint": ["/bin/sh", "-c", 'chown -Rh "$0" "$1" && chmod -R u+rwX "$1"'],
+        "Cmd": [owner, target],
         "User": "0",
         "WorkingDir": "/",
         "Labels": dict(labels),
-        "HostConfig": _closed(host_path, BASE_CAPABILITIES)
-        | {"NetworkMode": "none", "PidsLimit": 16, "Memory": 256 * _MIB, "MemorySwap": 256 * _MIB},
+        "HostConfig": _closed([_bind(host_path, target)], BASE_CAPABILITIES)
+        | {"NetworkMode": "none", "PidsLimit": 16, "Memory": 256 * _MIB, "MemorySwap": 256 * _MIB}
+        | ({"UsernsMode": "host"} if host_users else {}),
     }
 
 
-def _closed(host_path: str, cap_add: tuple[str, ...]) -> dict[str, Any]:
-    """What every container of ours has in common: one mount, few capabilities, no way to more."""
+def _bind(host_path: str, target: str = MOUNT_POINT) -> dict[str, Any]:
+    """A Mount fails when its source is missing, where a Bind would make it as root (FAULTS.md E12)."""
+    return {"Type": "bind", "Source": host_path, "Target": target}
+
+
+def _inner_binds(spec: RunSpec) -> list[dict[str, Any]]:
+    """In place of the anonymous volumes that the engine would make for what the image declares below /files."""
+    return [_bind(f"{spec.files_host_path}/{folder}", f"{MOUNT_POINT}/{folder}") for folder in spec.folders]
+
+
+def _closed(mounts: list[dict[str, Any]], cap_add: tuple[str, ...]) -> dict[str, Any]:
+    """What every container of ours has in common: mounts of the job's directory only, few capabilities, no way to
+    more."""
     return {
-        # A Mount fails when its source is missing, where a Bind would make it as root (FAULTS.md E12).
-        "Mounts": [{"Type": "bind", "Source": host_path, "Target": MOUNT_POINT}],
+        "Mounts": mounts,
         "CapDrop": ["ALL"],
         "CapAdd": list(cap_add),
         "SecurityOpt": ["no-new-privileges"],  # the default seccomp profile stays

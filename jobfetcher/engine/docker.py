@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
@@ -37,7 +37,9 @@ from jobfetcher.engine import vouch
 from jobfetcher.engine.api import DEFAULT_URL, LOOK_UP_S, WORK_S, EngineApi, Line, NotFound, Refused, Unreachable
 from jobfetcher.engine.box import box, chown_box
 from jobfetcher.engine.images import ImagePolicy, Images
+from jobfetcher.engine.measure import volume_bytes
 from jobfetcher.engine.run_spec import LABEL_ATTEMPT, LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK
+from jobfetcher.engine.volumes import leads_inside
 
 #: How often create and start are tried when the engine's answer is lost, and the pauses between, in seconds.
 _PAUSES_S = (0.5, 1.0, 2.0)
@@ -59,10 +61,16 @@ _UNKNOWN_CODE = 255
 #: How long giving back the files of one job may take, in seconds: generous, since a job may leave a million.
 _OWN_TIMEOUT_S = 600.0
 
+#: So many images of this machine are tried for giving back files, where the job's own has no shell.
+_OTHER_IMAGES = 10
+
 #: Most that `last_lines` keeps of what a container printed, in bytes.
 _LAST_BYTES = 64 * 1024
 
 T = TypeVar("T")
+
+#: What an engine says when an image that is named by its id is not there (any more).
+_IMAGE_GONE = re.compile(r"no such image", re.IGNORECASE)
 
 _ICC = "com.docker.network.bridge.enable_icc"
 
@@ -137,6 +145,7 @@ class DockerEngine:
         self._images = Images(self.api, images or ImagePolicy(), emit)
         self._network_lock = threading.Lock()
         self._helpers: set[str] = set()
+        self._has_shell = ""
 
     def check(self) -> None:
         """Raise ConfigError or WorkerFault unless an engine answers here that can run jobs."""
@@ -166,19 +175,24 @@ class DockerEngine:
     def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
         return self._images.prepare(reference, halt, progress)
 
-    def start(self, spec: RunSpec) -> DockerContainer:
-        """See `Engine.start`. Raises JobFault(CANNOT_START), WorkerFault(GPU, DISK or ENGINE); then nothing is left.
+    def start(self, spec: RunSpec, before_start: Callable[[str], None] | None = None) -> DockerContainer:
+        """See `Engine.start`. Raises JobFault(CANNOT_START), WorkerFault(GPU, DISK, ENGINE or INTERRUPTED); then
+        nothing is left.
 
         A program that the image does not have is found by docker-init, after the start: see `DockerContainer.wait`.
         """
         config = box(spec, self._network_mode(spec.network))
         container, ours = self._persist(lambda: self._create(spec, config))
-        if ours:
-            container.watch()
-        tries = itertools.count()
         try:
-            # Whoever created it just now knows that it was not started before; after a lost answer nobody does.
-            self._persist(lambda: self._start(container, look=not ours or next(tries) > 0))
+            if spec.volumes:
+                self._refuse_links(container, spec.volumes)
+            if ours:
+                container.watch()
+            if before_start is not None:
+                before_start(container.id)
+            tries = itertools.count()
+            # Whoever created it just now knows that it was not started before; of one that was adopted our caller does.
+            self._persist(lambda: self._start(container, look=not ours, again=next(tries) > 0))
         except Unreachable:
             raise  # whether it runs is unknown: it stays, to be found by its labels
         except (JobFault, WorkerFault):
@@ -221,31 +235,71 @@ class DockerEngine:
         return self._images.forget(image_id, reference)
 
     def own(self, image_id: str, host_path: str) -> None:
-        """See `Engine.own`. Raises WorkerFault(DISK) naming the directory that is left, WorkerFault(ENGINE)."""
+        """See `Engine.own`. Raises WorkerFault(DISK) naming the directory that is left, WorkerFault(ENGINE).
 
-        def left(why: str) -> WorkerFault:
-            return WorkerFault(WorkerReason.DISK, f"{host_path} has files of other users that are left behind: {why}")
+        With the job's own image, and where that has no shell (distroless) with another one that is on this machine.
+        """
+        first = ""
+        for candidate in itertools.chain([image_id], self._other_images(image_id)):
+            why = self._own(candidate, host_path)
+            if not why:
+                self._has_shell = candidate if candidate != image_id else self._has_shell
+                return
+            first = first or why
+        raise WorkerFault(WorkerReason.DISK, f"{host_path} has files of other users that are left behind: {first}")
 
+    def _own(self, image_id: str, host_path: str) -> str:
+        """Why it could not be done with that image; nothing when it is done."""
         name = f"jobfetcher-{self.instance}-own-{uuid.uuid4().hex[:12]}"
-        config = chown_box(image_id, host_path, f"{os.getuid()}:{os.getgid()}", {LABEL_INSTANCE: self.instance})
+        rootless, remapped = self._user_namespaces()
+        config = chown_box(
+            image_id,
+            host_path,
+            # An engine without root rights shows its own user's files as root's: to any other they would be given away.
+            "0:0" if rootless else f"{os.getuid()}:{os.getgid()}",
+            {LABEL_INSTANCE: self.instance},
+            target=f"/jobfetcher-{uuid.uuid4().hex}",
+            host_users=remapped,
+        )
         self._helpers.add(name)
         try:
             with self.api.calling("create a helper"):
                 try:
                     helper = DockerContainer(self, self.api.create(config, name))
                 except Refused as error:
-                    raise left(clean(error.said, 300)) from error
+                    return clean(error.said, 300)
             try:
-                self._start(helper, look=False)
+                self._start(helper)
                 end = helper.wait(_OWN_TIMEOUT_S)
-                if end is None or end.code != 0:
-                    raise left("chown did not end in time" if end is None else clean(helper.last_lines(3), 300))
-            except JobFault as fault:  # the image has no shell; or somebody removed the helper
-                raise left(str(fault)) from fault
+                if end is None:
+                    return "chown did not end in time"
+                return "" if end.code == 0 else clean(helper.last_lines(3), 300) or f"chown ended with {end.code}"
+            except Unreachable:
+                raise
+            except (JobFault, WorkerFault) as fault:  # no shell, for another machine; or somebody removed the helper
+                return str(fault)
             finally:
                 helper.remove()
         finally:
             self._helpers.discard(name)
+
+    def _other_images(self, image_id: str) -> Iterator[str]:
+        """Images on this machine that may have a shell: the one that had one before, then the smallest with a name."""
+        if self._has_shell:
+            yield self._has_shell
+        with self.api.calling("list images"):
+            images = self.api.ask("GET", "/images/json").json()
+        named = [image for image in images if image.get("RepoTags")]
+        smallest = sorted(named, key=lambda image: int(image.get("Size") or 0))
+        tried = {image_id, self._has_shell}
+        yield from [str(image["Id"]) for image in smallest if image["Id"] not in tried][:_OTHER_IMAGES]
+
+    def _user_namespaces(self) -> tuple[bool, bool]:
+        """Whether the engine runs without root rights, and whether its containers have other users (userns-remap)."""
+        with self.api.calling("say what it is"):
+            options = self.api.ask("GET", "/info").json().get("SecurityOptions") or ()
+        names = {str(option).split(",")[0] for option in options}
+        return "name=rootless" in names, "name=userns" in names
 
     def _persist(self, call: Callable[[], T]) -> T:
         """Repeat a call that is safe to repeat, while the engine's answer is lost."""
@@ -264,6 +318,11 @@ class DockerEngine:
         with self.api.calling("create a container"):
             try:
                 created = self.api.create(config, spec.name)
+            except NotFound as error:
+                if not _IMAGE_GONE.search(error.said):
+                    raise _start_fault(error.said) from error
+                why = "its image was removed from this machine before the job could start"
+                raise WorkerFault(WorkerReason.INTERRUPTED, why) from error
             except Refused as error:
                 if error.status != http.client.CONFLICT:
                     raise _start_fault(error.said) from error
@@ -283,19 +342,40 @@ class DockerEngine:
             )
         return DockerContainer(self, str(found["Id"]))
 
-    def _start(self, container: DockerContainer, *, look: bool) -> None:
-        """Start it; with `look` unless it was started before: one that has run to its end must not run again."""
-        if look:
+    def _start(self, container: DockerContainer, *, look: bool = False, again: bool = False) -> None:
+        """Start it. `look`: unless it runs, or has run. `again`: an answer to this was lost, and whether it runs or has
+        run is asked for; one that the engine calls new may have run all the same: an engine that was killed while it
+        started a container may not have come to note it. So such a one is never started again."""
+        if look or again:
             found = self.api.inspect(container.id)
             if found is None:
                 raise _removed()
             if found["State"]["Status"] != "created":
                 return
+            if again:
+                raise WorkerFault(
+                    WorkerReason.INTERRUPTED, "the engine was lost while it started the job, which may have run"
+                )
         with self.api.calling("start a container"):
             try:
                 self.api.ask("POST", f"/containers/{container.id}/start", timeout_s=self.api.work_s)
+            except NotFound as error:
+                raise WorkerFault(
+                    WorkerReason.INTERRUPTED, "the job's container was removed before it was started"
+                ) from error
             except Refused as error:
                 raise _start_fault(error.said) from error
+
+    def _refuse_links(self, container: DockerContainer, volumes: Iterable[str]) -> None:
+        """Raise JobFault where a volume lies in /files after all, by a link in the image: its files would be lost."""
+        paths = [PurePosixPath(volume) for volume in volumes]
+        for folder in sorted({str(folder) for path in paths for folder in (path, *path.parents)} - {"/"}):
+            if leads_inside(target := self.api.link_target(container.id, folder)):
+                raise JobFault(
+                    JobReason.CANNOT_START,
+                    f"the container cannot start, its image declares a volume at {clean(folder, 200)} or below, "
+                    f"which is a link to {clean(target, 200)} (VOLUME); outputs there would be lost",
+                )
 
     def _ours(self, job_id: JobId | None = None) -> list[Mapping[str, Any]]:
         """This worker's containers. A label may come from an image (LABEL), so the name must be ours as well."""
@@ -540,12 +620,14 @@ class DockerContainer:
         return bool(self._inspect()["State"]["Paused"])
 
     def written_bytes(self) -> int:
+        """See `Container.written_bytes`."""
         with self._api.calling("measure a container"):
             try:
-                found = self._api.ask("GET", f"/containers/{self._id}/json", timeout_s=self._api.work_s, size="1")
+                path = f"/containers/{self._id}/json"
+                found = self._api.ask("GET", path, timeout_s=self._api.work_s, size="1").json()
             except NotFound:
                 raise _removed() from None
-            return int(found.json().get("SizeRw") or 0)
+            return int(found.get("SizeRw") or 0) + volume_bytes(self._api, found.get("Mounts") or ())
 
     def stop(self, grace_s: float) -> None:
         """See `Container.stop`. Raises WorkerFault(ENGINE) when it runs on, KILL or not (FAULTS.md E5)."""

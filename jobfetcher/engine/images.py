@@ -214,6 +214,7 @@ class Images:
             architecture=theirs,
             size_bytes=int(found.get("Size") or 0),
             pulled=pulled,
+            volumes=tuple(sorted((found.get("Config") or {}).get("Volumes") or ())),
         )
 
     def _refresh(

@@ -14,6 +14,7 @@ from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Share
 from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.core.text import clean
+from jobfetcher.engine.volumes import inner_folders, outer_volumes
 
 LABEL_INSTANCE = "jobfetcher.instance"
 LABEL_JOB = "jobfetcher.job"
@@ -79,7 +80,7 @@ def build_run_spec(
 ) -> RunSpec:
     """Everything the engine needs to run `job`. `files_host_path` is the job directory on the engine's host.
 
-    Raises JobFault(CANNOT_START) for what is too long for Linux.
+    Raises JobFault(CANNOT_START) for what is too long for Linux, and for volumes that no container can have.
     """
     memory_mib = max(share.memory_mib, _MIN_MEMORY_MIB)
     return RunSpec(
@@ -101,6 +102,8 @@ def build_run_spec(
         user=policy.user,
         read_only=policy.read_only,
         cap_add=tuple(sorted({*BASE_CAPABILITIES, *policy.cap_add})),
+        folders=inner_folders(image.volumes),
+        volumes=outer_volumes(image.volumes),
     )
 
 

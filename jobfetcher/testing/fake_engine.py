@@ -41,13 +41,14 @@ class Script:
 
 class FakeContainer:
     """A container that runs a `Script`. Beyond `core.ports.Container`: `release`, and what people do: `remove_outside`
-    and `paused`, which is theirs to set."""
+    and `paused`, which is theirs to set; `started` is what its engine says of it."""
 
     def __init__(self, engine: FakeEngine, spec: RunSpec, script: Script, created_at: float) -> None:
         self.spec = spec
         self.stopped_with: list[float] = []
         self.created_at = created_at
         self.paused = False
+        self.started = False
         self._engine = engine
         self._script = script
         self._changed = threading.Condition()
@@ -60,6 +61,8 @@ class FakeContainer:
 
     def wait(self, timeout_s: float) -> Exit | None:
         self._engine.answer()
+        if not self.started:
+            return Exit(0, genuine=False)
         with self._changed:
             self._changed.wait_for(lambda: self._exit is not None or self._removed, timeout_s)
             self._check_there()
@@ -114,6 +117,7 @@ class FakeContainer:
 
     def run(self) -> None:
         """What the engine calls once, at the start."""
+        self.started = True
         if self._script.acts is not None:
             self._script.acts(Path(self.spec.files_host_path))
         if not self._script.held:
@@ -200,19 +204,27 @@ class FakeEngine:
         missing = JobFault(JobReason.IMAGE_MISSING, f"the registry does not have image {reference}")
         return self._images.get(reference, missing)
 
-    def start(self, spec: RunSpec) -> FakeContainer:
+    def start(self, spec: RunSpec, before_start: Callable[[str], None] | None = None) -> FakeContainer:
         self.answer()
         script = self._script(spec) if self._script else Script()
         with self._lock:
             if adopted := self._containers.get(spec.name):
                 if dict(adopted.spec.labels) != dict(spec.labels):
                     raise WorkerFault(WorkerReason.ENGINE, f"a container named {spec.name} exists and is not ours")
-                return adopted
-            self.specs.append(spec)
-            if script.start_error is not None:
-                raise script.start_error
-            container = self._containers[spec.name] = FakeContainer(self, spec, script, self._clock())
-        container.run()
+                container = adopted
+            else:
+                self.specs.append(spec)
+                if script.start_error is not None:
+                    raise script.start_error
+                container = self._containers[spec.name] = FakeContainer(self, spec, script, self._clock())
+        if before_start is not None:
+            try:
+                before_start(container.id)
+            except Exception:
+                container.remove()
+                raise
+        if not container.started:
+            container.run()
         return container
 
     def find(self, job_id: JobId) -> FakeContainer | None:

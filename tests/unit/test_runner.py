@@ -321,8 +321,8 @@ class Removing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def start(self, spec: RunSpec) -> Any:
-        return self._wrapped(self._inner.start(spec))
+    def start(self, spec: RunSpec, before_start: Callable[[str], None]) -> Any:
+        return self._wrapped(self._inner.start(spec, before_start))
 
     def find(self, job_id: JobId) -> Any:
         found = self._inner.find(job_id)
