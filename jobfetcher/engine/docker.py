@@ -39,6 +39,7 @@ from jobfetcher.engine.box import box, chown_box
 from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
 from jobfetcher.engine.run_spec import LABEL_ATTEMPT, LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK
+from jobfetcher.engine.unseen import end_unseen
 from jobfetcher.engine.volumes import leads_inside
 
 #: How often create and start are tried when the engine's answer is lost, and the pauses between, in seconds.
@@ -142,6 +143,7 @@ class DockerEngine:
         self.clock = clock
         self.now = now
         self.sleep = sleep
+        self.emit = emit
         self._images = Images(self.api, images or ImagePolicy(), emit)
         self._network_lock = threading.Lock()
         self._helpers: set[str] = set()
@@ -209,7 +211,7 @@ class DockerEngine:
             return int(summary["Created"]), int(attempt) if attempt.isdecimal() else 0
 
         newest = max(self._ours(job_id), key=age, default=None)
-        return DockerContainer(self, str(newest["Id"])) if newest else None
+        return self._listed(newest) if newest else None
 
     def reap(self, known: frozenset[JobId], *, older_than_s: float = 0.0) -> list[str]:
         """See `Engine.reap`. One that cannot be removed does not save the others; its fault is raised after them."""
@@ -223,7 +225,7 @@ class DockerEngine:
             if older_than_s and self.now() - float(summary["Created"]) < older_than_s:
                 continue
             try:
-                DockerContainer(self, str(summary["Id"])).remove()
+                self._listed(summary).remove()
                 removed.append(name)
             except WorkerFault as fault:
                 failed = fault
@@ -353,6 +355,7 @@ class DockerEngine:
             if found["State"]["Status"] != "created":
                 return
             if again:
+                container.is_new = True
                 raise WorkerFault(
                     WorkerReason.INTERRUPTED, "the engine was lost while it started the job, which may have run"
                 )
@@ -385,6 +388,9 @@ class DockerEngine:
             found = self.api.ask("GET", "/containers/json", all="1", filters=filters).json()
         prefix = f"jobfetcher-{self.instance}-{job_id}-" if job_id else f"jobfetcher-{self.instance}-"
         return [summary for summary in found if _name(summary).startswith(prefix)]
+
+    def _listed(self, summary: Mapping[str, Any]) -> DockerContainer:
+        return DockerContainer(self, str(summary["Id"]), is_new=summary.get("State") == "created")
 
     def _network_mode(self, network: str | None) -> str:
         if network is None:
@@ -436,8 +442,10 @@ class _Absence:
 class DockerContainer:
     """One container of ours. `wait` is for one thread; the rest is safe from any."""
 
-    def __init__(self, engine: DockerEngine, container_id: str) -> None:
+    def __init__(self, engine: DockerEngine, container_id: str, *, is_new: bool = False) -> None:
         self._engine = engine
+        #: The engine calls it new, while an earlier process or engine may have started it.
+        self.is_new = is_new
         self._api = engine.api
         self._id = container_id
         self._absence: _Absence | None = None
@@ -688,6 +696,9 @@ class DockerContainer:
                     raise
                 with contextlib.suppress(NotFound):  # somebody else is removing it: see it gone
                     self._api.ask("POST", f"/containers/{self._id}/wait", timeout_s=work_s, condition="removed")
+        if self.is_new and (left := end_unseen(self._id)):
+            what = f"processes {', '.join(map(str, left))} of a job's container run on, and the engine knows nothing of"
+            self._engine.emit("unseen", level="error", message=f"{what} them; end them, with root's rights (kill -9)")
 
     def _inspect(self) -> Mapping[str, Any]:
         found = self._api.inspect(self._id)

@@ -10,6 +10,8 @@ late_requests        updates, questions where to upload, and uploads after the e
 orphans              containers, directories, files and journal rows that are left
 extra_starts         container starts beyond the one; where the engine was killed too, beyond two for each time that
                      the job was taken
+second_starts        jobs that were started in a directory in which they had run before, as they themselves saw by their
+                     own mark in it: an engine that is killed may forget what it started
 violations           what the server's record calls a broken protocol
 crashes              ends of the worker that were its own doing
 """
@@ -21,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from tests.chaos.jobs import PROVENANCE, Planned
+from tests.chaos.jobs import PROVENANCE, UNCLEAN, Planned
 
 #: N3: a held job's heartbeat comes so soon after a start, in seconds. A longer life without one counts as its length.
 BEAT_S = 10.0
@@ -74,6 +76,7 @@ class Verdict:
     late_requests: int
     orphans: int
     extra_starts: int
+    second_starts: int
     violations: int
     crashes: int
     restart_to_beat_p99_s: float | None
@@ -94,7 +97,7 @@ class Verdict:
 def judge(planned: Mapping[int, Planned], seen: Seen) -> Verdict:
     """Hold what was seen against what was planned."""
     wrong: dict[int | None, list[str]] = defaultdict(list)
-    lost = duplicates = repeats = late = extra = 0
+    lost = duplicates = repeats = late = extra = second = 0
     releases = _releases(seen.events)
     starts = Counter(seen.starts)
     requests_after = _late(seen.events)
@@ -119,6 +122,9 @@ def judge(planned: Mapping[int, Planned], seen: Seen) -> Verdict:
         if starts[job] > allowed:
             extra += starts[job] - allowed
             wrong[job].append(f"{starts[job]} container starts")
+        if f"exit code {UNCLEAN}" in seen.details.get(job, ""):
+            second += 1
+            wrong[job].append("started in a directory in which it had run before")
     wrong[None] += [
         *(f"left over: {what}" for what in seen.orphans),
         *(f"protocol: {what}" for what in seen.violations),
@@ -133,6 +139,7 @@ def judge(planned: Mapping[int, Planned], seen: Seen) -> Verdict:
         late_requests=late,
         orphans=len(seen.orphans),
         extra_starts=extra,
+        second_starts=second,
         violations=len(seen.violations),
         crashes=len(seen.crashes),
         restart_to_beat_p99_s=_p99(_restart_to_beat(seen)),

@@ -158,6 +158,35 @@ def test_starting_the_same_job_again_adopts_its_container(bench: Bench) -> None:
     third.remove()
 
 
+@pytest.mark.fault("A3")
+def test_who_starts_a_job_hears_of_it_before(bench: Bench) -> None:
+    heard: list[tuple[str, bool]] = []
+
+    def before_start(container_id: str) -> None:
+        found = bench.engine.find(JobId("1"))
+        assert found is not None
+        heard.append((found.id, container_id == found.id))
+        end = found.wait(0.1)
+        assert end is not None
+        assert not end.genuine, "it has not run"
+
+    container = bench.engine.start(bench.spec(WRITES), before_start)
+    assert heard == [(container.id, True)]
+    assert container.wait(LONG_S) is not None
+    container.remove()
+
+
+@pytest.mark.fault("A3")
+def test_what_cannot_be_noted_is_not_started(bench: Bench) -> None:
+    def before_start(_container_id: str) -> None:
+        raise WorkerFault(WorkerReason.DISK, "the journal cannot be written")
+
+    with pytest.raises(WorkerFault, match="cannot be written"):
+        bench.engine.start(bench.spec(WRITES), before_start)
+    assert not (bench.files / "out").exists()
+    assert bench.engine.find(JobId("1")) is None
+
+
 def test_a_strangers_container_of_that_name_is_left_alone(bench: Bench) -> None:
     theirs = bench.spec(SLEEPS)
     ours = replace(theirs, labels={"jobfetcher.job": "2"})

@@ -12,7 +12,6 @@ import pytest
 from jobfetcher.core.errors import JobFault, JobReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.run import Image, RunSpec
-from jobfetcher.engine import measure
 from jobfetcher.workspace import Workspace
 from tests.support.boxes import LONG_S, DockerBench, docker_bench, no_progress
 from tests.support.mock_server import running_mock_api
@@ -212,7 +211,7 @@ def test_a_volume_elsewhere_is_measured_and_goes_with_its_container(
     before = volumes_of(engine)
     image = prepared(bench, declaring("/scratch"))
     if who == "the engine":
-        monkeypatch.setattr(measure.os, "access", lambda path, mode: False)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
     elif os.geteuid() != 0:
         pytest.skip("without root rights the engine is asked")
     fills = "head -c 20000000 /dev/zero > /scratch/big; head -c 3000000 /dev/zero > /layer"

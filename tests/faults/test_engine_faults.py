@@ -4,6 +4,7 @@ The rows of the truth table of `jobfetcher.engine.vouch` are tried one by one: n
 an engine's restart caused, and seldom may one that it did not cause be called anything else.
 """
 
+import json
 import signal
 import threading
 import time
@@ -329,6 +330,76 @@ def test_a_container_that_was_only_created_is_started_once(here: Bed, engine: do
     assert (here.bench.files / "out").read_text() == "once\n"
     filters = {"container": created, "event": "start"}
     assert len(list(engine.events(since=0, until=int(time.time() + 1), filters=filters, decode=True))) == 1
+
+
+# -- an engine that forgets what it started (A3) ----------------------------------------------------------------------
+
+
+def forget_start(private: PrivateEngine, container: DockerContainer) -> None:
+    """Kill the engine, and take from its disk what it noted of the start: as if it had been killed just before that."""
+    private.kill()
+    [record] = private.directory.rglob(f"{container.id}/config.v2.json")
+    noted = json.loads(record.read_text())
+    noted["State"].update(Running=False, Pid=0, StartedAt="0001-01-01T00:00:00Z")
+    record.write_text(json.dumps(noted))
+    private.start()
+
+
+@pytest.mark.fault("A3", "N2")
+def test_a_start_that_the_engine_forgot_is_no_end_and_its_program_is_ended_with_the_container(
+    make_bed: Callable[..., Any],
+) -> None:
+    with make_bed() as (private, bed):
+        container = bed.start("1", ENDS_WHEN_TOLD)
+        pid = bed.state(container)["Pid"]
+        forget_start(private, container)
+        assert bed.state(container)["Status"] == "created", "the engine calls it new"
+        assert Path(f"/proc/{pid}").exists(), "and it runs"
+        assert not bed.come_back("1").genuine
+        found = bed.bench.engine.find(JobId("1"))
+        assert found is not None
+        found.remove()
+        bed.wait_until_dead(pid)
+        assert bed.bench.engine.find(JobId("1")) is None
+
+
+@pytest.mark.fault("A3", "E1")
+def test_an_engine_that_is_lost_while_it_starts_a_job_does_not_start_it_twice(make_bed: Callable[..., Any]) -> None:
+    """It is killed while it answers, and forgets that it started the container."""
+    with make_bed() as (private, bed), engine_proxy(private.url) as cut:
+        asked: list[str] = []
+
+        def lose_engine(_pause: float) -> None:
+            if len(asked) == 1:
+                asked.append("again")
+                started = bed.bench.engine.find(JobId("1"))
+                assert started is not None
+                wait_until(lambda: started.last_lines(1) == "began", "the program runs", LONG_S)
+                forget_start(private, started)
+
+        worker = DockerEngine(bed.bench.instance, url=cut.url, images=LOCAL, sleep=lose_engine)
+        worker.describe()
+
+        def before_start(container_id: str) -> None:
+            asked.append(container_id)
+            cut.lose(f"POST /v{worker.api.version.api}/containers/{container_id}/start")
+
+        with pytest.raises(WorkerFault, match="lost while it started the job") as lost:
+            worker.start(bed.bench.spec("echo began >> /files/out; echo began; sleep 600"), before_start)
+        worker.close()
+        assert lost.value.reason is WorkerReason.INTERRUPTED
+        assert len(asked) == 2
+        assert (bed.bench.files / "out").read_text() == "began\n"
+        assert bed.bench.engine.find(JobId("1")) is None
+
+
+@pytest.mark.fault("A3")
+def test_a_container_that_is_removed_before_its_start_interrupts_the_run(here: Bed, engine: docker.APIClient) -> None:
+    """`docker container prune` takes the new ones as well."""
+    spec = here.bench.spec("true")
+    with pytest.raises(WorkerFault, match="removed before it was started") as fault:
+        here.bench.engine.start(spec, lambda container: engine.remove_container(container))
+    assert fault.value.reason is WorkerReason.INTERRUPTED
 
 
 # -- an engine that does not answer (E2, E3) ---------------------------------------------------------------------------

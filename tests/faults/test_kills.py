@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.campaign import Options, run
-from tests.chaos.jobs import CONTAINER_LOG, FAILS, PROVENANCE, Planned
+from tests.chaos.jobs import CONTAINER_LOG, FAILS, PROVENANCE, UNCLEAN, Planned
 from tests.chaos.oracle import Life, Seen, Verdict, judge
 
 SEED = 20
@@ -111,10 +111,19 @@ def test_a_good_campaign_is_good() -> None:
         "late_requests": 0,
         "orphans": 0,
         "extra_starts": 0,
+        "second_starts": 0,
         "violations": 0,
         "crashes": 0,
         "restart_to_beat_p99_s": None,
     }
+
+
+def test_a_start_in_a_used_directory_is_seen_by_the_jobs_own_mark() -> None:
+    """However few starts the engine remembers."""
+    seen = replace(GOOD, states={1: "error", 2: "error"}, details={**GOOD.details, 1: f"exit code {UNCLEAN}"})
+    verdict = judge(PLANNED, seen)
+    assert verdict.second_starts == 1
+    assert "started in a directory in which it had run before" in verdict.wrong[1]
 
 
 def with_objects(**changes: str) -> Mapping[int, Mapping[str, str]]:

@@ -18,7 +18,8 @@ class EngineProxy:
     until `back()`. Containers notice nothing of it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, engine: str = ENGINE_SOCKET) -> None:
+        self._engine = engine
         self._path = directory / "engine.sock"
         self.url = f"unix://{self._path}"
         self.lost: list[bytes] = []
@@ -78,7 +79,7 @@ class EngineProxy:
             except OSError:
                 return
             engine = socket.socket(socket.AF_UNIX)
-            engine.connect(ENGINE_SOCKET)
+            engine.connect(self._engine)
             with self._lock:
                 self._open |= {client, engine}
             muted = threading.Event()
@@ -108,10 +109,13 @@ class EngineProxy:
 
 
 @contextlib.contextmanager
-def engine_proxy() -> Iterator[EngineProxy]:
-    """A proxy that listens; gone at the end. In a directory of its own: a socket's path has room for 107 bytes."""
+def engine_proxy(url: str = f"unix://{ENGINE_SOCKET}") -> Iterator[EngineProxy]:
+    """A proxy of the engine at `url` that listens; gone at the end.
+
+    In a directory of its own: a socket's path has room for 107 bytes.
+    """
     with tempfile.TemporaryDirectory(prefix="jobfetcher-proxy-") as directory:
-        proxy = EngineProxy(Path(directory))
+        proxy = EngineProxy(Path(directory), url.removeprefix("unix://"))
         proxy.back()
         try:
             yield proxy

@@ -312,6 +312,38 @@ class Failing:
         return fail
 
 
+class Once:
+    """Stands before a fake engine that does not start the first container."""
+
+    def __init__(self, inner: FakeEngine, error: Exception) -> None:
+        self._inner, self._errors = inner, [error]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def start(self, spec: RunSpec, before_start: Callable[[str], None]) -> Any:
+        if self._errors:
+            raise self._errors.pop()
+        return self._inner.start(spec, before_start)
+
+
+class Starting:
+    """Stands before a fake engine: when it is about to start a container, `then` is called, after it is on record."""
+
+    def __init__(self, inner: FakeEngine, then: Callable[[], None]) -> None:
+        self._inner, self._then = inner, then
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def start(self, spec: RunSpec, before_start: Callable[[str], None]) -> Any:
+        def both(container_id: str) -> None:
+            before_start(container_id)
+            self._then()
+
+        return self._inner.start(spec, both)
+
+
 class Removing:
     """Stands before a fake engine whose containers are not removed the first `failures` times."""
 
@@ -391,6 +423,62 @@ def test_a_container_removed_by_somebody_is_the_jobs_fault(bench: Bench) -> None
     until(lambda: bench.engine.containers != [])
     bench.engine.containers[0].remove_outside()
     assert outcome().reason is JobReason.REMOVED_OUTSIDE
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("A3")
+def test_what_may_have_been_started_is_run_again_from_a_clean_state(bench: Bench) -> None:
+    """The worker and the engine were killed during the start: the engine knows of none, and yet the job has run."""
+    starts: list[list[str]] = []
+
+    def acts(files: Path) -> None:
+        starts.append(sorted(path.name for path in files.iterdir()))
+        (files / "out" / "result").write_bytes(b"result")
+
+    bench.script = Script(acts=acts)
+    job = make_job(outputs={"output": "out"})
+    bench.source.put(job)
+    lease = bench.source.resume("t", job.id)
+    bench.journal.claim(job.id, lease.token, job)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    dying = bench.make_runner(bench.rules, engine=Starting(bench.engine, die))
+    with bench.budget.reserve(job.needs) as hold, pytest.raises(Killed):
+        dying.run(lease, job, hold, Halt())
+    [left] = bench.engine.containers
+    (bench.base.job(job.id).files / "half-written").touch()  # it did run
+    assert bench.journal.records()[0].container == left.id
+    with bench.budget.reserve(job.needs) as hold:
+        outcome = bench.make_runner(bench.rules).run(lease, job, hold, Halt())
+    assert outcome is not None
+    assert outcome.ending is Ending.FINISHED
+    assert starts == [["out"]]
+    assert bench.stored["output/out/result"] == b"result"
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("D7", "E6")
+def test_an_image_that_is_removed_before_the_start_is_prepared_again_once(bench: Bench) -> None:
+    gone = WorkerFault(WorkerReason.INTERRUPTED, "its image was removed from this machine before the job could start")
+    bench.script = Script(acts=writes("out/result"))
+    bench.runner = bench.make_runner(bench.rules, engine=Once(bench.engine, gone))
+    assert bench.run().ending is Ending.FINISHED
+    assert len(bench.engine.prepared) == 2
+    assert "image was removed" in str(bench.emit.named("again")[0]["message"])
+    assert bench.nothing_is_left()
+
+
+def test_an_image_that_is_removed_each_time_gives_the_job_back(bench: Bench) -> None:
+    gone = WorkerFault(WorkerReason.INTERRUPTED, "its image was removed from this machine before the job could start")
+    bench.runner = bench.make_runner(bench.rules, engine=Failing(bench.engine, "start", gone))
+    assert bench.run().reason is WorkerReason.INTERRUPTED
+    assert len(bench.engine.prepared) == 2
+    assert bench.last[0] == "released"
     assert bench.nothing_is_left()
 
 
