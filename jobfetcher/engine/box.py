@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobfetcher.core.run import RunSpec
+from jobfetcher.engine.printed import FILE_BYTES, FILES
 from jobfetcher.engine.run_spec import BASE_CAPABILITIES
 from jobfetcher.engine.volumes import MOUNT_POINT
 
@@ -36,8 +37,8 @@ def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
             "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],  # a core dump can be as large as the memory
             "Init": True,  # reaps zombies and passes TERM on (FAULTS.md E9)
             "NetworkMode": network_mode,
-            # At most 30 MB on disk, however much a job prints (FAULTS.md D4).
-            "LogConfig": {"Type": "local", "Config": {"max-size": "10m", "max-file": "3"}},
+            # At most 30 MB on disk, however much a job prints (FAULTS.md D4); `printed` reckons with it.
+            "LogConfig": {"Type": "local", "Config": {"max-size": f"{FILE_BYTES >> 20}m", "max-file": str(FILES)}},
             "ReadonlyRootfs": spec.read_only,
         },
     }

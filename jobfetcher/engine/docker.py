@@ -15,12 +15,13 @@ import json
 import math
 import os
 import re
+import shutil
 import threading
 import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -38,6 +39,7 @@ from jobfetcher.engine.api import DEFAULT_URL, LOOK_UP_S, WORK_S, EngineApi, Lin
 from jobfetcher.engine.box import box, chown_box
 from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
+from jobfetcher.engine.printed import Frames, missing, time_of
 from jobfetcher.engine.run_spec import LABEL_ATTEMPT, LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK
 from jobfetcher.engine.unseen import end_unseen
 from jobfetcher.engine.volumes import leads_inside
@@ -55,6 +57,9 @@ _CROSS_CHECK_S = 30.0
 #: `docker restart` starts a container again 0.3 s after its end. It is looked for so often, after so many seconds each
 #: time: the machine may be busy (FAULTS.md E11).
 _RESTART_LOOKS, _RESTART_PAUSE_S = 10, 0.5
+
+#: What it printed first is looked for after this pause, which grows while it prints nothing, in seconds.
+_LOOK_S, _LOOK_MAX_S = 2.0, 60.0
 
 #: What an engine itself says for an exit code that it does not know.
 _UNKNOWN_CODE = 255
@@ -449,6 +454,10 @@ class DockerContainer:
         self._api = engine.api
         self._id = container_id
         self._absence: _Absence | None = None
+        #: Its log: whether it was seen from its begin on, when it printed first, and when that is looked at next.
+        self._watched = False
+        self._printed_first = ""
+        self._look_at, self._look_pause_s = 0.0, _LOOK_S
         self._stopped = False
         #: When the run that is waited for was started, as far as it was asked for while it ran; its exit code if one
         #: connection saw it end, and whether that one is sure to have seen that run.
@@ -487,6 +496,8 @@ class DockerContainer:
                 if clock() - self._absence.since > self._engine.reconnect_s:
                     raise
                 self._absence.failed(clock())
+            if end is None and self._absence is None:
+                self._look_at_begin()
             if end or clock() >= deadline:
                 return end
 
@@ -495,6 +506,7 @@ class DockerContainer:
 
         Where that fails, `wait` asks as it does for a container that an earlier process started.
         """
+        self._watched = True
         with contextlib.suppress(WorkerFault), self._api.calling("watch a container"):
             self._listen("next-exit", self._api.new_line())
 
@@ -666,21 +678,49 @@ class DockerContainer:
     def save_logs(self, path: Path) -> None:
         """See `Container.save_logs`. Gone: an empty file. Raises WorkerFault(ENGINE or DISK)."""
         try:
-            with path.open("wb") as file:
-                for piece in self._printed("all"):
+            with self._printed("all") as frames, path.open("wb") as file:
+                for piece in frames:
                     file.write(piece)
+            if frames.may_lack_its_begin and (note := self._missing_begin()):
+                _put_before(path, note)
         except OSError as error:
             raise WorkerFault(WorkerReason.DISK, f"the job's log cannot be written: {error}") from error
+
+    def _missing_begin(self) -> str:
+        """The line that says so, if the first thing kept is not known to be the first that it printed."""
+        found = self._api.inspect(self._id)
+        with self._printed("all", timestamps="1") as frames:
+            kept_since = time_of(frames)
+        if found is None or not kept_since or kept_since == self._printed_first:
+            return ""
+        return missing(kept_since, str(found["State"]["StartedAt"]), sure=bool(self._printed_first))
+
+    def _look_at_begin(self) -> None:
+        """While its log is short: when it printed first. Not of one that an earlier process started, for its log may
+        have been long before."""
+        if not self._watched or self._printed_first or self._engine.clock() < self._look_at:
+            return
+        self._look_at = self._engine.clock() + self._look_pause_s
+        self._look_pause_s = min(2 * self._look_pause_s, _LOOK_MAX_S)
+        with contextlib.suppress(WorkerFault), self._printed("all", timestamps="1") as frames:
+            pieces = iter(frames)
+            first = time_of(pieces)
+            for _ in pieces:  # to its end
+                if frames.may_lack_its_begin:
+                    self._watched = False
+                    return
+            self._printed_first = first
 
     def last_lines(self, count: int) -> str:
         """See `Container.last_lines`. Gone: nothing."""
         kept: deque[bytes] = deque()
         size = 0
-        for piece in self._printed(str(count)):
-            kept.append(piece)
-            size += len(piece)
-            while size - len(kept[0]) >= _LAST_BYTES:
-                size -= len(kept.popleft())
+        with self._printed(str(count)) as frames:
+            for piece in frames:
+                kept.append(piece)
+                size += len(piece)
+                while size - len(kept[0]) >= _LAST_BYTES:
+                    size -= len(kept.popleft())
         text = b"".join(kept)[-_LAST_BYTES:].decode(errors="replace")
         return "\n".join(text.splitlines()[-count:])
 
@@ -706,33 +746,29 @@ class DockerContainer:
             raise _removed()
         return found
 
-    def _printed(self, tail: str) -> Iterator[bytes]:
-        """What it printed, stdout and stderr in order, piece by piece."""
+    @contextlib.contextmanager
+    def _printed(self, tail: str, **more: str) -> Iterator[Frames]:
+        """What it printed, stdout and stderr in order, piece by piece; gone: nothing."""
+        with contextlib.closing(self._log(tail, more)) as chunks:
+            yield Frames(chunks)
+
+    def _log(self, tail: str, more: Mapping[str, str]) -> Generator[bytes, None, None]:
+        path, work_s = f"/containers/{self._id}/logs", self._api.work_s
         with self._api.calling("read a container's log"):
             try:
-                path, work_s = f"/containers/{self._id}/logs", self._api.work_s
-                with self._api.reading(path, timeout_s=work_s, stdout="1", stderr="1", tail=tail) as answer:
-                    yield from _payloads(iter(partial(answer.read1, 64 * 1024), b""))
+                with self._api.reading(path, timeout_s=work_s, stdout="1", stderr="1", tail=tail, **more) as answer:
+                    yield from iter(partial(answer.read1, 64 * 1024), b"")
             except NotFound:
                 return
 
 
-def _payloads(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The contents of the frames of a log: a header of 8 bytes (the last 4 the length, big-endian), then so many."""
-    header, left = b"", 0
-    for chunk in chunks:
-        at = 0
-        while at < len(chunk):
-            if left == 0:
-                piece = chunk[at : at + 8 - len(header)]
-                header += piece
-                if len(header) == 8:
-                    header, left = b"", int.from_bytes(header[4:], "big")
-            else:
-                piece = chunk[at : at + left]
-                left -= len(piece)
-                yield piece
-            at += len(piece)
+def _put_before(path: Path, line: str) -> None:
+    """Make `line` the first of a file."""
+    whole = path.with_name(f"{path.name}.whole")
+    with path.open("rb") as old, whole.open("wb") as new:
+        new.write(line.encode())
+        shutil.copyfileobj(old, new, 1024 * 1024)
+    whole.rename(path)
 
 
 def _start_fault(said: str) -> JobFault | WorkerFault:

@@ -4,10 +4,14 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,6 +25,7 @@ from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.machine import Gpu
+from jobfetcher.core.ports import Container
 from jobfetcher.core.run import Exit, Image
 from jobfetcher.engine.api import EngineApi, Unreachable
 from jobfetcher.engine.box import box
@@ -28,6 +33,7 @@ from jobfetcher.engine.docker import DockerEngine
 from jobfetcher.engine.run_spec import BoxPolicy
 from tests.support.boxes import LOCAL, LONG_S, DockerBench, docker_bench, no_progress
 from tests.support.engine_proxy import EngineProxy, engine_proxy
+from tests.support.services import wait_until
 
 pytestmark = pytest.mark.docker
 
@@ -478,6 +484,105 @@ def test_a_flood_of_output_is_bounded_on_disk_and_in_memory(bench: DockerBench, 
     assert container.last_lines(1) == "last"
     assert len(container.last_lines(10_000_000)) <= 64 * 1024
     container.remove()
+
+
+WAITS_THEN = "echo first; until [ -e /files/go ]; do sleep 0.05; done; {command}"
+
+
+def printed_after_a_look(bench: DockerBench, command: str, tmp_path: Path) -> list[str]:
+    """The first and the last line of the log of a job that prints `first`, and goes on with `command` after a look."""
+    container = bench.engine.start(bench.spec(WAITS_THEN.format(command=command)))
+    wait_until(lambda: container.last_lines(1) == "first", "it has printed", LONG_S)
+    assert container.wait(0.1) is None  # in which it looks
+    (bench.files / "go").touch()
+    return saved(container, tmp_path)
+
+
+def saved(container: Container, tmp_path: Path) -> list[str]:
+    assert container.wait(LONG_S) is not None
+    container.save_logs(tmp_path / "log")
+    container.remove()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("log")] == ["log"]
+    with (tmp_path / "log").open(errors="replace") as log:
+        lines = deque(log, maxlen=1)
+        log.seek(0)
+        return [log.readline(), *lines]
+
+
+@pytest.mark.fault("D4")
+def test_a_log_whose_begin_was_not_kept_says_so_at_its_top(bench: DockerBench, tmp_path: Path) -> None:
+    first, last = printed_after_a_look(bench, "yes 0123456789 | head -c 33000000; echo; echo last", tmp_path)
+    assert re.fullmatch(
+        r"\[jobfetcher\] the first part of this log is missing: the engine keeps the last 30 MiB of what a job prints; "
+        r"what was printed before \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, in the first .+ of the run, is not here\n",
+        first,
+    ), first
+    assert last == "last\n"
+
+
+@pytest.mark.fault("D4")
+@pytest.mark.parametrize("size", [2_000_000, 7_000_000])
+def test_a_log_that_is_whole_says_nothing(bench: DockerBench, tmp_path: Path, size: int) -> None:
+    """Lines of eleven bytes take 38 in the engine's files: 7 MB are more than two of the three."""
+    first, last = printed_after_a_look(bench, f"yes 0123456789 | head -c {size}; echo; echo last", tmp_path)
+    assert (first, last) == ("first\n", "last\n")
+    assert (tmp_path / "log").stat().st_size == len("first\n\nlast\n") + size
+
+
+@pytest.mark.fault("D4")
+def test_of_a_log_that_was_long_before_anybody_looked_it_is_said_that_it_may_lack_its_begin(
+    bench: DockerBench, tmp_path: Path
+) -> None:
+    started = bench.engine.start(bench.spec("echo first; yes 0123456789 | head -c 33000000; echo; echo last"))
+    assert started.wait(LONG_S) is not None
+    found = bench.engine.find(JobId("1"))  # by a worker that comes later
+    assert found is not None
+    first, last = saved(found, tmp_path)
+    assert "the first part of this log may be missing" in first
+    assert last == "last\n"
+
+
+@pytest.mark.fault("D4", "N8")
+def test_a_log_of_a_gigabyte_costs_no_memory(tmp_path: Path) -> None:
+    """An engine that keeps so much, which Docker's does not as it is asked to: it is said to be whole."""
+    script = """
+import http.server, os, resource, socket, socketserver, sys, threading
+from pathlib import Path
+from jobfetcher.engine.docker import DockerContainer, DockerEngine
+
+LINE = bytes([1, 0, 0, 0]) + (16384).to_bytes(4, "big") + b"x" * 16383 + b"\\n"
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        version = b'{"ApiVersion": "1.41", "Arch": "amd64", "Os": "linux"}'
+        times = 1024 if "tail=all" in self.path else 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(times * 64 * len(LINE) if "/logs" in self.path else len(version)))
+        self.end_headers()
+        if "/logs" in self.path:
+            for _ in range(times):
+                self.wfile.write(LINE * 64)
+        else:
+            self.wfile.write(version)
+    def log_message(self, *_): pass
+    def address_string(self): return ""
+
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+
+server = Server(sys.argv[1], Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+container = DockerContainer(DockerEngine("i", url="unix://" + sys.argv[1]), "c" * 64)
+container.last_lines(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+container.save_logs(Path("/dev/null"))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(after - before)
+"""
+    run = [sys.executable, "-c", script, str(tmp_path / "engine.sock")]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 32 * 1024, f"{int(done.stdout) >> 10} MiB more than before"
 
 
 def test_a_line_without_an_end_does_not_fill_the_memory(bench: DockerBench) -> None:
