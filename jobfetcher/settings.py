@@ -151,8 +151,11 @@ class Settings(BaseModel):
     stop_after_silence: SecondsOrNever = _field(
         86400.0, "Stop a running job when the server has not answered for so long, such as 24h. 0: never."
     )
-    pull_policy: Literal["always", "if-not-present", "never"] = _field(
-        "if-not-present", "When to pull a job's image: always, if-not-present or never."
+    pull_policy: Literal["newer", "always", "if-not-present", "never"] = _field(
+        "newer",
+        "When to ask the registry for a job's image: newer (each time; downloads what changed, and runs the local "
+        "image where the registry is out of reach or never had it), always (each time; runs only what the registry "
+        "has), if-not-present or never.",
     )
     allowed_images: Words = _field(
         (), "Images that may run, as patterns such as docker.io/library/*. Empty: every image the server names."

@@ -40,6 +40,10 @@ _SAID_MAX = 4096
 #: Longest pause between two tries at a registry, in seconds (FAULTS.md J8).
 _PAUSE_MAX_S = 60.0
 
+#: Where an image is here, with `newer`: a registry that says nothing for so long is out of reach, and so long it is not
+#: asked again, in seconds. An engine gives up a registry that does not even take the connection after 15 s.
+_PATIENCE_S, _REST_S = 60.0, 300.0
+
 #: What an engine of one architecture also runs.
 _ALSO_RUNS = {"amd64": {"386"}, "arm64": {"arm"}}
 
@@ -66,8 +70,14 @@ _SAYINGS: tuple[tuple[re.Pattern[str], JobReason | WorkerReason, str], ...] = tu
 
 
 class PullPolicy(StrEnum):
-    """When the registry is asked. An image named by digest is never asked for twice: it cannot change."""
+    """When the registry is asked. An image named by digest is never asked for twice: it cannot change.
 
+    ALWAYS and NEWER ask for each job, which is one request (HEAD, in new engines) and no download where nothing has
+    changed. ALWAYS runs only what the registry has, and waits for one that is out of reach. NEWER lets nobody wait for
+    a registry while an image of that name is here, and runs one that was made here and was never in a registry.
+    """
+
+    NEWER = "newer"
     ALWAYS = "always"
     IF_NOT_PRESENT = "if-not-present"
     NEVER = "never"
@@ -83,7 +93,7 @@ class ImagePolicy:
     """
 
     allowed: tuple[str, ...] = ()
-    pull: PullPolicy = PullPolicy.IF_NOT_PRESENT
+    pull: PullPolicy = PullPolicy.NEWER
     inactivity_s: float = 300.0
     registry_budget_s: float = 1800.0
     docker_config: str | None = None
@@ -92,7 +102,8 @@ class ImagePolicy:
 class Images:
     """The images of one engine. Thread-safe; the same image is prepared by one thread at a time.
 
-    `emit` hears `image_retry` (once per pull) and `image_cached` (a cached image is used, the registry being away).
+    `emit` hears `image_retry` (once per pull), `image_cached` (a cached image is used, the registry being away or
+    refusing it), and `registry_back`.
     """
 
     def __init__(
@@ -103,13 +114,17 @@ class Images:
         self._emit = emit
         self._clock = clock
         self._lock = threading.Lock()
+        #: Registries that were out of reach, or refused us, while an image was here, and when they are asked again.
+        self._away: dict[str, float] = {}
         self._busy: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
 
     def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
         """The image on this machine, checked. See `Engine.prepare` for the errors.
 
-        With `always`, a cached image is used only when the registry is out of reach, not when it says that it does not
-        have the image: then the tag was taken away, and running it would be wrong.
+        A cached image is used where the registry is out of reach (`always`: after the whole budget), and with `newer`
+        also where the registry does not give it: because it was made here and never was in that registry, or because
+        this worker's credentials are not taken any more. An image that came from a registry which now says that it does
+        not have it is not run by either: its tag was taken away.
         """
         halt.check()
         wanted = self._parse(reference)
@@ -149,7 +164,7 @@ class Images:
     def _asks(self, wanted: Reference, here: bool) -> bool:
         """Whether the registry is asked."""
         match self._policy.pull:
-            case PullPolicy.ALWAYS:
+            case PullPolicy.ALWAYS | PullPolicy.NEWER:
                 return not here or wanted.digest is None
             case PullPolicy.IF_NOT_PRESENT:
                 return not here
@@ -221,19 +236,42 @@ class Images:
         self, wanted: Reference, cached: Mapping[str, Any] | None, halt: Halt, progress: PullProgress
     ) -> Mapping[str, Any]:
         """Pull, again while the registry is out of reach and the budget lasts; then what is cached, if anything."""
+        lenient = cached if self._policy.pull is PullPolicy.NEWER else None
+        if lenient is not None and self._clock() < self._away.get(wanted.domain, 0.0):
+            return lenient
         try:
-            self._pull(wanted, halt, progress)
+            if lenient is None:
+                self._pull(wanted, halt, progress)
+            else:
+                self._pull_once(wanted, halt, progress, min(_PATIENCE_S, self._policy.inactivity_s))
             failpoint("after:pull")
         except JobFault as fault:
-            if cached is None:
+            if lenient is not None and _was_made_here(wanted, lenient):
+                self._emit("image_cached", level="debug", message=f"using the image {wanted}, which was made here")
+            elif lenient is not None and fault.reason is JobReason.IMAGE_DENIED:
+                self._use_cached(wanted, fault, rests=True)
+            elif cached is not None:
+                why = f"{fault} (PULL_POLICY=if-not-present would use the local image)"
+                raise JobFault(fault.reason, why) from fault
+            else:
                 raise
-            raise JobFault(fault.reason, f"{fault} (PULL_POLICY=if-not-present would use the local image)") from fault
+            return lenient
         except WorkerFault as fault:
             if fault.reason is not WorkerReason.REGISTRY or cached is None:
                 raise
-            self._emit("image_cached", level="warning", message=f"using the local image of {wanted}: {fault}")
+            self._use_cached(wanted, fault, rests=lenient is not None)
             return cached
+        if self._away.pop(wanted.domain, None) is not None:
+            self._emit("registry_back", message=f"the registry {wanted.domain} answers again")
         return self._found(wanted)
+
+    def _use_cached(self, wanted: Reference, fault: JobFault | WorkerFault, *, rests: bool) -> None:
+        """Say so, once while a registry is away or refuses us (FAULTS.md J10)."""
+        known = rests and wanted.domain in self._away
+        if rests:
+            self._away[wanted.domain] = self._clock() + _REST_S
+        message = f"using the local image of {wanted}: {fault}"
+        self._emit("image_cached", level="debug" if known else "warning", message=message)
 
     def _pull(self, wanted: Reference, halt: Halt, progress: PullProgress) -> None:
         give_up = self._clock() + self._policy.registry_budget_s
@@ -241,7 +279,7 @@ class Images:
         while True:
             halt.check()
             try:
-                return self._pull_once(wanted, halt, progress)
+                return self._pull_once(wanted, halt, progress, self._policy.inactivity_s)
             except WorkerFault as fault:
                 if fault.reason is not WorkerReason.REGISTRY or self._clock() + pause > give_up:
                     raise
@@ -250,13 +288,13 @@ class Images:
             halt.wait(pause)
             pause = min(pause * 2, _PAUSE_MAX_S)
 
-    def _pull_once(self, wanted: Reference, halt: Halt, progress: PullProgress) -> None:
+    def _pull_once(self, wanted: Reference, halt: Halt, progress: PullProgress, inactivity_s: float) -> None:
         # The API takes a digest where it takes a tag.
         query = urlencode({"fromImage": wanted.repository, "tag": wanted.digest or wanted.tag})
         headers = {"X-Registry-Auth": self._credentials(wanted)}
         with (
             self._api.calling("pull an image"),
-            contextlib.closing(self._api.line(self._policy.inactivity_s)) as line,
+            contextlib.closing(self._api.line(inactivity_s)) as line,
             halt.waking(partial(_hang_up, line.sock)),
         ):
             try:
@@ -268,7 +306,7 @@ class Images:
             except TimeoutError:
                 raise WorkerFault(
                     WorkerReason.REGISTRY,
-                    f"pulling image {wanted} was cut: nothing moved for {self._policy.inactivity_s:g} s",
+                    f"pulling image {wanted} was cut: nothing moved for {inactivity_s:g} s",
                 ) from None
             except (OSError, ValueError, http.client.HTTPException):
                 halt.check()  # then it was we who hung up
@@ -348,6 +386,11 @@ def _means(wanted: Reference, name: str) -> bool:
     except ValueError:
         return False
     return known == wanted or (wanted.digest is None and known.tag is None and known.repository == wanted.repository)
+
+
+def _was_made_here(wanted: Reference, found: Mapping[str, Any]) -> bool:
+    """Whether it was built or loaded on this machine: the engine notes a digest of what it pulled or pushed."""
+    return not any(_means(wanted, str(digest)) for digest in found.get("RepoDigests") or ())
 
 
 def _digest(wanted: Reference, found: Mapping[str, Any]) -> str | None:

@@ -124,8 +124,10 @@ def prepare() -> Iterator[Callable[[ImagePolicy], Prepare]]:
 
 
 @contextlib.contextmanager
-def busy_registry(registry: services.Registry) -> Iterator[tuple[str, threading.Event]]:
-    """A registry that passes everything on to that one, and says "too many requests" until the event is set."""
+def busy_registry(registry: services.Registry) -> Iterator[tuple[str, threading.Event, list[str]]]:
+    """A registry that passes everything on to that one, and says "too many requests" until the event is set; the list
+    has what was asked of it."""
+    asked_for: list[str] = []
     rested = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -143,6 +145,7 @@ def busy_registry(registry: services.Registry) -> Iterator[tuple[str, threading.
         do_HEAD = do_GET
 
         def _answer(self) -> tuple[int, dict[str, str], bytes]:
+            asked_for.append(f"{self.command} {self.path}")
             if not rested.is_set() and "/manifests/" in self.path:
                 said = {"errors": [{"code": "TOOMANYREQUESTS", "message": "You have reached your pull rate limit."}]}
                 return 429, {"Content-Type": "application/json"}, json.dumps(said).encode()
@@ -162,7 +165,7 @@ def busy_registry(registry: services.Registry) -> Iterator[tuple[str, threading.
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"{services.LOOPBACK}:{server.server_address[1]}", rested
+        yield f"{services.LOOPBACK}:{server.server_address[1]}", rested, asked_for
     finally:
         server.shutdown()
         thread.join()
@@ -327,6 +330,147 @@ def test_an_older_image_whose_tag_moved_on_is_removed_and_the_newer_one_stays(
     assert always(name).id == newer.id
 
 
+# -- the default: asked for each job, and nobody waits ----------------------------------------------------------------
+
+NEWER = ImagePolicy()
+
+
+def test_newer_is_the_default() -> None:
+    assert NEWER.pull is PullPolicy.NEWER
+
+
+def test_newer_asks_once_and_downloads_only_what_has_changed(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    pushed = shelf.pushed(registry)
+    with busy_registry(registry) as (address, rested, asked):
+        rested.set()
+        name = pushed.replace(registry.address, address)
+        shelf.names.add(name)
+        newer = prepare(NEWER)
+        first = newer(name)
+        assert any("/blobs/" in request for request in asked)
+        asked.clear()
+        assert newer(name) == replace(first, pulled=False)
+        [request] = [request for request in asked if not request.endswith("/v2/")]
+        manifest = f"/v2/{name.removeprefix(f'{address}/').removesuffix(':1')}/manifests/1"
+        assert request in {f"HEAD {manifest}", f"GET {manifest}"}
+        shelf.local(pushed)
+        shelf.push(registry, pushed)
+        moved = newer(name)
+        assert moved.id != first.id
+        assert newer.events == []
+
+
+@pytest.mark.fault("E7")
+def test_newer_runs_the_local_image_at_once_while_the_registry_is_away(
+    registry: services.Registry, shelf: Shelf, clock: list[float]
+) -> None:
+    kept, missing = shelf.pushed(registry, keep=True), shelf.pushed(registry)
+    said: list[tuple[str, str]] = []
+
+    def hear(name: str, level: str = "info", **_: object) -> None:
+        said.append((name, level))
+
+    with contextlib.closing(EngineApi()) as api:
+        policy = replace(NEWER, registry_budget_s=0)
+        images = Images(api, policy, hear, clock=lambda: clock[0])
+        registry.stop()
+        try:
+            assert images.prepare(kept, Halt(), no_progress).reference == kept
+            assert images.prepare(kept, Halt(), no_progress).reference == kept
+            clock[0] += 301.0  # it is asked again, and is still away
+            assert images.prepare(kept, Halt(), no_progress).reference == kept
+            with pytest.raises(WorkerFault, match="connection refused"):
+                images.prepare(missing, Halt(), no_progress)
+        finally:
+            registry.start()
+        assert said == [("image_cached", "warning"), ("image_cached", "debug")]
+        clock[0] += 301.0
+        assert images.prepare(kept, Halt(), no_progress).reference == kept
+        assert said[2:] == [("registry_back", "info")]
+
+
+@pytest.fixture
+def clock() -> list[float]:
+    """A clock that a test sets."""
+    return [1000.0]
+
+
+@pytest.mark.fault("E7")
+def test_newer_waits_a_minute_at_most_for_a_registry_that_says_nothing(
+    registry: services.Registry,
+    shelf: Shelf,
+    prepare: Callable[[ImagePolicy], Prepare],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobfetcher.engine.images._PATIENCE_S", 2.0)
+    name = shelf.pushed(registry, keep=True)
+    newer = prepare(NEWER)  # five minutes and half an hour for one that is not here
+    with black_hole(registry) as came:
+        started = time.monotonic()
+        assert newer(name).reference == name
+        assert time.monotonic() - started < 30
+        assert came.wait(20)
+    assert newer.events == ["image_cached"]
+
+
+@pytest.mark.fault("E7")
+def test_newer_runs_the_local_image_where_the_registry_asks_for_patience(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    pushed = shelf.pushed(registry)
+    with busy_registry(registry) as (address, rested, _):
+        rested.set()
+        name = pushed.replace(registry.address, address)
+        shelf.names.add(name)
+        newer = prepare(NEWER)
+        first = newer(name)
+        rested.clear()
+        assert newer(name).id == first.id
+    assert newer.events == ["image_cached"]
+
+
+@pytest.mark.fault("E6")
+def test_newer_runs_what_was_made_here_though_no_registry_has_it(
+    registry: services.Registry, protected: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    newer = prepare(NEWER)
+    for address in (registry.address, protected.address):  # which say "not found", and "denied"
+        name = shelf.local(f"{address}/tests/made-here:1")
+        assert newer(name).reference == name
+    elsewhere = shelf.pushed(registry, keep=True)  # under another name it came from a registry
+    shelf.engine.tag(elsewhere, f"{registry.address}/tests/renamed", "1")
+    shelf.names.add(f"{registry.address}/tests/renamed:1")
+    assert newer(f"{registry.address}/tests/renamed:1").reference == f"{registry.address}/tests/renamed:1"
+
+
+@pytest.mark.fault("E6")
+def test_newer_does_not_run_what_was_taken_away_from_its_registry(
+    registry: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    name = shelf.pushed(registry, keep=True)
+    newer = prepare(NEWER)
+    digest = newer(name).digest
+    assert digest is not None
+    url = f"http://{registry.address}/v2/{name.removeprefix(f'{registry.address}/').removesuffix(':1')}/manifests"
+    request = urllib.request.Request(f"{url}/{digest.partition('@')[2]}", method="DELETE")  # noqa: S310
+    urllib.request.urlopen(request).close()  # noqa: S310
+    with pytest.raises(JobFault, match="would use the local image") as taken:
+        newer(name)
+    assert taken.value.reason is JobReason.IMAGE_MISSING
+
+
+@pytest.mark.fault("E6")
+def test_newer_runs_what_it_was_given_once_though_its_login_has_run_out(
+    protected: services.Registry, shelf: Shelf, prepare: Callable[[ImagePolicy], Prepare]
+) -> None:
+    name = shelf.pushed(protected, keep=True)
+    newer = prepare(NEWER)
+    assert newer(name).reference == name
+    assert newer.events == ["image_cached"]
+
+
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
@@ -481,7 +625,7 @@ def test_a_registry_that_has_had_too_many_requests_is_asked_again_later(
     registry: services.Registry, shelf: Shelf
 ) -> None:
     pushed = shelf.pushed(registry)
-    with busy_registry(registry) as (address, rested), contextlib.closing(EngineApi()) as api:
+    with busy_registry(registry) as (address, rested, _), contextlib.closing(EngineApi()) as api:
         name = pushed.replace(registry.address, address)
         shelf.names.add(name)
         said: list[str] = []

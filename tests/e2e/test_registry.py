@@ -42,9 +42,9 @@ def pushed(engine: docker.APIClient, source: str, registry: Registry, name: str,
             engine.remove_image(reference)
 
 
-def run_one(lab: Lab, directory: Path, **env: str) -> Command:
-    """A worker that runs one job, pulling what it does not have."""
-    with command(["run", "--once"], {**lab.env(pull_policy="if-not-present"), **env}, directory) as worker:
+def run_one(lab: Lab, directory: Path, *, policy: str = "if-not-present", **env: str) -> Command:
+    """A worker that runs one job, pulling what it does not have; `policy` "": as a worker does of itself."""
+    with command(["run", "--once"], {**lab.env(pull_policy=policy), **env}, directory) as worker:
         assert worker.wait() == 0, worker.errors
     return worker
 
@@ -78,6 +78,30 @@ def test_an_image_is_pulled_and_its_digest_recorded(lab: Lab, tmp_path: Path, re
     )
     digest = json.loads(results["log/jobfetcher/provenance.json"])["image"]["digest"]
     assert digest == f"{registry.address}/e2e/tool@{tag.headers['Docker-Content-Digest']}"
+
+
+def test_a_tag_that_moved_is_brought_anew_without_any_setting(
+    lab: Lab, tmp_path: Path, registry: Registry, engine: docker.APIClient
+) -> None:
+    with pushed(lab.engine, lab.image, registry, "e2e/moving") as reference:
+        repository, _, tag = reference.rpartition(":")
+        first = lab.submit("true", image=reference)
+        run_one(lab, tmp_path, policy="")
+        container = engine.create_container(reference)["Id"]
+        engine.commit(container, repository, tag, changes=["ENV MOVED=yes"])
+        engine.remove_container(container, v=True)
+        assert "error" not in engine.push(repository, tag)
+        engine.tag(lab.image, repository, tag)  # on this machine it is still what it was
+        second = lab.submit("echo $MOVED > /files/out/said", image=reference, files_up=OUT)
+        run_one(lab, tmp_path, policy="")
+        assert [lab.ended(job)[0] for job in (first, second)] == ["finished", "finished"]
+        assert lab.server.results(second)["output/out/said"] == b"yes\n"
+
+
+def test_an_image_that_only_this_machine_has_runs_without_any_setting(lab: Lab, tmp_path: Path) -> None:
+    job = lab.submit("true")
+    run_one(lab, tmp_path, policy="")
+    assert lab.ended(job)[0] == "finished"
 
 
 def test_a_private_image_is_pulled_with_the_credentials_of_docker_login(
