@@ -208,6 +208,9 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         if base.filesystem.startswith("nfs"):  # FAULTS.md F7
             why = "a lock and a journal there are no safer than its server; PATH_BASE should be on a local disk"
             emit("network_disk", level="warning", message=f"{base.path} is on a network ({base.filesystem}): {why}")
+        if base.is_noexec:
+            why = "a job cannot run a program that it puts into /files; mount that disk with exec, or choose another"
+            emit("noexec", level="warning", message=f"{base.path} is on a disk that is mounted noexec: {why}")
         finder = make_engine(settings, "", emit)
         opened.callback(finder.close)
         finder.check()

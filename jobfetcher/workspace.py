@@ -18,6 +18,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import pwd
 import socket
 import stat
 import threading
@@ -63,15 +64,18 @@ class Base:
     """
 
     def __init__(self, path: Path, *, reserve_mib: int | None = None) -> None:
-        self.path = path
         self._reserve_mib = reserve_mib
-        self._watched = [path]
         #: Bytes that open jobs still expect, so that two that download at once do not count on the same free space.
         self._awaited: dict[JobId, int] = {}
         self._awaited_lock = threading.Lock()
         self._spare: Callable[[int], None] | None = None
         try:
+            _check_links(path)
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Followed once, here: below it no link ever is.
+            self.path = path = path.resolve()
+            self._watched = [path]
+            _check_first_user(path)
             _make_private(path)
             _check_owners(path)
             (path / "jobs").mkdir(mode=0o700, exist_ok=True)
@@ -120,10 +124,24 @@ class Base:
         with open("/proc/self/mountinfo", errors="replace") as mounts:
             return next((line.rpartition(" - ")[2].split()[0] for line in mounts if line.split()[2] == ours), "")
 
+    @property
+    def is_noexec(self) -> bool:
+        """Whether no program that lies there can be run, which is then so in /files as well."""
+        return bool(os.statvfs(self.path).f_flag & os.ST_NOEXEC)
+
     def also_watch(self, path: Path | None) -> None:
-        """Keep the reserve free on the disk of `path` as well: the engine's own directory, if it is on this machine."""
-        if path is not None and path.is_dir():
-            self._watched.append(path)
+        """Keep the reserve free on the disk of `path` as well: the engine's own directory, if it is on this machine.
+
+        Of one that this user may not look into, the disk of the nearest folder above it that can be looked at is taken:
+        an engine's directory is seldom a mount point of its own.
+        """
+        while path is not None:
+            try:
+                if path.is_dir():
+                    self._watched.append(path)
+                return
+            except PermissionError:
+                path = path.parent
 
     def also_spare(self, make_room: Callable[[int], None]) -> None:
         """Before the disk counts as full, `make_room(size)` may delete what only saves time, until `room_for(size)` is
@@ -413,11 +431,43 @@ def _label(shelf: int, name: str, why: str) -> str:
         return moved
 
 
+def _check_links(path: Path) -> None:
+    """A link on the way may be the owner's own (/home on another disk, say), and no other user's: they could lead the
+    worker elsewhere at its next start (FAULTS.md T21)."""
+    here = path.absolute()
+    for folder in (*reversed(here.parents), here):
+        if folder.is_symlink() and folder.lstat().st_uid not in {0, os.geteuid()}:
+            raise ConfigError(f"PATH_BASE: {folder} is a link of another user; choose another place")
+        if folder.is_symlink() and not folder.exists():
+            raise ConfigError(f"PATH_BASE: {folder} is a link to {folder.readlink()}, which is not there")
+
+
+def _check_first_user(path: Path) -> None:
+    """Without root's rights, what a worker of another user made there can neither be used nor be deleted."""
+    if os.geteuid() == 0:
+        return
+    for place in (path, *(path / name for name in sorted(_OURS))):
+        try:
+            owner = place.lstat().st_uid
+        except OSError:
+            continue  # not there, or not for us to see: its directory says why
+        if owner != os.geteuid():
+            raise ConfigError(
+                f"PATH_BASE: {place} belongs to another user ({_user(owner)}), perhaps since a worker was run there as "
+                f"that user; run `sudo chown -R {_user(os.geteuid())} {path}`, or choose a directory of your own"
+            )
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
 def _make_private(path: Path) -> None:
     """Mode 0700 where the directory is ours alone; one that holds other things keeps its mode (jobs/ is 0700)."""
     seen = path.stat()
-    if os.geteuid() not in {0, seen.st_uid}:
-        raise ConfigError(f"PATH_BASE: {path} belongs to another user; choose a directory of your own")
     names = {entry.name for entry in path.iterdir()}
     if stat.S_IMODE(seen.st_mode) != 0o700 and names <= _OURS:
         path.chmod(0o700)

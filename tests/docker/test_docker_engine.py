@@ -33,6 +33,7 @@ from jobfetcher.engine.docker import DockerEngine
 from jobfetcher.engine.run_spec import BoxPolicy
 from tests.support.boxes import LOCAL, LONG_S, DockerBench, docker_bench, no_progress
 from tests.support.engine_proxy import EngineProxy, engine_proxy
+from tests.support.private_engine import private_engine
 from tests.support.services import wait_until
 
 pytestmark = pytest.mark.docker
@@ -619,14 +620,78 @@ def test_own_makes_everything_ours_but_not_what_links_point_to(
 
 
 @pytest.mark.fault("E13")
-def test_own_says_what_is_left_when_the_image_has_no_shell(
+def test_own_takes_another_image_of_this_machine_where_the_jobs_own_has_no_shell(
     make_image: Callable[..., Image], bench: DockerBench, engine: docker.APIClient
 ) -> None:
-    with pytest.raises(WorkerFault, match="left behind: the image has no /bin/sh") as fault:
+    assert bench.run(bench.spec("touch /files/theirs && chown 1234:1234 /files/theirs"))[0].code == 0
+    distroless = make_image(readme=b"x")
+    for _ in range(2):  # the second time with the one that had a shell
+        os.chown(bench.files / "theirs", 1234, 1234)
+        bench.engine.own(distroless.id, str(bench.files))
+        assert (bench.files / "theirs").stat().st_uid == os.getuid()
+    assert left(engine, bench) == []
+
+
+@pytest.mark.fault("E13")
+def test_own_says_what_is_left_when_no_image_has_a_shell(
+    make_image: Callable[..., Image],
+    bench: DockerBench,
+    engine: docker.APIClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobfetcher.engine.docker._OTHER_IMAGES", 0)
+    with pytest.raises(WorkerFault, match=r"left behind: .*the image has no /bin/sh") as fault:
         bench.engine.own(make_image(readme=b"x").id, str(bench.files))
     assert fault.value.reason is WorkerReason.DISK
     assert str(bench.files) in str(fault.value)
     assert left(engine, bench) == []
+
+
+@pytest.mark.fault("E13")
+@pytest.mark.parametrize("volume", ["/files", "/files/a", "/"])
+def test_own_gives_back_also_what_the_image_declares_as_a_volume(
+    make_image: Callable[..., Image], bench: DockerBench, engine: docker.APIClient, volume: str
+) -> None:
+    busybox = Path("/bin/busybox").read_bytes()
+    shell = f'VOLUME ["{volume}"]'
+    image = make_image(shell, bin__sh=busybox, bin__chown=busybox, bin__chmod=busybox)
+    (bench.files / "a").mkdir()
+    (bench.files / "a/b").touch()
+    os.chown(bench.files / "a/b", 1234, 1234)
+    bench.engine.own(image.id, str(bench.files))
+    assert (bench.files / "a/b").stat().st_uid == os.getuid()
+    assert left(engine, bench) == []
+
+
+@pytest.mark.fault("E13")
+def test_an_engine_without_root_rights_shows_our_files_as_roots(
+    bench: DockerBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No such engine here: that this one says it is one, and another user than root's, is put in."""
+    monkeypatch.setattr(DockerEngine, "_user_namespaces", lambda _: (True, False))
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    (bench.files / "theirs").touch()
+    os.chown(bench.files / "theirs", 1234, 1234)
+    bench.engine.own(bench.image.id, str(bench.files))
+    assert (bench.files / "theirs").stat().st_uid == 0  # which is our own user, seen from outside of such an engine
+
+
+@pytest.mark.fault("E13")
+def test_own_works_on_an_engine_that_gives_its_containers_other_users(
+    engine: docker.APIClient, busybox: str, tmp_path: Path
+) -> None:
+    subordinates = Path("/etc/subuid")
+    named = [line.split(":")[0] for line in subordinates.read_text().splitlines()] if subordinates.exists() else []
+    if not named:
+        pytest.skip("no user of this machine has subordinate ids (subuid(5))")
+    with private_engine(users=named[0]) as remapped:
+        remapped.copy_image(engine, busybox)
+        with docker_bench(busybox, tmp_path / "files", url=remapped.url) as bench:
+            end, printed = bench.run(bench.spec("mkdir /files/out && touch /files/out/r && chmod 000 /files/out"))
+            assert (end.code, printed) == (0, "")
+            assert (bench.files / "out").stat().st_uid > 0, "its root is another user out here"
+            bench.engine.own(bench.image.id, str(bench.files))
+            assert (bench.files / "out/r").stat().st_uid == os.getuid()
 
 
 @pytest.mark.fault("E10")

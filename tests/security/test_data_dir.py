@@ -18,7 +18,7 @@ from jobfetcher.core.job import JobId
 from jobfetcher.journal import Journal
 from jobfetcher.workspace import Base
 from tests.support.jobs import make_job
-from tests.support.mounts import needs_root
+from tests.support.mounts import needs_root, tmpfs
 
 NOBODY = 65534
 
@@ -241,23 +241,74 @@ def test_a_link_in_the_place_of_jobs_is_refused_and_not_followed(tmp_path: Path)
 
 
 @pytest.mark.fault("T21")
+def test_a_link_of_ones_own_is_followed_once(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir(mode=0o700)
+    (tmp_path / "home").symlink_to(disk)
+    (tmp_path / "base").symlink_to(disk / "base")
+    (disk / "base").mkdir(mode=0o700)
+    for path in (tmp_path / "base", tmp_path / "home" / "base"):
+        with Base(path) as base:
+            assert base.path == disk / "base"
+            base.job(JobId("7")).create()
+            base.job(JobId("7")).remove()
+            assert base.free_bytes() > 0
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=f"lost is a link to {tmp_path}/nowhere, which is not there"):
+        Base(tmp_path / "lost")
+
+
+@pytest.mark.fault("T21")
+@needs_root
+def test_a_link_of_another_user_is_refused(shared: Path) -> None:
+    (shared / "mine").mkdir(mode=0o700)
+    (shared / "theirs").symlink_to(shared / "mine")
+    os.chown(shared / "theirs", 1000, 1000, follow_symlinks=False)
+    with pytest.raises(ConfigError, match="theirs is a link of another user"):
+        Base(shared / "theirs")
+
+
+@pytest.mark.fault("T21")
+@needs_root
+def test_what_root_used_first_says_how_to_get_it_back(shared: Path) -> None:
+    path = shared / "base"
+    with Base(path):
+        pass
+    os.chown(path, NOBODY, NOBODY)
+    said = in_child_as_nobody(REFUSED, str(path))
+    assert re.search(rf"PATH_BASE: {path}/jobs belongs to another user \(root\).* `sudo chown -R \S+ {path}`", said), (
+        said
+    )
+
+
+@needs_root
+def test_a_disk_without_exec_is_seen(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "disk", "16m", "noexec") as disk, Base(disk / "base") as base:
+        assert base.is_noexec
+    with Base(tmp_path / "base") as base:
+        assert not base.is_noexec
+
+
+REFUSED = f"""
+    import sys
+    sys.path[:0] = {sys.path!r}
+    from pathlib import Path
+    from jobfetcher.core.errors import ConfigError
+    from jobfetcher.workspace import Base
+    try:
+        Base(Path(sys.argv[1]))
+    except ConfigError as error:
+        print(error)
+"""
+
+
+@pytest.mark.fault("T21")
 @needs_root
 def test_another_users_directory_is_refused(shared: Path) -> None:
     theirs = shared / "theirs"
     theirs.mkdir(mode=0o755)
-    script = f"""
-        import sys
-        sys.path[:0] = {sys.path!r}
-        from pathlib import Path
-        from jobfetcher.core.errors import ConfigError
-        from jobfetcher.workspace import Base
-        try:
-            Base(Path(sys.argv[1]))
-        except ConfigError as error:
-            print(error)
-    """
     os.chown(theirs, 1000, 1000)
-    said = in_child_as_nobody(script, str(theirs))
+    said = in_child_as_nobody(REFUSED, str(theirs))
     assert "belongs to another user" in said
 
 

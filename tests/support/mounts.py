@@ -13,10 +13,10 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a
 
 
 @contextlib.contextmanager
-def tmpfs(path: Path, size: str) -> Iterator[Path]:
-    """An empty filesystem in memory at `path`, such as `size` "16m"."""
+def tmpfs(path: Path, size: str, *options: str) -> Iterator[Path]:
+    """An empty filesystem in memory at `path`, such as `size` "16m"; `options` of its mount."""
     path.mkdir()
-    with _mounted(["-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(path)], path):
+    with _mounted(["-t", "tmpfs", "-o", ",".join([f"size={size},mode=0700", *options]), "tmpfs", str(path)], path):
         yield path
 
 

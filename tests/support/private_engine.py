@@ -36,13 +36,15 @@ class PrivateEngine:
 
     `live_restore`: containers go on while dockerd is away. Without it dockerd ends them when it is stopped, or when it
     is started after a kill: by TERM, and 10 s later by KILL, so one that obeys has the exit code it chooses. It is read
-    at each start. `bridge`: with the default network `bridge`, which engines have unless told otherwise.
+    at each start. `bridge`: with the default network `bridge`, which engines have unless told otherwise. `users`: a
+    user whose subordinate ids (subuid(5)) containers get instead of the machine's own (userns-remap).
     """
 
-    def __init__(self, directory: Path, *, live_restore: bool, bridge: bool = False) -> None:
+    def __init__(self, directory: Path, *, live_restore: bool, bridge: bool = False, users: str = "") -> None:
         self.directory = directory
         self.live_restore = live_restore
         self._bridge = bridge
+        self._users = users
         self._name = f"jobfetcher-{secrets.token_hex(4)}"
         self._socket = directory / "engine.sock"
         self._containerd_socket = directory / "containerd.sock"
@@ -185,6 +187,8 @@ class PrivateEngine:
             "live-restore": str(self.live_restore).lower(),
         }
         (self.directory / "daemon.json").write_text("{}")
+        if self._users:
+            flags["userns-remap"] = self._users
         return [f"--{name}={value}" for name, value in flags.items()]
 
     def _answers_or_ended(self) -> bool:
@@ -230,7 +234,7 @@ class PrivateEngine:
 
 
 @contextlib.contextmanager
-def private_engine(*, live_restore: bool = False, bridge: bool = False) -> Iterator[PrivateEngine]:
+def private_engine(*, live_restore: bool = False, bridge: bool = False, users: str = "") -> Iterator[PrivateEngine]:
     """An engine without images and without a way out, up when the block begins; nothing of it is left after it.
 
     Jobs on it need JOB_NETWORK=none; images come by `copy_image`. Skips (in CI fails) where the tests are not root.
@@ -238,7 +242,9 @@ def private_engine(*, live_restore: bool = False, bridge: bool = False) -> Itera
     require("root" if os.geteuid() == 0 else None, "root rights, which an engine of the tests' own needs")
     # a short path: a unix socket's has room for 107 bytes
     directory = Path(tempfile.mkdtemp(prefix="jf-engine-"))
-    engine = PrivateEngine(directory, live_restore=live_restore, bridge=bridge)
+    if users:
+        directory.chmod(0o711)  # root in a container is another user out here, and must come to its files
+    engine = PrivateEngine(directory, live_restore=live_restore, bridge=bridge, users=users)
     try:
         engine.start()
         yield engine

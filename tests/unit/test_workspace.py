@@ -124,6 +124,23 @@ def test_the_engines_disk_is_watched_where_it_can_be_seen(tmp_path: Path, monkey
         assert fault.value.reason is WorkerReason.DISK
 
 
+@pytest.mark.fault("D1")
+@needs_root
+def test_of_an_engines_directory_that_is_closed_to_us_the_disk_is_watched(tmp_path: Path) -> None:
+    """Another user's engine, or one below /root: no traceback, and the disk of what we may look at."""
+    engines = tmp_path / "closed" / "engine"
+    engines.mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+    tmp_path.chmod(0o755)
+    with Base(tmp_path / "base", reserve_mib=1) as base:
+        os.seteuid(65534)
+        try:
+            base.also_watch(engines)
+            assert base.fullness() > 0
+        finally:
+            os.seteuid(0)
+
+
 @pytest.mark.fault("D2")
 def test_what_would_not_leave_the_reserve_is_refused_before_it_comes(tmp_path: Path) -> None:
     disk = os.statvfs(tmp_path)
