@@ -129,14 +129,19 @@ def _load(options: dict[str, Any], env_file: Path | None, *, server: bool = True
     except ConfigError as error:
         raise typer.Exit(_complain(error, 2)) from None
     for warning in loaded.warnings:
-        typer.echo(f"jobfetcher: warning: {warning}", err=True)
+        _say(f"warning: {warning}")
     return loaded
 
 
 def _complain(error: Exception, code: int) -> int:
     for line in str(error).splitlines():
-        typer.echo(f"jobfetcher: {line}", err=True)
+        _say(line)
     return code
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # a pipe that nobody reads any more
+        typer.echo(f"jobfetcher: {line}", err=True)
 
 
 def _telemetry(settings: Settings) -> tuple[Emit, ProgressBars]:
@@ -232,4 +237,23 @@ def _resources(as_json: bool, env_file: Path | None) -> int:
 
 def main() -> None:
     """Entry point of the command `jobfetcher`."""
-    app()
+    _hold_standard_streams()
+    try:
+        app()
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:  # a pipe that nobody reads: the interpreter would try again, fail, and change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def _hold_standard_streams() -> None:
+    """Where a service or a shell (`2>&-`) closed one of them, the next file that is opened would get its number, and
+    what is said would go into that: the journal, say. Nothing is said then, and the worker works."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115 - for good

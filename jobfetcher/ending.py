@@ -6,7 +6,10 @@ own fault is final (`error`), this machine's gives the job back (FAULTS.md J5).
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from jobfetcher.core.errors import (
@@ -70,12 +73,24 @@ def fault_of(exit: Exit, share: Share, log: Path) -> JobFault | None:
     said = _last_words(log)
     if exit.code == 137:
         return JobFault(JobReason.KILLED_OUTSIDE, f"killed (exit code 137), not by this worker{said}")
-    return JobFault(JobReason.EXIT_CODE, f"exit code {exit.code}{said}")
+    return JobFault(JobReason.EXIT_CODE, f"exit code {named(exit.code)}{said}")
+
+
+def named(code: int) -> str:
+    """An exit code, and the signal that it stands for: shells and docker-init add 128 to that."""
+    with contextlib.suppress(ValueError):
+        return f"{code} ({signal.Signals(code - 128).name})"
+    return str(code)
 
 
 def memory_note(exit: Exit, share: Share) -> str:
     """The job went on after one of its processes was killed (FAULTS.md E4): its user should know."""
     return f"a process of the job was killed for memory (limit {share.memory_mib} MiB)" if exit.oom_killed else ""
+
+
+def withheld_note(names: Sequence[str]) -> str:
+    """What a job asked for and did not get, for its user: it may be why the job did not do what was wanted."""
+    return f"not given to the job: {', '.join(clean(name, 80) for name in names)}" if names else ""
 
 
 def _last_words(log: Path) -> str:

@@ -45,7 +45,7 @@ from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Container, Emit, Engine, Lease, Transfer
 from jobfetcher.core.run import Ending, Exit, Image, Outcome, RunSpec
 from jobfetcher.core.text import clean
-from jobfetcher.ending import fault_of, memory_note, outcome_of
+from jobfetcher.ending import fault_of, memory_note, named, outcome_of, withheld_note
 from jobfetcher.heartbeat import Pulse, beating
 from jobfetcher.journal import Journal, Record
 from jobfetcher.outbox import Outbox
@@ -220,13 +220,14 @@ class Runner:
         text = provenance(job, image=record.image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
         keep(text, workspace.logs, draft=workspace.parts / "provenance")
         failpoint("after:provenance")
-        with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {exit.code}"):
+        with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {named(exit.code)}"):
             left_out = self._stage_out(lease, job, workspace, halt, fault)
         failpoint("after:stage_out")
+        notes = [withheld_note(spec.withheld), left_out]
         if fault is not None:
-            raise JobFault(fault.reason, f"{fault}; {left_out}" if left_out else str(fault))
-        notes = [memory_note(exit, record.share), left_out]
-        return Outcome(Ending.FINISHED, None, "; ".join(note for note in notes if note))
+            raise JobFault(fault.reason, "; ".join(note for note in (str(fault), *notes) if note))
+        said = "; ".join(note for note in (memory_note(exit, record.share), *notes) if note)
+        return Outcome(Ending.FINISHED, None, said)
 
     def _stage_in(
         self, lease: Lease, job: Job, record: Record, workspace: Workspace, halt: Halt, seconds: dict[str, float]

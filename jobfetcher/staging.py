@@ -42,11 +42,15 @@ class Progress:
 
 @dataclass(slots=True)
 class StagedOut:
-    """What was sent, and what was not because it is no plain file (named in the job's details)."""
+    """What was sent, and what was not because it is no plain file (named in the job's details).
+
+    `gone`: folders for outputs, which were there when the job began, and are not any more.
+    """
 
     stored: dict[str, Stored] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     skipped_count: int = 0
+    gone: list[str] = field(default_factory=list)
 
     def skip(self, name: str, why: str) -> None:
         """Remember something that is not sent."""
@@ -55,11 +59,13 @@ class StagedOut:
             self.skipped.append(f"{clean(name, 120)} {why}")
 
     def sentence(self) -> str:
-        """What was skipped, for people; empty when nothing was."""
+        """What was skipped or removed, for people; empty when nothing was."""
+        said = [f"output folder {clean(path, 120)} is gone: the job removed it" for path in self.gone]
         if not self.skipped_count:
-            return ""
+            return "; ".join(said)
         more = self.skipped_count - len(self.skipped)
-        return f"not uploaded: {'; '.join(self.skipped)}" + (f"; and {more} more" if more else "")
+        said.append(f"not uploaded: {'; '.join(self.skipped)}" + (f"; and {more} more" if more else ""))
+        return "; ".join(said)
 
 
 class _Watch:
@@ -172,6 +178,8 @@ def stage_out(
 
     def items(files: tree.Reader, logs: tree.Reader) -> Iterator[Upload]:
         for output in job.outputs:
+            if not tree.is_there(workspace.files, output.parts) and output.path not in result.gone:
+                result.gone.append(output.path)
             for found in tree.walk(workspace.files, output.parts):
                 halt.check()  # many in a row may have been sent by an earlier attempt
                 if isinstance(found, tree.Skipped):

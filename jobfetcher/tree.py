@@ -200,6 +200,18 @@ def walk(root: Path, start: Sequence[str]) -> Iterator[Found | Skipped]:
         yield Skipped(tuple(start), "one of its folders is a link or a file")
 
 
+def is_there(root: Path, parts: Sequence[str]) -> bool:
+    """Whether something is at `root/parts...`, whatever it is; also where a folder on the way is something else."""
+    try:
+        with opened(root, parts[:-1]) as folder:
+            os.stat(parts[-1] if parts else ".", dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _walk(folder: int, parts: tuple[str, ...], device: int) -> Iterator[Found | Skipped]:
     folders: list[str] = []
     with os.scandir(folder) as entries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from jobfetcher.core.errors import JobReason, WorkerReason
 from jobfetcher.core.job import JobId
@@ -16,7 +17,8 @@ class Image:
 
     `digest` is the registry's (`repo@sha256:...`), or None for an image that never was in one. `pulled`: this worker
     brought it just now, so it may remove it again one day (FAULTS.md D7). `volumes`: the paths that it declares to hold
-    files (VOLUME), in its author's words.
+    files (VOLUME), in its author's words. `own_init`: its entry point, or its own command, is an init program, which
+    runs as process 1 or not at all.
     """
 
     id: str
@@ -26,6 +28,7 @@ class Image:
     size_bytes: int = 0
     pulled: bool = False
     volumes: tuple[str, ...] = ()
+    own_init: Literal["", "entry point", "command"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class RunSpec:
     The image's own entry point stays: nothing of a job replaces it. `network` None means no network at all. `folders`:
     of the job's directory, relative to it, which must be there before the start: each is mounted once more at its own
     place, over a volume that the image declares. `volumes`: what it declares elsewhere, where the engine makes its own.
+    `init`: the engine's small init program is process 1. `withheld`: variables that the job asked for and does not get.
     """
 
     job_id: JobId
@@ -58,6 +62,8 @@ class RunSpec:
     cap_add: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
+    init: bool = True
+    withheld: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
             "NanoCpus": int(spec.cpu_cores * 1e9),
             "CpuShares": spec.cpu_shares,
             "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],  # a core dump can be as large as the memory
-            "Init": True,  # reaps zombies and passes TERM on (FAULTS.md E9)
+            "Init": spec.init,  # reaps zombies and passes TERM on (FAULTS.md E9)
             "NetworkMode": network_mode,
             # At most 30 MB on disk, however much a job prints (FAULTS.md D4); `printed` reckons with it.
             "LogConfig": {"Type": "local", "Config": {"max-size": f"{FILE_BYTES >> 20}m", "max-file": str(FILES)}},

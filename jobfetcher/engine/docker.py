@@ -82,7 +82,11 @@ _ICC = "com.docker.network.bridge.enable_icc"
 
 #: docker-init (tini) starts the job's program; when it cannot, it prints one line and exits 126, 127 or 1.
 _INIT_FAILED = re.compile(r"\[FATAL tini \(\d+\)\] exec (?P<program>.*) failed: (?P<why>.*)")
+_TOO_LONG = re.compile(r"exec \S+: argument list too long")
 _RUNC_FAILED = re.compile(r'exec: "(?P<program>[^"]*)": (?P<why>.*?)(?:: unknown)?$')
+
+#: Linux takes a quarter of the limit for the stack, which is 8 MiB as a rule (execve(2)).
+_ARGUMENTS = "command and environment together are longer than Linux takes (2 MiB as a rule); use a file for so much"
 
 #: What engines say when a container cannot be created or started, in the order in which they are looked for.
 _SAYINGS: tuple[tuple[re.Pattern[str], JobReason | WorkerReason, str], ...] = tuple(
@@ -632,7 +636,10 @@ class DockerContainer:
         if code not in {1, 126, 127}:
             return ""
         with contextlib.suppress(WorkerFault):
-            failed = _INIT_FAILED.match(self.last_lines(1))
+            last = self.last_lines(1)
+            if _TOO_LONG.fullmatch(last):  # not even docker-init could be run
+                return _ARGUMENTS
+            failed = _INIT_FAILED.match(last)
             return _cannot_run(failed["program"], failed["why"]) if failed else ""
         return ""
 
@@ -785,6 +792,8 @@ def _start_fault(said: str) -> JobFault | WorkerFault:
 def _cannot_run(program: str, why: str) -> str:
     """One sentence for a program that could not be run. `why` is errno's text, or runc's."""
     program, why = clean(program, 200), clean(why, 200).lower()
+    if "argument list too long" in why:
+        return _ARGUMENTS
     if "permission denied" in why:
         return f"{program} in the image is not a program that may be run"
     if "exec format error" in why:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import posixpath
 import re
 import socket
 import threading
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlencode
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
@@ -43,6 +44,9 @@ _PAUSE_MAX_S = 60.0
 #: Where an image is here, with `newer`: a registry that says nothing for so long is out of reach, and so long it is not
 #: asked again, in seconds. An engine gives up a registry that does not even take the connection after 15 s.
 _PATIENCE_S, _REST_S = 60.0, 300.0
+
+#: Programs that refuse to be any process but the first one: s6-overlay, busybox and sysvinit, and their kind.
+_INITS = frozenset({"init", "systemd", "openrc-init", "runit-init", "s6-overlay-suexec"})
 
 #: What an engine of one architecture also runs.
 _ALSO_RUNS = {"amd64": {"386"}, "arm64": {"arm"}}
@@ -230,6 +234,7 @@ class Images:
             size_bytes=int(found.get("Size") or 0),
             pulled=pulled,
             volumes=tuple(sorted((found.get("Config") or {}).get("Volumes") or ())),
+            own_init=_own_init(found.get("Config") or {}),
         )
 
     def _refresh(
@@ -386,6 +391,14 @@ def _means(wanted: Reference, name: str) -> bool:
     except ValueError:
         return False
     return known == wanted or (wanted.digest is None and known.tag is None and known.repository == wanted.repository)
+
+
+def _own_init(config: Mapping[str, Any]) -> Literal["", "entry point", "command"]:
+    """What of an image is a program that must be process 1, by the names such programs have."""
+    entry_point, command = config.get("Entrypoint") or (), config.get("Cmd") or ()
+    if entry_point:
+        return "entry point" if posixpath.basename(str(entry_point[0])) in _INITS else ""
+    return "command" if command and posixpath.basename(str(command[0])) in _INITS else ""
 
 
 def _was_made_here(wanted: Reference, found: Mapping[str, Any]) -> bool:

@@ -83,12 +83,13 @@ def build_run_spec(
     Raises JobFault(CANNOT_START) for what is too long for Linux, and for volumes that no container can have.
     """
     memory_mib = max(share.memory_mib, _MIN_MEMORY_MIB)
+    command = _command(job)
     return RunSpec(
         job_id=job.id,
         name=container_name(instance, job.id, attempt),
         labels={LABEL_INSTANCE: instance, LABEL_JOB: job.id, LABEL_ATTEMPT: str(attempt)},
         image_id=image.id,
-        command=_command(job),
+        command=command,
         env=_env(job, share),
         files_host_path=files_host_path,
         cpu_cores=max(share.cpu_cores, _MIN_CORES),
@@ -104,6 +105,9 @@ def build_run_spec(
         cap_add=tuple(sorted({*BASE_CAPABILITIES, *policy.cap_add})),
         folders=inner_folders(image.volumes),
         volumes=outer_volumes(image.volumes),
+        init=not (image.own_init == "entry point" or (image.own_init == "command" and command is None)),
+        # NVIDIA_VISIBLE_DEVICES is not withheld: the job has it, with what it was given.
+        withheld=tuple(name for name in dropped_env(job.env) if name != "NVIDIA_VISIBLE_DEVICES"),
     )
 
 

@@ -146,6 +146,37 @@ def test_a_program_for_another_machine_does_not_run(make_image: Callable[..., Im
 
 
 @pytest.mark.fault("E8")
+def test_more_environment_than_linux_takes_is_named(bench: DockerBench) -> None:
+    spec = bench.spec("true", env={f"V{number}": "x" * 100_000 for number in range(30)})
+    try:
+        end, _ = bench.run(spec)
+        said = end.error
+    except JobFault as fault:  # newer engines say it at the start
+        said = str(fault)
+    assert "command and environment together are longer than Linux takes" in said
+
+
+@pytest.mark.fault("E9")
+@pytest.mark.parametrize(
+    ("change", "command", "printed"),
+    [
+        ('ENTRYPOINT ["/init"]', ("echo said",), "first\nsaid"),
+        ('CMD ["/init", "echo", "own"]', (), "first\nown"),
+        ('CMD ["/init", "echo", "own"]', ("echo said",), "said"),
+    ],
+)
+def test_an_init_program_of_the_images_own_is_process_1(
+    make_image: Callable[..., Image], bench: DockerBench, change: str, command: tuple[str, ...], printed: str
+) -> None:
+    """s6-overlay and its kind refuse to be any other."""
+    busybox = Path("/bin/busybox").read_bytes()
+    init = b'#!/bin/sh\n[ $$ = 1 ] || { echo can only run as pid 1; exit 100; }\necho first\nexec "$@"\n'
+    image = make_image(change, init=init, bin__sh=busybox, bin__echo=busybox)
+    end, said = bench.run(bench.spec(*command, image=image))
+    assert (end.code, said) == (0, printed)
+
+
+@pytest.mark.fault("E8")
 def test_start_errors_are_the_jobs_fault_and_leave_nothing(
     make_image: Callable[..., Image], bench: DockerBench, engine: docker.APIClient
 ) -> None:

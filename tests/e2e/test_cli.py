@@ -1,7 +1,10 @@
 """The command as a process of its own: its options, its signals, its exit codes."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,24 @@ def test_json_log_lines_are_json(lab: Lab, tmp_path: Path) -> None:
     assert all({"time", "level", "event"} <= line.keys() for line in lines)
     (ended,) = [line for line in lines if line["event"] == "job_ended"]
     assert (ended["job"], ended["ending"], ended["message"]) == (str(job), "finished", "finished")
+
+
+@pytest.mark.parametrize("how", ["closed", "broken"])
+def test_a_worker_that_nobody_hears_works_all_the_same(lab: Lab, how: str) -> None:
+    """Standard error is closed (`2>&-`), or a pipe that nobody reads any more; a setting that is none has it warn."""
+    job = lab.submit("echo heard > /files/out/said", files_up={"output": "out"})
+    environment = {"PATH": os.environ["PATH"], **lab.env(), "JOBFETCHER_NO_SUCH": "x"}
+    run = [sys.executable, "-m", "jobfetcher", "run", "--once"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"] if how == "closed" else []
+    try:
+        done = subprocess.run([*closed, *run], env=environment, stderr=writer, check=False, timeout=DEADLINE_S)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0
+    assert lab.ended(job) == ("finished", "")
+    assert lab.server.results(job)["output/out/said"] == b"heard\n"
 
 
 def test_jobs_have_a_network_unless_told_otherwise(lab: Lab, tmp_path: Path) -> None:

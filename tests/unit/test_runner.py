@@ -205,6 +205,9 @@ def test_what_was_skipped_is_told_with_the_success(bench: Bench) -> None:
     [
         (Exit(3), JobReason.EXIT_CODE, "exit code 3; it last printed: one | two"),
         (Exit(126), JobReason.EXIT_CODE, "exit code 126"),
+        (Exit(139), JobReason.EXIT_CODE, "exit code 139 (SIGSEGV); it last printed"),
+        (Exit(134), JobReason.EXIT_CODE, "exit code 134 (SIGABRT); it last printed"),
+        (Exit(255), JobReason.EXIT_CODE, "exit code 255; it last printed"),
         (Exit(137, oom_killed=True), JobReason.OUT_OF_MEMORY, "out of memory (limit 4096 MiB), exit code 137"),
         (Exit(1, oom_killed=True), JobReason.OUT_OF_MEMORY, "out of memory (limit 4096 MiB), exit code 1"),
         (Exit(137), JobReason.KILLED_OUTSIDE, "killed (exit code 137), not by this worker"),
@@ -233,6 +236,21 @@ def test_a_failed_job_is_told_with_what_was_skipped(bench: Bench) -> None:
     bench.script = Script(exit=Exit(3), acts=lambda files: (files / "out" / "link").symlink_to("/etc/passwd"))
     bench.run()
     assert bench.last == ("error", "exit code 3; not uploaded: out/link is a link, not a file")
+
+
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [
+        (0, "not given to the job: DOCKER_HOST, NVIDIA_DRIVER_CAPABILITIES"),
+        (3, "exit code 3; not given to the job: DOCKER_HOST, NVIDIA_DRIVER_CAPABILITIES"),
+    ],
+)
+def test_what_a_job_did_not_get_is_told(bench: Bench, code: int, details: str) -> None:
+    """But what it got with another value: its GPUs."""
+    bench.script = Script(exit=Exit(code))
+    withheld = {"NVIDIA_DRIVER_CAPABILITIES": "all", "DOCKER_HOST": "unix:///x", "NVIDIA_VISIBLE_DEVICES": "all"}
+    bench.run(make_job().model_copy(update={"env": {**withheld, "MODE": "fast"}}))
+    assert bench.last[1] == details
 
 
 @pytest.mark.fault("E8")

@@ -221,7 +221,14 @@ def test_each_kind_gets_its_files_where_trees_nest_or_coincide(bench: Bench) -> 
 
 
 def test_an_output_folder_that_the_job_removed_is_no_error(bench: Bench) -> None:
-    assert bench.send(make_job(outputs={"output": "never/made"})).sentence() == ""
+    sent = bench.send(make_job(outputs={"output": "results", "log": "results", "artifact": "."}))
+    assert sent.sentence() == "output folder results is gone: the job removed it"
+    (bench.workspace.files / "results").touch()  # a file in its place is sent
+    (bench.workspace.files / "link").symlink_to("results")
+    sent = bench.send(make_job(outputs={"output": "results", "log": "link/x", "artifact": "away/x"}))
+    assert sent.sentence() == (
+        "output folder away/x is gone: the job removed it; not uploaded: link/x one of its folders is a link or a file"
+    )
 
 
 @pytest.mark.fault("A6")
