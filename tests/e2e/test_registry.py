@@ -40,6 +40,10 @@ def pushed(engine: docker.APIClient, source: str, registry: Registry, name: str,
     finally:
         if engine.images(name=reference):
             engine.remove_image(reference)
+        for image in engine.images():  # what it was before it moved is kept by digest
+            for digest in image["RepoDigests"] or ():
+                if digest.startswith(f"{repository}@"):
+                    engine.remove_image(digest)
 
 
 def run_one(lab: Lab, directory: Path, *, policy: str = "if-not-present", **env: str) -> Command:
@@ -102,6 +106,28 @@ def test_an_image_that_only_this_machine_has_runs_without_any_setting(lab: Lab, 
     job = lab.submit("true")
     run_one(lab, tmp_path, policy="")
     assert lab.ended(job)[0] == "finished"
+
+
+@pytest.mark.fault("E6", "A3")
+def test_an_image_that_is_pruned_before_the_start_is_pulled_again(
+    lab: Lab, tmp_path: Path, registry: Registry, engine: docker.APIClient
+) -> None:
+    container = engine.create_container(lab.image)["Id"]
+    own = engine.commit(container, "jobfetcher-test/pruned", "1", changes=[f"LABEL made={tmp_path.name}"])["Id"]
+    engine.remove_container(container, v=True)
+    with pushed(engine, "jobfetcher-test/pruned:1", registry, "e2e/pruned") as reference:
+        engine.remove_image("jobfetcher-test/pruned:1")
+        ref = lab.server.put_input("in.txt", b"input")
+        job = lab.submit("cp /files/in.txt /files/out/", image=reference, files_down={"in.txt": ref}, files_up=OUT)
+        env = {**lab.env(pull_policy="newer"), "JOBFETCHER_FAILPOINT": "before:start=sleep5"}
+        with command(["run", "--once"], env, tmp_path) as worker:
+            worker.wait_for("waiting at before:start")
+            engine.remove_image(own, force=True)
+            assert worker.wait() == 0, worker.errors
+        assert "its image was removed from this machine before the job could start; running it" in worker.errors
+        results = lab.server.results(job)
+    assert lab.ended(job) == ("finished", "")
+    assert results["output/out/in.txt"] == b"input"
 
 
 def test_a_private_image_is_pulled_with_the_credentials_of_docker_login(
