@@ -33,7 +33,7 @@ from jobfetcher.journal import Journal
 from jobfetcher.resources import detect
 from jobfetcher.resources.budget import Budget, auto_slots
 from jobfetcher.runner import BuildSpec, Rules, Runner
-from jobfetcher.settings import Settings
+from jobfetcher.settings import Settings, docker_config
 from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
 from jobfetcher.sources.worker_api.client import Client, failure
 from jobfetcher.sources.worker_api.signing import read_keys, verify
@@ -136,7 +136,9 @@ def make_transfer(settings: Settings, cache: Cache | None = None) -> PresignedTr
 
 def make_engine(settings: Settings, instance: str, emit: Emit) -> DockerEngine:
     """The container engine, not connected yet."""
-    images = ImagePolicy(allowed=settings.allowed_images, pull=PullPolicy(settings.pull_policy))
+    images = ImagePolicy(
+        allowed=settings.allowed_images, pull=PullPolicy(settings.pull_policy), docker_config=str(docker_config())
+    )
     return DockerEngine(instance, url=settings.docker_host or DEFAULT_URL, images=images, emit=emit)
 
 

@@ -284,6 +284,12 @@ def load(
     return Loaded(settings, layer_of, (*_unknown(layers), *_readable_by_others(layers)))
 
 
+def docker_config() -> Path:
+    """The file that `docker login` writes credentials into; it may be written at any time, or never."""
+    folder = os.environ.get("DOCKER_CONFIG")
+    return (Path(folder) if folder else Path("~/.docker").expanduser()) / "config.json"
+
+
 def failpoint_request() -> Request | None:
     """What a test asks for (core.failpoints), or None. Raises ConfigError for a name that does not exist."""
     text = os.environ.get("JOBFETCHER_FAILPOINT", "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import posixpath
 import re
 import socket
@@ -31,6 +32,7 @@ from jobfetcher.core.run import Image
 from jobfetcher.core.text import clean
 from jobfetcher.engine.api import EngineApi, NotFound, Refused
 from jobfetcher.engine.references import Reference, allowed, parse_reference
+from jobfetcher.engine.volumes import inner_folders
 
 #: Longest line of progress that is read, in bytes: one is a small JSON object.
 _LINE_MAX = 1024 * 1024
@@ -44,6 +46,9 @@ _PAUSE_MAX_S = 60.0
 #: Where an image is here, with `newer`: a registry that says nothing for so long is out of reach, and so long it is not
 #: asked again, in seconds. An engine gives up a registry that does not even take the connection after 15 s.
 _PATIENCE_S, _REST_S = 60.0, 300.0
+
+#: An empty object, as the engine wants credentials.
+_NO_CREDENTIALS = "e30="
 
 #: Programs that refuse to be any process but the first one: s6-overlay, busybox and sysvinit, and their kind.
 _INITS = frozenset({"init", "systemd", "openrc-init", "runit-init", "s6-overlay-suexec"})
@@ -226,6 +231,9 @@ class Images:
             theirs = f"{found['Os']}/{theirs}"
         if theirs != ours and theirs not in _ALSO_RUNS.get(ours, ()):
             raise JobFault(JobReason.IMAGE_ARCHITECTURE, f"image is {clean(theirs, 50)}, this worker is {ours}")
+        config = found.get("Config") or {}
+        volumes = tuple(sorted(config.get("Volumes") or ()))
+        inner_folders(volumes)  # what no container can have is told before anything of it is on record
         return Image(
             id=str(found["Id"]),
             reference=str(wanted),
@@ -233,8 +241,8 @@ class Images:
             architecture=theirs,
             size_bytes=int(found.get("Size") or 0),
             pulled=pulled,
-            volumes=tuple(sorted((found.get("Config") or {}).get("Volumes") or ())),
-            own_init=_own_init(found.get("Config") or {}),
+            volumes=volumes,
+            own_init=_own_init(config),
         )
 
     def _refresh(
@@ -320,7 +328,9 @@ class Images:
 
     def _credentials(self, wanted: Reference) -> str:
         """What `docker login` keeps for this registry, read afresh, as the engine wants it; none: empty credentials."""
-        from docker import auth  # it takes 0.1 s and 15 MiB to load, and most jobs' images are here
+        if self._policy.docker_config is not None and not os.path.lexists(self._policy.docker_config):
+            return _NO_CREDENTIALS
+        from docker import auth  # it takes 0.1 s and 15 MiB to load, and most machines have logged in nowhere
         from docker.errors import DockerException
 
         try:

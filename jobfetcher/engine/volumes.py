@@ -1,4 +1,4 @@
-"""What an image declares with VOLUME, and where it must lie. Pure; used by `run_spec`, `box` and `docker`.
+"""What an image declares with VOLUME, and where it must lie. Pure; used by `images`, `run_spec`, `box` and `docker`.
 
 For each path that an image declares the engine makes an anonymous volume, which goes when its container goes, unless
 something else is mounted at that very path. So what is declared below /files, where a job's outputs are, must be a
@@ -24,6 +24,9 @@ _MOST = 100
 #: Linux takes no longer name (NAME_MAX), in bytes.
 _LONGEST_NAME = 255
 
+#: Nor a longer path (PATH_MAX).
+_LONGEST_PATH = 4096
+
 
 def inner_folders(declared: Iterable[str]) -> tuple[str, ...]:
     """Folders below /files that must be mounts of their own, relative to it, outer ones first.
@@ -36,6 +39,8 @@ def inner_folders(declared: Iterable[str]) -> tuple[str, ...]:
     volumes = tuple(declared)
     if len(volumes) > _MOST:
         raise _refused(f"{len(volumes)} volumes, and a job gets at most {_MOST}")
+    if any(len(volume) > _LONGEST_PATH for volume in volumes):
+        raise _refused("a volume whose path is longer than Linux takes")
     found: set[tuple[str, ...]] = set()
     for volume in volumes:
         path = cleaned(volume)

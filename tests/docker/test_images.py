@@ -572,6 +572,9 @@ def test_a_private_registry_gives_to_those_who_logged_in(
     def login(password: str) -> object:
         return {"auths": {protected.address: {"auth": base64.b64encode(f"lab:{password}".encode()).decode()}}}
 
+    nowhere = prepare(replace(AWAY, docker_config=str(tmp_path / "no-such-file")))
+    with pytest.raises(JobFault, match="does not give image"):
+        nowhere(name)
     for config in ({}, login("wrong")):
         with pytest.raises(JobFault) as denied:
             with_config(config)(name)

@@ -135,26 +135,26 @@ def test_a_job_cannot_put_a_link_in_the_way_of_its_mounts(
         ("/proc/driver", "where none can be"),
         ("/files/a\nb", "no name for a folder"),
         ("/files/" + "x" * 256, "no name for a folder"),
+        ("/" + "x/" * 2048, "longer than Linux takes"),
     ],
 )
 def test_what_no_job_can_have_is_the_images_fault(
     bench: DockerBench, declaring: Callable[..., str], volume: str, words: str
 ) -> None:
-    image = prepared(bench, declaring(volume))
+    image = declaring(volume)
     with pytest.raises(JobFault, match=words) as fault:
-        bench.spec("true", image=image)
+        prepared(bench, image)
     assert fault.value.reason is JobReason.CANNOT_START
     assert "\n" not in str(fault.value)
 
 
 @pytest.mark.fault("T12")
 def test_so_many_volumes_are_no_programs_need(bench: DockerBench, declaring: Callable[..., str]) -> None:
-    image = prepared(bench, declaring(*[f"/v{number}" for number in range(101)]))
+    many, deep = declaring(*[f"/v{number}" for number in range(101)]), declaring("/files" + "/x" * 101)
     with pytest.raises(JobFault, match="101 volumes, and a job gets at most 100"):
-        bench.spec("true", image=image)
-    deep = prepared(bench, declaring("/files" + "/x" * 101))
+        prepared(bench, many)
     with pytest.raises(JobFault, match="101 mounts below /files"):
-        bench.spec("true", image=deep)
+        prepared(bench, deep)
 
 
 def test_an_input_file_where_the_image_wants_a_folder_is_named(
