@@ -136,9 +136,8 @@ def make_transfer(settings: Settings, cache: Cache | None = None) -> PresignedTr
 
 def make_engine(settings: Settings, instance: str, emit: Emit) -> DockerEngine:
     """The container engine, not connected yet."""
-    images = ImagePolicy(
-        allowed=settings.allowed_images, pull=PullPolicy(settings.pull_policy), docker_config=str(docker_config())
-    )
+    pull = PullPolicy(settings.pull_policy)
+    images = ImagePolicy(allowed=settings.allowed_images, pull=pull, docker_config=docker_config())
     return DockerEngine(instance, url=settings.docker_host or DEFAULT_URL, images=images, emit=emit)
 
 

@@ -10,6 +10,7 @@ because USERNAME and PASSWORD must come from the same one: many desktops set USE
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -284,10 +285,12 @@ def load(
     return Loaded(settings, layer_of, (*_unknown(layers), *_readable_by_others(layers)))
 
 
-def docker_config() -> Path:
+def docker_config() -> str:
     """The file that `docker login` writes credentials into; it may be written at any time, or never."""
     folder = os.environ.get("DOCKER_CONFIG")
-    return (Path(folder) if folder else Path("~/.docker").expanduser()) / "config.json"
+    with contextlib.suppress(RuntimeError):  # a user without a home, as in many containers
+        folder = folder or str(Path("~/.docker").expanduser())
+    return f"{folder or '/.docker'}/config.json"
 
 
 def failpoint_request() -> Request | None:

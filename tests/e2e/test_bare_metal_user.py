@@ -116,7 +116,7 @@ def test_an_engine_without_permission_is_refused(own_lab: Lab, tmp_path: Path) -
     program.write_text(program.read_text().replace(f"--groups={SOCKET.stat().st_gid}", f"--groups={USER}"))
     home = own_lab.base.parent
     with command(["run"], {**own_lab.env(), "PYTHONPATH": str(REPOSITORY)}, home, executable=program) as worker:
-        assert worker.wait() == 2
+        assert worker.wait() == 2, worker.errors
     last = worker.errors.splitlines()[-1]
     assert last.startswith("jobfetcher: no permission to use the container engine")
     assert "usermod -aG docker" in last

@@ -136,9 +136,11 @@ class PrivateEngine:
                 raise AssertionError(f"processes of the private engine do not die: {left}")
             time.sleep(0.05)
         self._unmount()
-        for group in sorted(_CGROUPS.glob(f"**/{self._name}/**/"), reverse=True):
-            with contextlib.suppress(OSError):
-                group.rmdir()
+        # One per controller (cgroup v1), or one (v2); not looked for below others', which come and go.
+        for own in (*_CGROUPS.glob(f"*/{self._name}"), _CGROUPS / self._name):
+            for group in sorted(own.glob("**/"), reverse=True):
+                with contextlib.suppress(OSError):
+                    group.rmdir()
 
     def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
         """Start a server in a network namespace of its own; unshare(1) becomes it, so its pid is the server's."""
