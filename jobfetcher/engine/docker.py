@@ -688,17 +688,16 @@ class DockerContainer:
             with self._printed("all") as frames, path.open("wb") as file:
                 for piece in frames:
                     file.write(piece)
-            if frames.may_lack_its_begin and (note := self._missing_begin()):
+            if (self._printed_first or frames.may_lack_its_begin) and (note := self._missing_begin()):
                 _put_before(path, note)
         except OSError as error:
             raise WorkerFault(WorkerReason.DISK, f"the job's log cannot be written: {error}") from error
 
     def _missing_begin(self) -> str:
         """The line that says so, if the first thing kept is not known to be the first that it printed."""
-        found = self._api.inspect(self._id)
         with self._printed("all", timestamps="1") as frames:
             kept_since = time_of(frames)
-        if found is None or not kept_since or kept_since == self._printed_first:
+        if not kept_since or kept_since == self._printed_first or (found := self._api.inspect(self._id)) is None:
             return ""
         return missing(kept_since, str(found["State"]["StartedAt"]), sure=bool(self._printed_first))
 

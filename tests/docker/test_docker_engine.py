@@ -518,6 +518,12 @@ def test_a_flood_of_output_is_bounded_on_disk_and_in_memory(bench: DockerBench, 
     container.remove()
 
 
+#: Prints lines of a thousand bytes, so many bytes in all; the engine takes 1027 for each.
+PRINTS = "yes $(head -c 999 /dev/zero | tr '\\0' x) | head -c {size}; echo; echo last"
+
+#: More than the engine keeps.
+FLOODS = PRINTS.format(size=34_000_000)
+
 WAITS_THEN = "echo first; until [ -e /files/go ]; do sleep 0.05; done; {command}"
 
 
@@ -543,7 +549,7 @@ def saved(container: Container, tmp_path: Path) -> list[str]:
 
 @pytest.mark.fault("D4")
 def test_a_log_whose_begin_was_not_kept_says_so_at_its_top(bench: DockerBench, tmp_path: Path) -> None:
-    first, last = printed_after_a_look(bench, "yes 0123456789 | head -c 33000000; echo; echo last", tmp_path)
+    first, last = printed_after_a_look(bench, FLOODS, tmp_path)
     assert re.fullmatch(
         r"\[jobfetcher\] the first part of this log is missing: the engine keeps the last 30 MiB of what a job prints; "
         r"what was printed before \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, in the first .+ of the run, is not here\n",
@@ -553,10 +559,10 @@ def test_a_log_whose_begin_was_not_kept_says_so_at_its_top(bench: DockerBench, t
 
 
 @pytest.mark.fault("D4")
-@pytest.mark.parametrize("size", [2_000_000, 7_000_000])
+@pytest.mark.parametrize("size", [2_000_000, 25_000_000])
 def test_a_log_that_is_whole_says_nothing(bench: DockerBench, tmp_path: Path, size: int) -> None:
-    """Lines of eleven bytes take 38 in the engine's files: 7 MB are more than two of the three."""
-    first, last = printed_after_a_look(bench, f"yes 0123456789 | head -c {size}; echo; echo last", tmp_path)
+    """Of the second one the third file of the engine has begun."""
+    first, last = printed_after_a_look(bench, PRINTS.format(size=size), tmp_path)
     assert (first, last) == ("first\n", "last\n")
     assert (tmp_path / "log").stat().st_size == len("first\n\nlast\n") + size
 
@@ -565,7 +571,7 @@ def test_a_log_that_is_whole_says_nothing(bench: DockerBench, tmp_path: Path, si
 def test_of_a_log_that_was_long_before_anybody_looked_it_is_said_that_it_may_lack_its_begin(
     bench: DockerBench, tmp_path: Path
 ) -> None:
-    started = bench.engine.start(bench.spec("echo first; yes 0123456789 | head -c 33000000; echo; echo last"))
+    started = bench.engine.start(bench.spec(f"echo first; {FLOODS}"))
     assert started.wait(LONG_S) is not None
     found = bench.engine.find(JobId("1"))  # by a worker that comes later
     assert found is not None
