@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
+from pathlib import Path
 
 import docker
 import pytest
 
+from tests.support.mounts import needs_root, tmpfs
 from tests.support.services import wait_until
 from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Lab, running_worker, work
 
@@ -251,3 +254,26 @@ def test_the_end_is_noticed_long_before_the_next_heartbeat(lab: Lab) -> None:
     times = {event["state"]: event["time"] for event in lab.server.events("update", job)}
     assert list(times) == [*ALL_STATES, "finished"]
     assert times["finished"] - times["running"] < 5  # the interval of heartbeats is 30 s
+
+
+@needs_root
+def test_a_base_behind_a_link_on_a_disk_without_exec_works_and_says_so(lab: Lab, tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "disk", "64m", "noexec") as disk:
+        (disk / "base").mkdir(mode=0o700)
+        linked = replace(lab, base=tmp_path / "link")
+        linked.base.symlink_to(disk / "base")
+        job = linked.submit("echo linked > /files/out/said", files_up={"output": "out"})
+        heard = work(linked.settings())
+        assert linked.ended(job) == ("finished", "")
+        assert linked.server.results(job)["output/out/said"] == b"linked\n"
+        [told] = heard.messages("noexec")
+        assert f"{disk}/base is on a disk that is mounted noexec" in told
+
+
+@pytest.mark.fault("E9")
+def test_a_crash_is_told_with_its_signal(lab: Lab) -> None:
+    job = lab.submit("sh -c 'kill -SEGV $$'")
+    work(lab.settings())
+    state, details = lab.ended(job)
+    assert state == "error"
+    assert details.startswith("exit code 139 (SIGSEGV)")
