@@ -157,6 +157,7 @@ class DockerEngine:
         self._network_lock = threading.Lock()
         self._helpers: set[str] = set()
         self._has_shell = ""
+        self._namespaces: tuple[bool, bool] | None = None
 
     def check(self) -> None:
         """Raise ConfigError or WorkerFault unless an engine answers here that can run jobs."""
@@ -307,10 +308,12 @@ class DockerEngine:
 
     def _user_namespaces(self) -> tuple[bool, bool]:
         """Whether the engine runs without root rights, and whether its containers have other users (userns-remap)."""
-        with self.api.calling("say what it is"):
-            options = self.api.ask("GET", "/info").json().get("SecurityOptions") or ()
-        names = {str(option).split(",")[0] for option in options}
-        return "name=rootless" in names, "name=userns" in names
+        if self._namespaces is None:  # an engine runs other programs to answer /info
+            with self.api.calling("say what it is"):
+                options = self.api.ask("GET", "/info").json().get("SecurityOptions") or ()
+            names = {str(option).split(",")[0] for option in options}
+            self._namespaces = "name=rootless" in names, "name=userns" in names
+        return self._namespaces
 
     def _persist(self, call: Callable[[], T]) -> T:
         """Repeat a call that is safe to repeat, while the engine's answer is lost."""
