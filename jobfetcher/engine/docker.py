@@ -22,7 +22,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -34,13 +34,14 @@ from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, PullProgress
 from jobfetcher.core.run import Exit, Image, RunSpec
 from jobfetcher.core.text import clean
-from jobfetcher.engine import vouch
+from jobfetcher.engine import proof, vouch
 from jobfetcher.engine.api import DEFAULT_URL, LOOK_UP_S, WORK_S, EngineApi, Line, NotFound, Refused, Unreachable
 from jobfetcher.engine.box import box, chown_box
 from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
 from jobfetcher.engine.printed import Frames, missing, time_of
-from jobfetcher.engine.run_spec import LABEL_ATTEMPT, LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK
+from jobfetcher.engine.run_spec import LABEL_ATTEMPT, LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK, BoxPolicy
+from jobfetcher.engine.sayings import ARGUMENTS, INIT_FAILED, TOO_LONG, Policy, cannot_run, start_fault
 from jobfetcher.engine.unseen import end_unseen
 from jobfetcher.engine.volumes import leads_inside
 
@@ -78,36 +79,13 @@ T = TypeVar("T")
 #: What an engine says when an image that is named by its id is not there (any more).
 _IMAGE_GONE = re.compile(r"no such image", re.IGNORECASE)
 
+#: And when it is the container.
+_CONTAINER_GONE = re.compile(r"no such container|no container with (?:name|id)", re.IGNORECASE)
+
+#: Of a helper of ours the owner chooses nothing.
+_HELPER = BoxPolicy(network=None)
+
 _ICC = "com.docker.network.bridge.enable_icc"
-
-#: docker-init (tini) starts the job's program; when it cannot, it prints one line and exits 126, 127 or 1.
-_INIT_FAILED = re.compile(r"\[FATAL tini \(\d+\)\] exec (?P<program>.*) failed: (?P<why>.*)")
-_TOO_LONG = re.compile(r"exec \S+: argument list too long")
-_RUNC_FAILED = re.compile(r'exec: "(?P<program>[^"]*)": (?P<why>.*?)(?:: unknown)?$')
-
-#: Linux takes a quarter of the limit for the stack, which is 8 MiB as a rule (execve(2)).
-_ARGUMENTS = "command and environment together are longer than Linux takes (2 MiB as a rule); use a file for so much"
-
-#: What engines say when a container cannot be created or started, in the order in which they are looked for.
-_SAYINGS: tuple[tuple[re.Pattern[str], JobReason | WorkerReason, str], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE), reason, sentence)
-    for pattern, reason, sentence in (
-        (r"bind source path does not exist", WorkerReason.DISK, "the engine does not see the job's directory"),
-        (r"no space left on device", WorkerReason.DISK, "the engine's disk is full"),
-        (
-            r"could not select device driver|nvidia|unknown device|cdi device",
-            WorkerReason.GPU,
-            "the GPU cannot be given",
-        ),
-        (
-            r"unable to find user|unable to find group|no matching entries",
-            JobReason.CANNOT_START,
-            "its user is unknown",
-        ),
-        (r"no command specified", JobReason.CANNOT_START, "neither the job nor the image says what to run"),
-        (r"cannot mkdir|chdir to cwd", JobReason.CANNOT_START, "the image's working directory is unusable"),
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +182,7 @@ class DockerEngine:
                 before_start(container.id)
             tries = itertools.count()
             # Whoever created it just now knows that it was not started before; of one that was adopted our caller does.
-            self._persist(lambda: self._start(container, look=not ours, again=next(tries) > 0))
+            self._persist(lambda: self._start(container, spec, look=not ours, again=next(tries) > 0))
         except Unreachable:
             raise  # whether it runs is unknown: it stays, to be found by its labels
         except (JobFault, WorkerFault):
@@ -281,7 +259,7 @@ class DockerEngine:
                 except Refused as error:
                     return clean(error.said, 300)
             try:
-                self._start(helper)
+                self._start(helper, _HELPER)
                 end = helper.wait(_OWN_TIMEOUT_S)
                 if end is None:
                     return "chown did not end in time"
@@ -292,6 +270,16 @@ class DockerEngine:
                 return str(fault)
             finally:
                 helper.remove()
+        finally:
+            self._helpers.discard(name)
+
+    def prove(self, spec: RunSpec, folder: Path) -> None:
+        """See `Engine.prove`. Raises ConfigError, WorkerFault(GPU, DISK or ENGINE)."""
+        name = f"jobfetcher-{self.instance}-proof-{uuid.uuid4().hex[:12]}"
+        spec = replace(spec, name=name, labels={LABEL_INSTANCE: self.instance})
+        self._helpers.add(name)
+        try:
+            proof.prove(self.api, spec, self._network_mode(spec.network), folder)
         finally:
             self._helpers.discard(name)
 
@@ -334,12 +322,12 @@ class DockerEngine:
                 created = self.api.create(config, spec.name)
             except NotFound as error:
                 if not _IMAGE_GONE.search(error.said):
-                    raise _start_fault(error.said) from error
+                    raise start_fault(error.said, spec) from error
                 why = "its image was removed from this machine before the job could start"
                 raise WorkerFault(WorkerReason.INTERRUPTED, why) from error
             except Refused as error:
                 if error.status != http.client.CONFLICT:
-                    raise _start_fault(error.said) from error
+                    raise start_fault(error.said, spec) from error
                 created = None
         failpoint("after:create")
         return (self._adopt(spec), False) if created is None else (DockerContainer(self, created), True)
@@ -356,7 +344,7 @@ class DockerEngine:
             )
         return DockerContainer(self, str(found["Id"]))
 
-    def _start(self, container: DockerContainer, *, look: bool = False, again: bool = False) -> None:
+    def _start(self, container: DockerContainer, policy: Policy, *, look: bool = False, again: bool = False) -> None:
         """Start it. `look`: unless it runs, or has run. `again`: an answer to this was lost, and whether it runs or has
         run is asked for; one that the engine calls new may have run all the same: an engine that was killed while it
         started a container may not have come to note it. So such a one is never started again."""
@@ -375,11 +363,13 @@ class DockerEngine:
             try:
                 self.api.ask("POST", f"/containers/{container.id}/start", timeout_s=self.api.work_s)
             except NotFound as error:
+                if not _CONTAINER_GONE.search(error.said):  # a network that is not there, say
+                    raise start_fault(error.said, policy) from error
                 raise WorkerFault(
                     WorkerReason.INTERRUPTED, "the job's container was removed before it was started"
                 ) from error
             except Refused as error:
-                raise _start_fault(error.said) from error
+                raise start_fault(error.said, policy) from error
 
     def _refuse_links(self, container: DockerContainer, volumes: Iterable[str]) -> None:
         """Raise JobFault where a volume lies in /files after all, by a link in the image: its files would be lost."""
@@ -640,10 +630,10 @@ class DockerContainer:
             return ""
         with contextlib.suppress(WorkerFault):
             last = self.last_lines(1)
-            if _TOO_LONG.fullmatch(last):  # not even docker-init could be run
-                return _ARGUMENTS
-            failed = _INIT_FAILED.match(last)
-            return _cannot_run(failed["program"], failed["why"]) if failed else ""
+            if TOO_LONG.fullmatch(last):  # not even docker-init could be run
+                return ARGUMENTS
+            failed = INIT_FAILED.match(last)
+            return cannot_run(failed["program"], failed["why"]) if failed else ""
         return ""
 
     def is_paused(self) -> bool:
@@ -778,31 +768,6 @@ def _put_before(path: Path, line: str) -> None:
         new.write(line.encode())
         shutil.copyfileobj(old, new, 1024 * 1024)
     whole.rename(path)
-
-
-def _start_fault(said: str) -> JobFault | WorkerFault:
-    """What a failed create or start means. What nobody here has seen before is the engine's trouble, not the job's."""
-    if failed := _RUNC_FAILED.search(said):
-        return JobFault(JobReason.CANNOT_START, _cannot_run(failed["program"], failed["why"]))
-    for pattern, reason, sentence in _SAYINGS:
-        if pattern.search(said):
-            message = f"the container cannot start, {sentence}: {clean(said, 300)}"
-            return JobFault(reason, message) if isinstance(reason, JobReason) else WorkerFault(reason, message)
-    return WorkerFault(WorkerReason.ENGINE, f"the container engine could not start a container: {clean(said, 300)}")
-
-
-def _cannot_run(program: str, why: str) -> str:
-    """One sentence for a program that could not be run. `why` is errno's text, or runc's."""
-    program, why = clean(program, 200), clean(why, 200).lower()
-    if "argument list too long" in why:
-        return _ARGUMENTS
-    if "permission denied" in why:
-        return f"{program} in the image is not a program that may be run"
-    if "exec format error" in why:
-        return f"{program} in the image is not made for this machine (exec format error)"
-    if "no such file" in why or "not found" in why:
-        return f"the image has no {program}"
-    return f"{program} in the image cannot be run: {why}"
 
 
 def _removed() -> JobFault:

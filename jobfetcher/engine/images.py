@@ -387,11 +387,19 @@ def _message(body: bytes) -> str:
 def _fault(wanted: Reference, said: str) -> JobFault | WorkerFault:
     """What a failed pull means. What nobody here has seen before is the registry's trouble: it is tried again."""
     said = said[:_SAID_MAX]
+    words = _without_name(wanted, said)
     for pattern, reason, sentence in _SAYINGS:
-        if pattern.search(said):
+        if pattern.search(words):
             message = f"{sentence.format(image=wanted)}: {clean(said, 300)}"
             return JobFault(reason, message) if isinstance(reason, JobReason) else WorkerFault(reason, message)
     return WorkerFault(WorkerReason.REGISTRY, f"image {wanted} cannot be pulled now: {clean(said, 300)}")
+
+
+def _without_name(wanted: Reference, said: str) -> str:
+    """What was said, without the image's own name, which may spell anything, such as `lab/denied:forbidden`."""
+    path = re.escape(wanted.path.removeprefix("library/"))
+    tag = f"|(?<=[:/]){re.escape(wanted.tag)}(?![A-Za-z0-9_.-])" if wanted.tag else ""
+    return re.sub(rf"(?:(?<=/)|(?<=for )|(?<=repository ))(?:library/)?{path}(?![a-z0-9_.-]){tag}", "IMAGE", said)
 
 
 def _means(wanted: Reference, name: str) -> bool:

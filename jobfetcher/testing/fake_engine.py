@@ -139,7 +139,8 @@ class FakeEngine:
 
     `images`: what `prepare` answers, by reference; None: every reference is an image, pulled the first time. `specs`,
     `prepared`, `owned` and `forgotten` record what was asked; `here` are the images on the machine, by id, and their
-    names. While `fault` is set, every call raises it (an engine that is away). `clock`: in seconds, for ages.
+    names. While `fault` is set, every call raises it (an engine that is away). `proved` are the specs of boxes of the
+    worker's own, and `unfit(spec)` says what is wrong with one. `clock`: in seconds, for ages.
     """
 
     def __init__(
@@ -154,6 +155,8 @@ class FakeEngine:
         self.forgotten: list[tuple[str, str]] = []
         self.here: dict[str, set[str]] = {}
         self.fault: JobfetcherError | None = None
+        self.proved: list[RunSpec] = []
+        self.unfit: Callable[[RunSpec], JobfetcherError | None] = lambda spec: None  # noqa: ARG005 - all is well
         self._clock = clock
         self._script = script
         self._images = images
@@ -226,6 +229,15 @@ class FakeEngine:
         if not container.started:
             container.run()
         return container
+
+    def prove(self, spec: RunSpec, folder: Path) -> None:
+        self.answer()
+        with self._lock:
+            self.proved.append(spec)
+        if not Path(spec.files_host_path).samefile(folder):
+            raise WorkerFault(WorkerReason.DISK, f"a file that the worker writes to {folder} is not seen in containers")
+        if (wrong := self.unfit(spec)) is not None:
+            raise wrong
 
     def find(self, job_id: JobId) -> FakeContainer | None:
         self.answer()

@@ -297,3 +297,20 @@ def test_prepare_refuses_a_missing_image_and_a_halted_job(bench: Bench) -> None:
     halt.set(StopReason.CANCELLED)
     with pytest.raises(Stopped):
         bench.engine.prepare(bench.image.reference, halt, no_progress)
+
+
+def test_a_box_of_the_workers_own_runs_and_nothing_of_it_is_left(bench: Bench) -> None:
+    spec = replace(bench.spec("true"), image_id="")
+    bench.engine.prove(spec, bench.files)
+    assert list(bench.files.iterdir()) == []
+    assert bench.engine.reap(frozenset()) == []
+    assert bench.engine.find(JobId("1")) is None
+
+
+def test_a_directory_that_the_engine_sees_otherwise_is_found_out(bench: Bench, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(WorkerFault, match="is not seen in containers") as seen:
+        bench.engine.prove(replace(bench.spec("true"), image_id=""), elsewhere)
+    assert seen.value.reason is WorkerReason.DISK
+    assert list(elsewhere.iterdir()) == []

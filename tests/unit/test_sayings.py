@@ -1,0 +1,157 @@
+"""sayings: what engines really said, and whose fault each is: by their own words, never by names of the job in them."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.engine.images import _fault
+from jobfetcher.engine.references import parse_reference
+from jobfetcher.engine.run_spec import BoxPolicy
+from jobfetcher.engine.sayings import setting_fault, start_fault
+
+LAYER = "/var/lib/docker/overlay2/4a854d779c5f7aa5f2faad189c8015673a6bf1bdc6ac0c687b8cd748bc86750d/merged"
+RUNC = "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process:"
+INIT = f"{RUNC} error during container init:"
+HOOK = f"{INIT} error running hook #0: error running hook: exit status 1, stdout: , stderr: "
+CWD = f"{RUNC} chdir to cwd"
+
+JOBS = [
+    # moby 20.10.24 and runc 1.1.5, as they answered; the names are a job's or its image's own
+    "unable to find user nvidia: no matching entries in passwd file",
+    "unable to find group nvidia: no matching entries in group file",
+    "unable to find user could not select device driver: no matching entries in passwd file",
+    "linux spec user: unable to find user nvidia: no matching entries in passwd file",
+    f"lstat {LAYER}/opt/nvidia/x: not a directory",
+    f"lstat {LAYER}/opt/nvidia/no space left on device: not a directory",
+    f"lstat {LAYER}/work/{'n' * 260}: file name too long",
+    "Cannot mkdir: /opt/nvidia is not a directory",
+    f'{RUNC} exec: "no space left on device": executable file not found in $PATH: unknown',
+    f'{RUNC} exec: "/opt/nvidia/unknown device": permission denied: unknown',
+    f'{RUNC} exec: "/closed": permission denied: unknown',
+    f'{CWD} ("/opt/nvidia: no space left on device") set in config.json failed: permission denied: unknown',
+    f'{CWD} ("/opt/nvidia") set in config.json failed: not a directory: unknown',
+    "No command specified",
+    "no command specified",
+]
+
+MACHINES = [
+    (WorkerReason.DISK, 'invalid mount config for type "bind": bind source path does not exist: /tmp/nope'),
+    (WorkerReason.DISK, f"mkdir {LAYER.removesuffix('/merged')}-init: no space left on device"),
+    (WorkerReason.DISK, f"{INIT} write /run/x: no space left on device: unknown"),
+    (WorkerReason.GPU, 'could not select device driver "" with capabilities: [[gpu]]'),
+    (WorkerReason.GPU, 'could not select device driver "nvidia" with capabilities: [[gpu]]'),
+    (WorkerReason.GPU, f"{HOOK}nvidia-container-cli: device error: GPU-9: unknown device: unknown"),
+    (
+        WorkerReason.GPU,
+        f"{HOOK}Auto-detected mode as 'legacy'\nnvidia-container-cli: initialization error: nvml error: driver/library "
+        "version mismatch: unknown",
+    ),
+    (WorkerReason.GPU, "CDI device injection failed: unresolvable CDI devices nvidia.com/gpu=0"),
+    (
+        WorkerReason.GPU,
+        'error gathering device information while adding custom device "/dev/nvidia0": no such file or directory',
+    ),
+    # an init or a runtime that is not there was taken for a program of the image
+    (WorkerReason.ENGINE, 'exec: "docker-init": executable file not found in $PATH'),
+    (
+        WorkerReason.ENGINE,
+        f'{INIT} exec: "/sbin/docker-init": stat /sbin/docker-init: no such file or directory: unknown',
+    ),
+    (
+        WorkerReason.ENGINE,
+        "failed to create shim: OCI runtime create failed: unable to retrieve OCI runtime error (open /run/x/log.json: "
+        'no such file or directory): exec: "nvidia-container-runtime": executable file not found in $PATH: : unknown',
+    ),
+    (
+        WorkerReason.ENGINE,
+        "failed to create shim: OCI runtime create failed: unable to retrieve OCI runtime error (open /run/x/log.json: "
+        "no such file or directory): fork/exec /usr/bin/kata-runtime: no such file or directory: unknown",
+    ),
+    (
+        WorkerReason.ENGINE,
+        'failed to start shim: exec: "containerd-shim-kata-v2": executable file not found in $PATH: unknown',
+    ),
+    (WorkerReason.ENGINE, 'error looking up logging plugin foo: plugin "foo" not found'),
+    (WorkerReason.ENGINE, "driver failed programming external connectivity on endpoint nvidia: iptables failed"),
+    (WorkerReason.ENGINE, "something that nobody has seen before"),
+]
+
+OWNERS = [
+    (
+        BoxPolicy(user="labuser"),
+        "unable to find user labuser: no matching entries in passwd file",
+        "JOB_USER=labuser: ",
+    ),
+    (BoxPolicy(user="0:lab"), "unable to find group lab: no matching entries in group file", "JOB_USER=0:lab: "),
+    (BoxPolicy(network="brigde"), "network brigde not found", "JOB_NETWORK=brigde: "),
+    (BoxPolicy(runtime="rnuc"), "Unknown runtime specified rnuc", "JOB_RUNTIME=rnuc: "),
+    (BoxPolicy(runtime="rnuc"), "unknown or invalid runtime name: rnuc", "JOB_RUNTIME=rnuc: "),
+    (BoxPolicy(cap_add=("FOO",)), 'invalid CapAdd: unknown capability: "CAP_FOO"', "JOB_CAP_ADD: "),
+]
+
+
+@pytest.mark.fault("E8", "J5")
+@pytest.mark.parametrize("said", JOBS)
+def test_what_a_job_or_its_image_named_wrongly_is_its_own_fault(said: str) -> None:
+    fault = start_fault(said, BoxPolicy())
+    assert isinstance(fault, JobFault), fault
+    assert fault.reason is JobReason.CANNOT_START
+
+
+@pytest.mark.fault("E14", "J5")
+@pytest.mark.parametrize(("reason", "said"), MACHINES)
+def test_what_the_machine_cannot_do_is_no_jobs_fault(reason: WorkerReason, said: str) -> None:
+    fault = start_fault(said, BoxPolicy())
+    assert isinstance(fault, WorkerFault), fault
+    assert fault.reason is reason
+
+
+@pytest.mark.fault("J5")
+@pytest.mark.parametrize(("policy", "said", "named"), OWNERS)
+def test_what_the_owner_set_wrongly_is_named_and_never_a_jobs_fault(policy: BoxPolicy, said: str, named: str) -> None:
+    wrong = setting_fault(said, policy)
+    assert wrong is not None
+    assert str(wrong).startswith(named)
+    fault = start_fault(said, policy)
+    assert isinstance(fault, WorkerFault)
+    assert fault.reason is WorkerReason.ENGINE
+    assert named in str(fault)
+
+
+def test_a_slip_of_the_finger_is_guessed() -> None:
+    wrong = setting_fault("network brigde not found", BoxPolicy(network="brigde"), ["bridge", "none", "lab"])
+    assert str(wrong).endswith("; is bridge meant?")
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (BoxPolicy(user="1000:1000"), "unable to find user labuser: no matching entries in passwd file"),
+        (BoxPolicy(user=None), "unable to find user labuser: no matching entries in passwd file"),
+        (BoxPolicy(network="lab"), "network 5e7a not found"),
+    ],
+)
+def test_what_the_owner_did_not_choose_names_no_setting(policy: BoxPolicy, said: str) -> None:
+    assert setting_fault(said, policy) is None
+
+
+# -- pulls ------------------------------------------------------------------------------------------------------------
+
+DOWN = 'Get "https://hub.example.org/v2/{path}/manifests/{tag}": dial tcp 192.0.2.1:443: connect: connection refused'
+
+
+@pytest.mark.fault("E6", "E7")
+@pytest.mark.parametrize("name", ["lab/denied:1", "forbidden:1", "lab/unauthorized:denied", "404-page-not-found/x:y"])
+def test_an_images_own_name_is_no_word_of_its_registry(name: str) -> None:
+    path, _, tag = name.partition(":")
+    wanted = parse_reference(f"hub.example.org/{name}")
+    away = _fault(wanted, DOWN.format(path=path, tag=tag))
+    assert isinstance(away, WorkerFault), away
+    assert away.reason is WorkerReason.REGISTRY
+    denied = _fault(wanted, f"pull access denied for hub.example.org/{path}, repository does not exist or may require")
+    assert isinstance(denied, JobFault)
+    assert denied.reason is JobReason.IMAGE_DENIED
+    missing = _fault(wanted, f"manifest for hub.example.org/{name} not found: manifest unknown: manifest unknown")
+    assert isinstance(missing, JobFault)
+    assert missing.reason is JobReason.IMAGE_MISSING
