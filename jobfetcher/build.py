@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from jobfetcher.core.errors import ConfigError, SourceUnavailable
 from jobfetcher.core.job import Job
-from jobfetcher.core.machine import Inventory, Share
+from jobfetcher.core.machine import Gpu, Inventory, Share
 from jobfetcher.core.ports import Emit
 from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.core.urls import UrlPolicy
@@ -27,12 +27,13 @@ from jobfetcher.engine.api import DEFAULT_URL
 from jobfetcher.engine.docker import DockerEngine, EngineInfo
 from jobfetcher.engine.host_path import check_host_path, find_host_path
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
-from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_run_spec, dropped_env
+from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_proof_spec, build_run_spec, dropped_env
 from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
 from jobfetcher.resources import detect
 from jobfetcher.resources.budget import Budget, auto_slots
 from jobfetcher.runner import BuildSpec, Rules, Runner
+from jobfetcher.self_test import FOLDER, SelfTest
 from jobfetcher.settings import Settings, docker_config
 from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
 from jobfetcher.sources.worker_api.client import Client, failure
@@ -49,6 +50,9 @@ from jobfetcher.workspace import Base
 
 #: A heartbeat has at least so long to be answered, in seconds, however often it is sent.
 _LEAST_BEAT_S = 2.0
+
+#: Memory limit of the box in which this machine tests itself, in MiB: a virtual machine (kata) starts in so much.
+_PROOF_MIB = 512
 
 #: FAULTS.md F10: one job that moves eight files at a time is at home in so many open files.
 _LEAST_FILES = 64
@@ -176,13 +180,26 @@ def make_build_spec(settings: Settings, instance: str, emit: Emit) -> BuildSpec:
     return build_spec
 
 
-def make_budget(settings: Settings, inventory: Inventory, emit: Emit) -> Budget:
+def make_self_test(
+    settings: Settings, engine: DockerEngine, inventory: Inventory, base: Base, host_base: str, gpus: detect.GpuProbe
+) -> SelfTest:
+    """What shows that this machine can run a job."""
+    policy = make_box(settings)
+
+    def make_spec(held: Sequence[Gpu]) -> RunSpec:
+        share = Share(min(1.0, inventory.cpu_cores), min(_PROOF_MIB, inventory.memory_mib), tuple(held))
+        return build_proof_spec(share, files_host_path=f"{host_base}/{FOLDER}", policy=policy)
+
+    return SelfTest(engine=engine, make_spec=make_spec, base=base.path, gpus=gpus)
+
+
+def make_budget(settings: Settings, inventory: Inventory, gpus: detect.GpuProbe) -> Budget:
     """The machine's accounts."""
     return Budget(
         inventory,
         slots=settings.max_jobs or auto_slots(inventory, gpu_unasked=settings.gpu_unasked == "give"),
         memory_in_use_mib=detect.memory_in_use_mib,
-        read_gpus=detect.GpuProbe(settings.gpus, emit),
+        read_gpus=gpus,
         reserve_cpus=settings.reserve_cpus,
         reserve_memory_mib=settings.reserve_memory,
         prefetch=settings.prefetch,
@@ -230,7 +247,10 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         info = engine.describe()
         if info.root_dir:  # not there where the worker runs in a container, or the engine in a machine of its own
             base.also_watch(Path(info.root_dir))
-        budget = make_budget(settings, _engines_part(detect.detect(settings.gpus), info), emit)
+        inventory = _engines_part(detect.detect(settings.gpus), info)
+        gpus = detect.GpuProbe(settings.gpus, emit)
+        budget = make_budget(settings, inventory, gpus)
+        self_test = make_self_test(settings, engine, inventory, base, host_base, gpus)
         runner = Runner(
             base=base,
             host_base=PurePosixPath(host_base),
@@ -247,7 +267,7 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
                 prefetch_hold_s=settings.prefetch_hold if settings.on_worker_fault == "release" else None,
             ),
             emit=emit,
-            gone_gpus=detect.gone,
+            gone_gpus=lambda held, image_id: detect.gone(held) or self_test.lost(held, image_id),
         )
         yield Worker(
             source=source,
@@ -257,6 +277,7 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             journal=journal,
             runner=runner,
             housekeeper=Housekeeper(engine, base, journal, emit, keep_s=settings.image_keep),
+            self_test=self_test,
             polling=polling,
             emit=emit,
         )

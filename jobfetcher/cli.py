@@ -225,7 +225,7 @@ def _resources(as_json: bool, env_file: Path | None) -> int:
 
     settings = _load({}, env_file, server=False).settings
     inventory = detect.detect(settings.gpus)
-    budget = build.make_budget(settings, inventory, lambda *_, **__: None)
+    budget = build.make_budget(settings, inventory, detect.GpuProbe(settings.gpus, lambda *_, **__: None))
     budget.offer()  # takes the readings
     record = resources_record(inventory, budget.free(), budget.slots, detect.read_gpus(settings.gpus).problems)
     if as_json:

@@ -67,6 +67,15 @@ class Housekeeper:
         else:
             self._told.clear()
 
+    def check_room(self) -> None:
+        """Raise WorkerFault(DISK) while there is no room for another job, even after all has gone that may go."""
+        try:
+            self._base.check_room()
+        except WorkerFault:
+            if not self.make_room():
+                raise
+            self._base.check_room()  # what is promised to jobs is not for it to see
+
     def make_room(self) -> bool:
         """Remove leftovers, and then idle images, until there is room; whether there is."""
         if not self._base.is_full():

@@ -1,7 +1,9 @@
-"""How soon to ask for the next job: the usual interval, back-off while something is wrong, slower after bad jobs.
+"""How soon to ask for the next job: the usual interval, and back-off while something is wrong.
 
-Used by the worker, in its main thread; `ended` comes from the slots. Waits are spread, so that a thousand workers do
-not come back together (FAULTS.md J8), and every trouble is said once, not once per try (J10).
+Used by the worker, in its main thread; `ended` comes from the slots. Jobs that end badly never hold up those of others
+for long, for they may all be one user's: five in a row make this machine test itself (`self_test`), and as long as it
+passes, jobs are taken at the usual pace, at most one a second (FAULTS.md T23). Waits are spread, so that a thousand
+workers do not come back together (J8), and every trouble is said once, not once per try (J10).
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from jobfetcher.core.run import Ending, Outcome
 #: FAULTS.md J8: longest pause between two polls of a server that does not answer.
 _CAP_S = 300.0
 
-#: FAULTS.md T23: so many bad ends within so many seconds, and no good one between, are no accident. From then on each
-#: further one doubles the pause before the next job, from the first figure to the second, until a job ends well.
+#: FAULTS.md T23: so many bad ends within so many seconds, and no good one between, are a reason to doubt this machine;
+#: and until a job ends well, so many seconds lie between a bad end and the next job.
 _BAD_ENDS, _BAD_WITHIN_S = 5, 600.0
-_SLOW_FROM_S, _SLOW_TO_S = 10.0, 300.0
+_BAD_PAUSE_S = 1.0
 
 
 class Pace:
@@ -44,8 +46,10 @@ class Pace:
         self._trouble: str | None = None
         self._failures = 0
         self._not_before = 0.0
+        #: When jobs ended badly since the last good end or test, and how many have since the last good end.
         self._bad_ends: deque[float] = deque(maxlen=_BAD_ENDS)
-        self._slowed = 0
+        self._bad_row = 0
+        self._told = False
 
     @property
     def in_trouble(self) -> bool:
@@ -82,28 +86,36 @@ class Pace:
             self._emit("polling_again", message="the server and this machine are fine again; taking jobs")
         self._trouble, self._failures = None, 0
 
-    def ended(self, outcome: Outcome) -> None:
-        """A job ended: after many bad ends in a row, jobs are taken more slowly, and people are told (T23)."""
+    def ended(self, outcome: Outcome) -> bool:
+        """A job ended; True: so many have ended badly in a row that this machine must test itself (T23)."""
         if outcome.ending is Ending.DROPPED or outcome.reason in EXPECTED:
-            return
+            return False
         with self._lock:
             now = self._clock()
             if outcome.ending is Ending.FINISHED:
                 self._bad_ends.clear()
-                self._slowed = 0
-                return
+                self._bad_row, self._told = 0, False
+                return False
+            self._bad_row += 1
             self._bad_ends.append(now)
-            bad = sum(now - moment < _BAD_WITHIN_S for moment in self._bad_ends)
-            if not self._slowed and bad < _BAD_ENDS:
-                return
-            self._slowed += 1
-            pause_s = min(_SLOW_TO_S, _SLOW_FROM_S * 2.0 ** (self._slowed - 1))
-            self._not_before = max(self._not_before, now + pause_s)
-        message = (
-            f"{_BAD_ENDS + self._slowed - 1} jobs in a row ended badly, the first {_BAD_ENDS} within "
-            f"{_BAD_WITHIN_S / 60:g} min; the next one is taken in {pause_s:g} s"
-        )
-        self._emit("many_failures", level="error" if self._slowed == 1 else "warning", message=message)
+            if self._bad_row >= _BAD_ENDS:
+                self._not_before = max(self._not_before, now + _BAD_PAUSE_S)
+            return sum(now - moment < _BAD_WITHIN_S for moment in self._bad_ends) >= _BAD_ENDS
+
+    def tested(self) -> None:
+        """This machine tested itself and is well: if bad ends were the reason, people are told, once in a row."""
+        with self._lock:
+            doubted = len(self._bad_ends) == _BAD_ENDS and self._clock() - self._bad_ends[0] < _BAD_WITHIN_S
+            if doubted:
+                self._bad_ends.clear()
+            tell, self._told = doubted and not self._told, self._told or doubted
+            row = self._bad_row
+        if tell:
+            message = (
+                f"{row} jobs in a row ended badly; this machine has tested itself and is well, so it goes on at its "
+                "usual pace"
+            )
+            self._emit("many_failures", level="warning", message=message)
 
     def _wait_until(self, moment: float) -> None:
         with self._lock:

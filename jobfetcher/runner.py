@@ -88,7 +88,7 @@ class Rules:
 class Runner:
     """Runs jobs, one per call; calls may run side by side in threads.
 
-    `gone_gpus` says in a sentence what is wrong with GPUs that a job held, and nothing where they are fine.
+    `gone_gpus` says in a sentence what is wrong with GPUs that a job on an image of that id held; nothing: all well.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Runner:
         build_spec: BuildSpec,
         rules: Rules,
         emit: Emit,
-        gone_gpus: Callable[[Sequence[Gpu]], str] = lambda gpus: "",  # noqa: ARG005 - the default: nothing is known
+        gone_gpus: Callable[[Sequence[Gpu], str], str] = lambda gpus, image_id: "",  # noqa: ARG005 - nothing is known
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -302,7 +302,7 @@ class Runner:
                 raise WorkerFault(WorkerReason.INTERRUPTED, "the container engine restarted while the job ran")
             if isinstance(exit.stopped_for, WorkerReason):
                 raise WorkerFault(exit.stopped_for, exit.error)
-            if exit.code != 0 and (gone := self._gone_gpus(share.gpus)):
+            if exit.code != 0 and (gone := self._gone_gpus(share.gpus, spec.image_id)):
                 raise WorkerFault(WorkerReason.GPU, f"a GPU failed while the job ran: {gone}")
             hold.release()  # before the disk is waited for: the next job may start
             self._base.job(job.id).sync()  # what the job wrote outlives a power cut from here on

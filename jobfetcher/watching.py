@@ -58,6 +58,11 @@ class Watcher:
         #: Jobs whose container cannot be killed, and what the engine says.
         self.stuck: dict[JobId, str] = {}
 
+    def check_stuck(self) -> None:
+        """Raise WorkerFault(ENGINE) while a container cannot be killed: no job is taken then (FAULTS.md E5)."""
+        for job_id, why in list(self.stuck.items()):
+            raise WorkerFault(WorkerReason.ENGINE, f"the container of job {job_id} cannot be killed: {why}")
+
     def wait(self, job_id: JobId, container: Container, halt: Halt, before_stop: Callable[[], None]) -> Exit:
         """How the container ended. `Exit.stopped_for` is set where one of the limits ended it.
 

@@ -43,6 +43,7 @@ from jobfetcher.journal import Journal
 from jobfetcher.pace import Pace
 from jobfetcher.resources.budget import NOTHING, Budget, Reservation
 from jobfetcher.runner import Runner
+from jobfetcher.self_test import DOUBTFUL, SelfTest
 from jobfetcher.workspace import Base
 
 #: As many jobs again may upload as may compute: slow uploads must not fill the disk with finished jobs.
@@ -105,6 +106,7 @@ class Worker:
         journal: Journal,
         runner: Runner,
         housekeeper: Housekeeper,
+        self_test: SelfTest,
         polling: Polling,
         emit: Emit,
         clock: Callable[[], float] = time.monotonic,
@@ -116,6 +118,7 @@ class Worker:
         self._base, self._journal = base, journal
         self._runner = runner
         self._housekeeper = housekeeper
+        self._self_test = self_test
         self._polling = polling
         self._emit = emit
         self._clock = clock
@@ -229,7 +232,11 @@ class Worker:
             self._engine.check()
             if self._pace.in_trouble:
                 self._outbox.flush(now=True)  # what an engine that was away still holds comes before new jobs
-            self._check_fit()
+            self._runner.watcher.check_stuck()
+            self._housekeeper.check_room()
+            if self._self_test.check(busy=bool(self._slots)):
+                self._pace.tested()
+                return self._take_one()  # from the top: a GPU that does not work is not offered
             if offer is None:
                 raise WorkerFault(WorkerReason.DOES_NOT_FIT, self._budget.shortage())
             failpoint("before:fetch")
@@ -253,17 +260,6 @@ class Worker:
             return self._pace.idle()
         self._admit(claim)
         return 0.0
-
-    def _check_fit(self) -> None:
-        """Raise WorkerFault while this machine cannot run another job."""
-        for job_id, why in list(self._runner.watcher.stuck.items()):
-            raise WorkerFault(WorkerReason.ENGINE, f"the container of job {job_id} cannot be killed: {why}")
-        try:
-            self._base.check_room()
-        except WorkerFault:
-            if not self._housekeeper.make_room():
-                raise
-            self._base.check_room()  # what is promised to jobs is not for it to see
 
     def _reconcile(self) -> None:
         """Every five minutes: containers that belong to no job of ours, and images nobody needs any more."""
@@ -352,7 +348,8 @@ class Worker:
         if outcome is None:
             self.detached = True  # the journal has it
             return
-        self._pace.ended(outcome)
+        if self._pace.ended(outcome) or outcome.reason in DOUBTFUL:
+            self._self_test.ask()
         if outcome.ending is Ending.WORKER_FAILED and outcome.reason not in EXPECTED:
             self.worker_faults += 1
 

@@ -6,6 +6,7 @@
         jobs/<job>/files  mounted into the container at /files; writable for any user, since the job may run as any
         jobs/<job>/parts  downloads that are not whole yet; never visible to the job
         jobs/<job>/logs   what the worker itself adds to the job's logs
+        proof/            what the machine tests itself with (self_test); only during a test
         quarantine/       what nobody could make sense of, kept for a person; never read or deleted by the worker
 
 Imported by worker, runner and build. Knows no engine: where the directory lies on the engine's host is told to it.
@@ -42,7 +43,7 @@ _MIB, _GIB = 1024**2, 1024**3
 _RESERVE_BYTES, _RESERVE_SHARE = 5 * _GIB, 0.05
 
 #: All that a worker makes in PATH_BASE: a directory with nothing else in it is ours alone.
-_OURS = {"lock", "jobs", "cache", "quarantine", "journal.ballast"}
+_OURS = {"lock", "jobs", "cache", "proof", "quarantine", "journal.ballast"}
 _OURS |= {f"journal.db{part}" for part in ("", "-wal", "-shm", "-journal", ".new", ".draft")}
 
 #: How the lock file begins while it is held, and what its holder puts over that when it leaves in order.

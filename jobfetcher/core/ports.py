@@ -230,11 +230,12 @@ class Engine(Protocol):
         """
         ...
 
-    def prove(self, spec: RunSpec, folder: Path) -> None:
+    def prove(self, spec: RunSpec, folder: Path) -> bool:
         """Run a box of the worker's own, made as `spec` says but for its name and program, see it work, remove it.
 
         `folder` is where this process sees `spec.files_host_path`. `spec.image_id` empty: the engine has an image for
-        that; else an image that was prepared before, in which `spec`'s GPUs are asked whether they answer.
+        that; else an image that was prepared before, in which `spec`'s GPUs are asked whether they answer. False: such
+        an image cannot tell.
 
         Raises ConfigError naming the setting that is wrong, or WorkerFault(GPU, DISK, ENGINE) saying what to do.
         """

@@ -273,13 +273,13 @@ class DockerEngine:
         finally:
             self._helpers.discard(name)
 
-    def prove(self, spec: RunSpec, folder: Path) -> None:
+    def prove(self, spec: RunSpec, folder: Path) -> bool:
         """See `Engine.prove`. Raises ConfigError, WorkerFault(GPU, DISK or ENGINE)."""
         name = f"jobfetcher-{self.instance}-proof-{uuid.uuid4().hex[:12]}"
         spec = replace(spec, name=name, labels={LABEL_INSTANCE: self.instance})
         self._helpers.add(name)
         try:
-            proof.prove(self.api, spec, self._network_mode(spec.network), folder)
+            return proof.prove(self.api, spec, self._network_mode(spec.network), folder)
         finally:
             self._helpers.discard(name)
 

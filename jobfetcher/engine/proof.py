@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from jobfetcher.core.errors import ConfigError, JobFault, WorkerFault, WorkerReason
+from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.run import RunSpec
 from jobfetcher.core.text import clean
 from jobfetcher.engine.api import EngineApi, NotFound, Refused
@@ -68,8 +68,8 @@ _CHANGES = re.compile(r"\b[0-9a-f]{12,64}\b|jobfetcher-[0-9a-z]+-proof-[0-9a-f]+
 _SMI = "/usr/bin/nvidia-smi"
 
 
-def prove(api: EngineApi, spec: RunSpec, network_mode: str, folder: Path) -> None:
-    """Run one box as `spec` says, but for its program, and see it work; it is gone afterwards.
+def prove(api: EngineApi, spec: RunSpec, network_mode: str, folder: Path) -> bool:
+    """Run one box as `spec` says, but for its program, and see it work; it is gone afterwards. False: it cannot tell.
 
     `folder`: where this process sees `spec.files_host_path`. With `spec.image_id`, what is run is `nvidia-smi -L` of
     that image's box; without, the program that the docstring above tells of, in the empty image.
@@ -77,57 +77,62 @@ def prove(api: EngineApi, spec: RunSpec, network_mode: str, folder: Path) -> Non
     Raises ConfigError naming the setting that is wrong, WorkerFault(GPU, DISK or ENGINE) saying what to do.
     """
     if spec.image_id:
-        _prove_gpus(api, spec, network_mode)
-        return
-    spec = replace(spec, image_id=_image(api), entrypoint=())
+        return _prove_gpus(api, spec, network_mode)
+    spec = replace(spec, image_id=_image(api))
     failed: WorkerFault | None = None
     for init in _inits(api):
         with _program(folder, init) as command:
             code, said = _run(api, replace(spec, command=command), network_mode)
         if code == 0:
-            return
+            return True
         failed = _fault(code, said, init, folder)
     assert failed is not None  # noqa: S101 - there is always one init at least
     raise failed
 
 
-def _prove_gpus(api: EngineApi, spec: RunSpec, network_mode: str) -> None:
-    """Ask NVIDIA's own program, in a box on an image of a job. An image that cannot run it says nothing."""
+def _prove_gpus(api: EngineApi, spec: RunSpec, network_mode: str) -> bool:
+    """Ask NVIDIA's own program in a box on an image of a job. One that cannot run it, or is gone, tells nothing."""
     # The toolkit mounts it where the container may use `utility`, which an image may have left out.
     env = {**spec.env, "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
     try:
-        code, said = _run(api, replace(spec, entrypoint=(_SMI,), command=("-L",), env=env), network_mode)
-    except JobFault:  # there is no such program in it
-        return
-    if code and code not in _CANNOT_RUN and not INIT_FAILED.search(said):
+        code, said = _run(api, replace(spec, command=("-L",), env=env), network_mode, program=_SMI)
+    except JobFault:
+        return False
+    if code in _CANNOT_RUN or INIT_FAILED.search(said):
+        return False
+    if code:
         why = clean(_steady(said), 200) or "it says nothing"
         raise WorkerFault(WorkerReason.GPU, f"nvidia-smi fails in a container (exit code {code}): {why}")
+    return True
 
 
-def _run(api: EngineApi, spec: RunSpec, network_mode: str) -> tuple[int, str]:
-    """Create, start, wait, read and remove one box: its exit code, and what it printed last."""
+def _run(api: EngineApi, spec: RunSpec, network_mode: str, program: str = "") -> tuple[int, str]:
+    """Create, start, wait, read and remove one box: its exit code, and what it printed last.
+
+    `program`: what is run instead of the image's entry point. Raises JobFault where its image cannot run it.
+    """
     config = box(spec, network_mode)
-    if spec.entrypoint == ():
-        config["Entrypoint"] = []
+    if program:
+        config["Entrypoint"] = [program]
     with api.calling("run a container for a test"):
         try:
             created = api.create(config, spec.name)
         except Refused as error:
-            raise _refusal(api, error, spec) from error
+            raise _refusal(api, error, spec, program) from error
         try:
-            return _started(api, created, spec)
+            return _started(api, created, spec, program)
         finally:
             with contextlib.suppress(NotFound):
                 api.ask("DELETE", f"/containers/{created}", timeout_s=api.work_s, v="1", force="1")
 
 
-def _started(api: EngineApi, container: str, spec: RunSpec) -> tuple[int, str]:
+def _started(api: EngineApi, container: str, spec: RunSpec, program: str) -> tuple[int, str]:
     with closing(api.new_line()) as line:
         line.begin_wait(container, "next-exit")
         try:
             api.ask("POST", f"/containers/{container}/start", timeout_s=api.work_s)
         except Refused as error:
-            raise _refusal(api, error, spec) from error
+            raise _refusal(api, error, spec, program) from error
         code = line.ended(_RUN_S)
     if code is None:
         raise WorkerFault(WorkerReason.ENGINE, f"a container for a test did not end within {_RUN_S:g} s")
@@ -145,13 +150,15 @@ def _started(api: EngineApi, container: str, spec: RunSpec) -> tuple[int, str]:
     return code, " ".join(filter(None, [str(state.get("Error") or ""), printed])).strip()
 
 
-def _refusal(api: EngineApi, error: Refused, spec: RunSpec) -> ConfigError | WorkerFault | JobFault:
-    """What it means that the engine does not make or start the box. Nothing here is a job's fault."""
+def _refusal(api: EngineApi, error: Refused, spec: RunSpec, program: str) -> ConfigError | WorkerFault | JobFault:
+    """What it means that the engine does not make or start the box. Only an image of a job may be at fault."""
     said = _steady(error.said)
     if wrong := setting_fault(said, spec, _known(api, said)):
         return wrong
     fault = start_fault(said, spec)
-    if isinstance(fault, JobFault) and not (spec.entrypoint and spec.entrypoint[0] == _SMI):
+    if program and isinstance(error, NotFound) and "no such image" in said.lower():
+        return JobFault(JobReason.IMAGE_MISSING, said)
+    if isinstance(fault, JobFault) and not program:
         return WorkerFault(WorkerReason.ENGINE, f"the engine cannot start a container: {clean(said, 300)}")
     return fault
 

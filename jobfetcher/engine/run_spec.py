@@ -111,6 +111,19 @@ def build_run_spec(
     )
 
 
+def build_proof_spec(share: Share, *, files_host_path: str, policy: BoxPolicy) -> RunSpec:
+    """A box of the worker's own, as a job's is made that says nothing for itself (`Engine.prove`)."""
+    return build_run_spec(
+        Job(id=JobId("proof"), image="none"),
+        share,
+        image=Image(id="", reference="none", digest=None, architecture=""),
+        files_host_path=files_host_path,
+        attempt=0,
+        instance="",
+        policy=policy,
+    )
+
+
 def container_name(instance: str, job_id: JobId, attempt: int) -> str:
     """The name of a job's container. Deterministic, so that a lost reply can be found again (FAULTS.md J2)."""
     return f"jobfetcher-{instance}-{job_id}-{attempt}"

@@ -114,10 +114,12 @@ def gone(gpus: Sequence[Gpu]) -> str:
 
 
 class GpuProbe:
-    """The GPUs for jobs, read anew at each call; for one thread.
+    """The GPUs for jobs, read anew at each call: those that answer the driver and are not set aside. For one thread,
+    but for `set_aside`.
 
     `emit` hears `gpu_trouble` when there are fewer than there were, or one does not answer, and `gpu_well` when that is
-    over: once per change, not per reading.
+    over: once per change, not per reading. It hears `gpu_set_aside` and `gpu_back` of one that answers the driver and
+    does not work in a container (FAULTS.md E14).
     """
 
     def __init__(self, gpus_allowed: str, emit: Emit) -> None:
@@ -125,6 +127,27 @@ class GpuProbe:
         self._emit = emit
         self._known: dict[str, Gpu] = {}
         self._trouble = ""
+        self._aside: dict[str, str] = {}
+
+    def every(self) -> tuple[Gpu, ...]:
+        """All that answer the driver, also those that are set aside."""
+        return read_gpus(self._allowed).gpus
+
+    def is_aside(self, gpu: Gpu) -> bool:
+        """Whether no job gets it."""
+        return gpu.uuid in self._aside
+
+    def set_aside(self, gpu: Gpu, why: str) -> None:
+        """No job gets it from now on, because of `why`, which is told once while it stays the same."""
+        if self._aside.get(gpu.uuid) != why:
+            self._aside[gpu.uuid] = why
+            message = f"GPU {gpu.model} ({gpu.uuid}) is set aside; no job gets it until it works: {why}"
+            self._emit("gpu_set_aside", level="error", message=message)
+
+    def take_back(self, gpu: Gpu) -> None:
+        """Jobs may get it again."""
+        if self._aside.pop(gpu.uuid, None) is not None:
+            self._emit("gpu_back", message=f"GPU {gpu.model} ({gpu.uuid}) works in a container again; jobs get it")
 
     def __call__(self) -> tuple[Gpu, ...]:
         reading = read_gpus(self._allowed)
@@ -135,7 +158,7 @@ class GpuProbe:
         elif self._trouble and not trouble:
             self._emit("gpu_well", message="all GPUs answer again")
         self._trouble = trouble
-        return reading.gpus
+        return tuple(gpu for gpu in reading.gpus if gpu.uuid not in self._aside)
 
     def _trouble_in(self, reading: GpuReading) -> str:
         answering = {gpu.uuid for gpu in reading.gpus}

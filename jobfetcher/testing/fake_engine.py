@@ -230,7 +230,7 @@ class FakeEngine:
             container.run()
         return container
 
-    def prove(self, spec: RunSpec, folder: Path) -> None:
+    def prove(self, spec: RunSpec, folder: Path) -> bool:
         self.answer()
         with self._lock:
             self.proved.append(spec)
@@ -238,6 +238,7 @@ class FakeEngine:
             raise WorkerFault(WorkerReason.DISK, f"a file that the worker writes to {folder} is not seen in containers")
         if (wrong := self.unfit(spec)) is not None:
             raise wrong
+        return True
 
     def find(self, job_id: JobId) -> FakeContainer | None:
         self.answer()

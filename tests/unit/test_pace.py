@@ -38,31 +38,55 @@ def pace(clock: Clock, emit: Emitted) -> Pace:
 
 
 @pytest.mark.fault("T23")
-def test_after_five_bad_ends_jobs_are_taken_ever_more_slowly_and_people_are_told(
+def test_after_five_bad_ends_the_machine_must_test_itself_and_jobs_are_taken_at_most_one_a_second(
     pace: Pace, clock: Clock, emit: Emitted
 ) -> None:
-    pauses = []
+    doubts, pauses = [], []
     for _ in range(12):
-        pace.ended(BAD)
+        doubts.append(pace.ended(BAD))
+        if doubts[-1]:
+            pace.tested()
         pauses.append(pace.left_s())
-        clock.now += pauses[-1] + 1
-    assert pauses == [0, 0, 0, 0, 10, 20, 40, 80, 160, 300, 300, 300]
-    assert emit.levels("many_failures") == ["error"] + ["warning"] * 7
-    first = emit.named("many_failures")[0]
-    assert "5 jobs in a row ended badly, the first 5 within 10 min" in str(first["message"])
+        clock.now += pauses[-1]
+    assert doubts == ([False] * 4 + [True]) * 2 + [False] * 2
+    assert pauses == [0] * 4 + [1] * 8
+    assert emit.levels("many_failures") == ["warning"]  # once, until a job ends well
+    assert "5 jobs in a row ended badly; this machine has tested" in str(emit.named("many_failures")[0]["message"])
+    pace.ended(GOOD)
+    assert [pace.ended(BAD) for _ in range(5)] == [False] * 4 + [True]
+    pace.tested()
+    assert len(emit.named("many_failures")) == 2
+
+
+@pytest.mark.fault("T23")
+def test_doubts_stay_until_the_machine_has_passed(pace: Pace, emit: Emitted) -> None:
+    for _ in range(5):
+        pace.ended(BAD)
+    assert pace.ended(BAD)
+    assert pace.ended(BAD)
+    pace.tested()
+    assert not pace.ended(BAD)
+    assert "7 jobs in a row ended badly" in str(emit.named("many_failures")[0]["message"])
 
 
 @pytest.mark.fault("T23")
 def test_a_good_end_or_ten_minutes_make_it_forget(pace: Pace, clock: Clock) -> None:
     for _ in range(4):
-        pace.ended(BAD)
+        assert not pace.ended(BAD)
     pace.ended(GOOD)
     for _ in range(4):
-        pace.ended(BAD)
-    assert pace.left_s() == 0
+        assert not pace.ended(BAD)
     clock.now += 601
-    pace.ended(BAD)
-    assert pace.left_s() == 0
+    assert not pace.ended(BAD)
+
+
+@pytest.mark.fault("T23")
+def test_a_test_for_another_reason_says_nothing_of_bad_ends(pace: Pace, emit: Emitted) -> None:
+    for _ in range(4):
+        pace.ended(BAD)
+    pace.tested()
+    assert emit.named("many_failures") == []
+    assert pace.ended(BAD)  # nor does it forget them
 
 
 @pytest.mark.fault("T23")
@@ -73,7 +97,7 @@ def test_a_good_end_or_ten_minutes_make_it_forget(pace: Pace, clock: Clock) -> N
 )
 def test_ends_that_are_nobodys_fault_do_not_count(pace: Pace, outcome: Outcome) -> None:
     for _ in range(20):
-        pace.ended(outcome)
+        assert not pace.ended(outcome)
     assert pace.left_s() == 0
 
 

@@ -26,17 +26,19 @@ from jobfetcher.core.machine import Inventory, Offer, Share
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Claim, Standing
 from jobfetcher.core.run import Ending, Exit, Outcome, RunSpec
-from jobfetcher.engine.run_spec import BoxPolicy, build_run_spec
+from jobfetcher.engine.run_spec import BoxPolicy, build_proof_spec, build_run_spec
 from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
 from jobfetcher.resources.budget import Budget
 from jobfetcher.runner import Rules, Runner
+from jobfetcher.self_test import FOLDER, SelfTest
 from jobfetcher.testing.fake_engine import FakeEngine, Script
 from jobfetcher.testing.fake_source import FakeSource
 from jobfetcher.testing.fake_transfer import FakeTransfer
 from jobfetcher.watching import Limits
 from jobfetcher.worker import Leaving, Polling, Worker
 from jobfetcher.workspace import Base
+from tests.support.gpus import ListedGpus
 from tests.support.jobs import Emitted, make_job
 from tests.support.trees import names_in
 
@@ -50,10 +52,12 @@ class WaitingBudget(Budget):
     waits: list[float]
     #: Seconds that waits were cut short by: the worker's clock is that much ahead.
     skipped = 0.0
+    #: While this is true something is about to change, and a wait for it is a real one.
+    is_busy: Callable[[], bool] = staticmethod(lambda: False)
 
     def wait_for_change(self, timeout_s: float) -> bool:
         self.waits.append(timeout_s)
-        changed = super().wait_for_change(min(timeout_s, 0.002))
+        changed = super().wait_for_change(min(timeout_s, 20.0 if self.is_busy() else 0.002))
         if not changed:
             self.skipped += timeout_s
         return changed
@@ -122,6 +126,15 @@ class Bench:
             journal=journal,
             runner=runner,
             housekeeper=Housekeeper(self.engine, self.base, journal, self.emit),
+            self_test=SelfTest(
+                engine=self.engine,
+                make_spec=lambda held: build_proof_spec(
+                    Share(1.0, 64, tuple(held)), files_host_path=str(self.base.path / FOLDER), policy=BoxPolicy()
+                ),
+                base=self.base.path,
+                gpus=ListedGpus(),
+                clock=self.budget.clock,
+            ),
             polling=Polling(30.0, lambda taken, idle_s: self.stop_when(taken, idle_s), idle_limit_s),
             emit=self.emit,
             clock=self.budget.clock,
@@ -524,6 +537,109 @@ def test_many_jobs_with_slots_and_prefetch_each_end_exactly_once(tmp_path: Path)
     assert bench.nothing_is_left()
     assert bench.budget.free() == Offer(8.0 - 0.1, 8192)
     bench.close()
+
+
+# -- this machine shows that it can run a job (T23) --------------------------------------------------------------------
+
+BROKEN = WorkerFault(WorkerReason.ENGINE, "the engine's init cannot be run in a container")
+
+
+@pytest.mark.fault("T23")
+def test_no_job_is_asked_for_before_the_machine_has_run_a_box(bench: Bench) -> None:
+    bench.put(make_job("1"))
+    asked_before: list[int] = []
+
+    def unfit(spec: RunSpec) -> WorkerFault | None:
+        asked_before.append(bench.source.asked)
+        return BROKEN if len(asked_before) < 4 else None
+
+    bench.engine.unfit = unfit
+    bench.worker.run()
+    assert asked_before == [0, 0, 0, 0]
+    assert bench.ends("1") == ["finished"]
+    assert [fields["message"] for fields in bench.emit.named("not_polling")] == [f"no job can be taken: {BROKEN}"]
+    assert len(bench.emit.named("polling_again")) == 1
+
+
+@pytest.mark.fault("T23")
+def test_a_setting_that_no_box_can_have_ends_the_start(bench: Bench) -> None:
+    bench.put(make_job("1"))
+    bench.engine.unfit = lambda spec: ConfigError("JOB_NETWORK=brigde: no such network")
+    with pytest.raises(ConfigError, match="JOB_NETWORK=brigde"):
+        bench.worker.run()
+    assert bench.source.asked == 0
+
+
+@pytest.mark.fault("T23", "S3")
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_runtime_that_breaks_costs_at_most_five_jobs(tmp_path: Path, slots: int) -> None:
+    """Every start fails, and so does the machine's own box; mended after a while, the rest is run."""
+    bench = Bench(tmp_path, slots=slots)
+    for number in range(20):
+        bench.put(make_job(str(number)))
+        bench.scripts[str(number)] = Script(start_error=BROKEN)
+    broken_tests = 0
+
+    def unfit(spec: RunSpec) -> WorkerFault | None:
+        nonlocal broken_tests
+        broken_tests += bool(bench.engine.specs)
+        if broken_tests > 10:
+            bench.scripts.clear()  # mended
+        return BROKEN if 0 < broken_tests <= 10 else None
+
+    bench.engine.unfit = unfit
+    bench.stop_when = lambda taken, idle_s: broken_tests > 10 and idle_s > 60
+    bench.budget.is_busy = lambda: bool(bench.worker.running)
+    bench.worker.run()
+    ends = [bench.ends(str(number)) for number in range(20)]
+    assert broken_tests > 10
+    assert 1 <= ends.count(["released"]) <= 5
+    assert ends.count(["finished"]) == 20 - ends.count(["released"])
+    assert bench.nothing_is_left()
+    bench.close()
+
+
+@pytest.mark.fault("T23")
+def test_two_hundred_bad_jobs_hold_up_a_good_one_for_less_than_five_minutes(bench: Bench) -> None:
+    for number in range(200):
+        bench.put(make_job(str(number)))
+        bench.scripts[str(number)] = Script(exit=Exit(1))
+    bench.put(make_job("good"))
+    bench.budget.is_busy = lambda: bool(bench.worker.running)
+    began = bench.budget.clock()
+    bench.worker.run()
+    assert bench.ends("good") == ["finished"]
+    assert bench.budget.clock() - began < 300
+    # At the start, and after each five, with one that was taken while the fifth was told.
+    assert 1 + 200 // 6 <= len(bench.engine.proved) <= 1 + 200 // 5
+    told = bench.emit.named("many_failures")
+    assert [str(fields["message"]).split(";")[0] for fields in told] == ["5 jobs in a row ended badly"]
+    assert "has tested itself and is well" in str(told[0]["message"])
+    assert bench.emit.named("not_polling") == []
+
+
+@pytest.mark.fault("T23")
+def test_five_bad_ends_on_a_machine_that_fails_its_test_are_the_last(bench: Bench) -> None:
+    """Its boxes start, and every program in them fails: another directory is mounted, say."""
+    for number in range(12):
+        bench.put(make_job(str(number)))
+        bench.scripts[str(number)] = Script(exit=Exit(1))
+    wrong = WorkerFault(WorkerReason.DISK, "a file that the worker writes is not seen in containers")
+    bench.engine.unfit = lambda spec: wrong if bench.engine.specs else None
+    bench.budget.is_busy = lambda: bool(bench.worker.running)
+    bench.stop_when = lambda taken, idle_s: idle_s > 3600
+    bench.worker.run()
+    assert sum(bench.ends(str(number)) == ["error"] for number in range(12)) in {5, 6}  # one was taken meanwhile
+    assert bench.emit.named("many_failures") == []
+    assert [fields["message"] for fields in bench.emit.named("not_polling")] == [f"no job can be taken: {wrong}"]
+
+
+@pytest.mark.fault("T23")
+def test_an_idle_machine_is_tested_every_ten_minutes(bench: Bench) -> None:
+    bench.stop_when = lambda taken, idle_s: idle_s > 3600
+    bench.worker.run()
+    assert 6 <= len(bench.engine.proved) <= 7
+    assert len(bench.budget.waits) >= 100
 
 
 # -- trouble ----------------------------------------------------------------------------------------------------------
