@@ -25,13 +25,14 @@ from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.core.urls import UrlPolicy
 from jobfetcher.engine.api import DEFAULT_URL
 from jobfetcher.engine.docker import DockerEngine, EngineInfo
-from jobfetcher.engine.host_path import check_host_path, find_host_path
+from jobfetcher.engine.host_path import check_host_path, find_host_path, runs_inside
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
+from jobfetcher.engine.references import check_pattern
 from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_proof_spec, build_run_spec, dropped_env
 from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
 from jobfetcher.resources import detect
-from jobfetcher.resources.budget import Budget, auto_slots
+from jobfetcher.resources.budget import Budget, auto_slots, check_shares
 from jobfetcher.runner import BuildSpec, Rules, Runner
 from jobfetcher.self_test import FOLDER, SelfTest
 from jobfetcher.settings import Settings, docker_config
@@ -140,6 +141,11 @@ def make_transfer(settings: Settings, cache: Cache | None = None) -> PresignedTr
 
 def make_engine(settings: Settings, instance: str, emit: Emit) -> DockerEngine:
     """The container engine, not connected yet."""
+    for pattern in settings.allowed_images:
+        try:
+            check_pattern(pattern)
+        except ValueError as error:
+            raise ConfigError(f"ALLOWED_IMAGES: {error}") from None
     pull = PullPolicy(settings.pull_policy)
     images = ImagePolicy(allowed=settings.allowed_images, pull=pull, docker_config=docker_config())
     return DockerEngine(instance, url=settings.docker_host or DEFAULT_URL, images=images, emit=emit)
@@ -207,6 +213,19 @@ def make_budget(settings: Settings, inventory: Inventory, gpus: detect.GpuProbe)
     )
 
 
+def check_machine(settings: Settings, inventory: Inventory, base: Base, emit: Emit) -> None:
+    """Raise ConfigError, naming the setting, for what this machine does not have. What its engine does not have is
+    found by its own box (self_test)."""
+    base.check_reserve(settings.cache_size)
+    slots = settings.max_jobs or 1
+    if remark := check_shares(inventory, slots, settings.reserve_cpus, settings.reserve_memory):
+        emit("many_jobs", level="warning", message=remark)
+    if (settings.job_shm_size or 0) > inventory.memory_mib:
+        raise ConfigError(
+            f"JOB_SHM_SIZE={settings.job_shm_size}MiB is more than this machine's memory, {inventory.memory_mib} MiB"
+        )
+
+
 def find_instance(host_base: str) -> str:
     """This worker's name on its engine: the same at every start, another for every PATH_BASE of the machine."""
     return hashlib.sha256(host_base.encode()).hexdigest()[:8]
@@ -245,9 +264,12 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         transfer = make_transfer(settings, make_cache(settings, base, emit))
         opened.callback(transfer.close)
         info = engine.describe()
-        if info.root_dir:  # not there where the worker runs in a container, or the engine in a machine of its own
+        if runs_inside(finder.api):
+            base.also_watch_root()
+        elif info.root_dir:  # not there where the engine runs in a machine of its own
             base.also_watch(Path(info.root_dir))
         inventory = _engines_part(detect.detect(settings.gpus), info)
+        check_machine(settings, inventory, base, emit)
         gpus = detect.GpuProbe(settings.gpus, emit)
         budget = make_budget(settings, inventory, gpus)
         self_test = make_self_test(settings, engine, inventory, base, host_base, gpus)

@@ -58,6 +58,15 @@ _PIECE = 1024**2
 _LIBC = ctypes.CDLL(None, use_errno=True)  # Python has no syncfs(2)
 
 
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """A place on a disk on which the reserve is kept free. `sealed`: it need not be writable by itself."""
+
+    path: Path
+    name: str
+    sealed: bool = False
+
+
 class Base:
     """PATH_BASE, held by this process until `close`. Raises ConfigError when it cannot be had.
 
@@ -75,7 +84,7 @@ class Base:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Followed once, here: below it no link ever is.
             self.path = path = path.resolve()
-            self._watched = [path]
+            self._watched = [_Watched(path, str(path))]
             _check_first_user(path)
             _make_private(path)
             _check_owners(path)
@@ -139,10 +148,38 @@ class Base:
         while path is not None:
             try:
                 if path.is_dir():
-                    self._watched.append(path)
+                    self._watched.append(_Watched(path, str(path)))
                 return
             except PermissionError:
                 path = path.parent
+
+    def also_watch_root(self, root: Path = Path("/")) -> None:
+        """For a worker in a container: its own root lies on the engine's disk, whose directory it does not see.
+
+        An overlay says of its disk what the one below it says that is written to (Linux, fs/overlayfs/super.c,
+        ovl_statfs), so what is free there is what the engine has for images and layers. Whether the container's root
+        may be written to says nothing (`docker run --read-only`). Where it is the disk of PATH_BASE, that is watched
+        already, and counting it twice would be wrong.
+        """
+        if not any(_is_one_disk(root, watched.path) for watched in self._watched):
+            self._watched.append(_Watched(root, "the engine's disk (as / of the worker's container)", sealed=True))
+
+    def check_reserve(self, cache_mib: int = 0) -> None:
+        """Raise ConfigError where RESERVE_DISK leaves nothing of a disk, or CACHE_SIZE is more than it leaves."""
+        for number, watched in enumerate(self._watched):
+            disk = _disk(watched.path)
+            total = disk.f_blocks * disk.f_frsize
+            left = total - self.reserve_bytes(total)
+            if left <= 0:
+                raise ConfigError(
+                    f"RESERVE_DISK={self._reserve_mib}MiB is more than all of {watched.name}, {total / _GIB:.3g} GiB: "
+                    "no job would ever be taken; lower it"
+                )
+            if number == 0 and cache_mib << 20 > left:
+                raise ConfigError(
+                    f"CACHE_SIZE={cache_mib}MiB is more than {watched.name} has beside RESERVE_DISK, "
+                    f"{left / _GIB:.3g} GiB; lower it"
+                )
 
     def also_spare(self, make_room: Callable[[int], None]) -> None:
         """Before the disk counts as full, `make_room(size)` may delete what only saves time, until `room_for(size)` is
@@ -161,18 +198,18 @@ class Base:
         """
         with contextlib.suppress(WorkerFault):  # then the disk itself says below what is wrong
             self._make_room(0)
-        for path in self._watched:
+        for watched in self._watched:
             try:
-                disk = _disk(path)
+                disk = _disk(watched.path)
             except WorkerFault as fault:
                 return str(fault)
             free, least = disk.f_bavail * disk.f_frsize, self.reserve_bytes(disk.f_blocks * disk.f_frsize)
-            if disk.f_flag & os.ST_RDONLY:
-                return f"{path} is mounted read-only"
+            if disk.f_flag & os.ST_RDONLY and not watched.sealed:
+                return f"{watched.name} is mounted read-only"
             if free < least:
-                return f"{path} has less than {least / _GIB:.2g} GiB free (RESERVE_DISK); make room there"
+                return f"{watched.name} has less than {least / _GIB:.2g} GiB free (RESERVE_DISK); make room there"
             if disk.f_files and disk.f_favail < disk.f_files * _RESERVE_INODES:
-                return f"{path} has hardly any inodes left; delete small files on that disk"
+                return f"{watched.name} has hardly any inodes left; delete small files on that disk"
         return self._unwritable()
 
     def _unwritable(self) -> str:
@@ -230,7 +267,7 @@ class Base:
 
     def free_bytes(self) -> int:
         """Bytes free on the watched disks together, each disk counted once. Raises WorkerFault(DISK)."""
-        disks = {device: disk for disk, device in ((_disk(path), path.stat().st_dev) for path in self._watched)}
+        disks = {_device(watched.path): _disk(watched.path) for watched in self._watched}
         return sum(disk.f_bavail * disk.f_frsize for disk in disks.values())
 
     def fullness(self) -> float:
@@ -238,7 +275,7 @@ class Base:
 
         Raises WorkerFault(DISK).
         """
-        disk = _disk(self._watched[-1])
+        disk = _disk(self._watched[-1].path)
         used = disk.f_blocks - disk.f_bfree
         return used / max(1, used + disk.f_bavail)
 
@@ -396,6 +433,21 @@ def _disk(path: Path) -> os.statvfs_result:
         return os.statvfs(path)
     except OSError as error:
         raise WorkerFault(WorkerReason.DISK, f"the disk of {path} does not answer: {error.strerror}") from error
+
+
+def _is_one_disk(one: Path, other: Path) -> bool:
+    """Whether two places are on one disk, by its numbers: an overlay has a device number of its own.
+
+    Sizes are the same on two disks of a kind, but not what is free, to the block and at the same moment. Somebody may
+    write between the two looks, so it is looked more than once.
+    """
+    for _ in range(5):
+        a, b = _disk(one), _disk(other)
+        if (a.f_blocks, a.f_frsize, a.f_files) != (b.f_blocks, b.f_frsize, b.f_files):
+            return False
+        if (a.f_bfree, a.f_ffree) == (b.f_bfree, b.f_ffree):
+            return True
+    return False
 
 
 def _is_same(file: BinaryIO, stored: Stored, halt: Halt) -> bool:

@@ -81,6 +81,11 @@ def check_host_path(api: Inspector, given: str, path: str, ids: list[str] | None
     return found
 
 
+def runs_inside(api: Inspector, ids: list[str] | None = None) -> bool:
+    """Whether this process runs in a container of that engine. `ids`: see `own_ids`; None: of this process."""
+    return _own_container(api, _read_ids() if ids is None else ids) is not None
+
+
 def _read_ids() -> list[str]:
     proc = Path("/proc/self")
     return own_ids(

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from jobfetcher.core.errors import Stopped, StopReason, WorkerFault, WorkerReason
+from jobfetcher.core.errors import ConfigError, Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Needs
 from jobfetcher.core.machine import Gpu, Inventory, Offer, Share, whole_cores
@@ -58,6 +58,34 @@ def auto_slots(inventory: Inventory, *, gpu_unasked: bool = True) -> int:
     the very jobs that count on one without asking.
     """
     return max(1, len(inventory.gpus) + (not gpu_unasked and bool(inventory.gpus)))
+
+
+def check_shares(inventory: Inventory, slots: int, reserve_cpus: float, reserve_memory_mib: int | None) -> str:
+    """A remark where MAX_JOBS leaves each job less than a core; nothing else. Raises ConfigError, naming the setting,
+    where no job would ever be taken, because nothing is left for it."""
+    cores, memory_mib = inventory.cpu_cores - reserve_cpus, inventory.memory_mib - (reserve_memory_mib or 0)
+    if cores < _LEAST_CORES:
+        raise ConfigError(
+            f"RESERVE_CPUS={reserve_cpus:g} leaves less than {_LEAST_CORES:g} of {inventory.cpu_cores:g} cores: no job "
+            "would ever be taken; lower it"
+        )
+    if memory_mib < _LEAST_MEMORY_MIB:
+        raise ConfigError(
+            f"RESERVE_MEMORY={reserve_memory_mib}MiB leaves less than {_LEAST_MEMORY_MIB} of {inventory.memory_mib} "
+            "MiB: no job would ever be taken; lower it"
+        )
+    share = cores / slots
+    if share < _LEAST_SHARE:
+        raise ConfigError(
+            f"MAX_JOBS={slots} gives each job {share:.2g} of {cores:.3g} cores; with less than {_LEAST_SHARE:g} of one "
+            "nothing ends; lower it"
+        )
+    few = slots > max(1.0, inventory.cpu_cores)
+    return (
+        f"MAX_JOBS={slots} is more than this machine's {inventory.cpu_cores:g} cores: each job gets {share:.2g}"
+        if few
+        else ""
+    )
 
 
 class Reservation:

@@ -24,6 +24,9 @@ pytestmark = pytest.mark.docker
 
 NOBODY = 65534
 
+#: Of the machine that runs the tests, and so of the worker under test.
+CORES = len(os.sched_getaffinity(0))
+
 
 def complaint(lab: Lab, cwd: Path, **changes: str) -> str:
     """Run the command with these settings: it must end with code 2 and one line on standard error, returned."""
@@ -58,6 +61,35 @@ def test_a_bad_setting_is_named_and_exits_2(lab: Lab, tmp_path: Path, changes: d
     job = lab.submit("true")
     assert said in complaint(lab, tmp_path, **changes)
     assert lab.server.state(job) == "queued"
+
+
+@pytest.mark.fault("T23")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"job_user": "labuser"}, "JOB_USER=labuser: images need not know the user labuser; write numbers"),
+        ({"job_network": "brigde"}, "JOB_NETWORK=brigde: the engine has no such network"),
+        ({"job_runtime": "rnuc"}, "JOB_RUNTIME=rnuc: the engine has no such runtime"),
+        ({"job_cap_add": "SYS_FOO"}, "JOB_CAP_ADD: the engine knows no such capability"),
+        ({"job_shm_size": "100TiB"}, "JOB_SHM_SIZE=104857600MiB is more than this machine's memory"),
+        ({"allowed_images": "docker.io/library/.*"}, "ALLOWED_IMAGES: docker.io/library/.* looks like a regular expr"),
+        ({"allowed_images": "ghcr.io/*, ^docker.io/"}, "ALLOWED_IMAGES: ^docker.io/ looks like a regular expression"),
+        ({"cache_size": "100000TiB"}, "CACHE_SIZE=104857600000MiB is more than "),
+        ({"reserve_disk": "100000TiB"}, "RESERVE_DISK=104857600000MiB is more than all of "),
+        ({"reserve_memory": "100TiB"}, "RESERVE_MEMORY=104857600MiB leaves less than 64 of "),
+        ({"reserve_cpus": "4096"}, "RESERVE_CPUS=4096 leaves less than 0.5 of "),
+        # 256 of these would have 0.003 cores each, whatever this machine has
+        ({"max_jobs": "256", "reserve_cpus": str(CORES - 0.8)}, "MAX_JOBS=256 gives each job 0.0031 of 0.8 cores"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_this_machine_or_its_engine_does_not_have_is_named_and_costs_no_job(
+    lab: Lab, tmp_path: Path, changes: dict[str, str], said: str
+) -> None:
+    job = lab.submit("true")
+    assert said in complaint(lab, tmp_path, **changes)
+    assert lab.server.state(job) == "queued"
+    assert lab.server.events("pull") == []
 
 
 @pytest.mark.fault("E12")
@@ -177,7 +209,7 @@ def test_unreadable_specifications_are_errors_and_the_worker_lives_on(lab: Lab) 
     ]
     jobs: dict[int, str] = {}
     for number, (spec, said) in enumerate(specs):
-        if number % 4 == 0:  # five bad ones in a row slow a worker down (T23)
+        if number % 4 == 0:  # five bad ones in a row make a worker test itself (T23)
             good = lab.submit("true")
         jobs[lab.server.submit(spec, raw=True)] = said  # type: ignore[arg-type]  # any JSON is the point
     good = lab.submit("true")

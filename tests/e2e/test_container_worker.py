@@ -5,6 +5,8 @@ knows it as host.docker.internal.
 """
 
 import contextlib
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +39,7 @@ PATH_BASE=/data  # where job files are kept, as the worker sees it
 TIMEOUT_JOB=1  # seconds between two questions for a job
 TIMOUT_STATUS=1  # seconds between two signs of life
 AWS_ENDPOINT_URL={api}
-RESERVE_DISK=0
+RESERVE_DISK={reserve_disk}
 """
 
 
@@ -55,14 +57,24 @@ class Bay:
         return f"http://host.docker.internal:{httpx.URL(self.lab.server.url).port}"
 
     @contextlib.contextmanager
-    def worker(self, *arguments: str, path_host_base: str = "", mounted: bool = True) -> Iterator["Contained"]:
+    def worker(
+        self,
+        *arguments: str,
+        path_host_base: str = "",
+        reserve_disk: str = "0",
+        mounted: bool = True,
+        read_only: bool = False,
+    ) -> Iterator["Contained"]:
         """The worker's container with these arguments, removed at the end of the block."""
-        self.env_file.write_text(ENV_FILE.format(api=self.api, path_host_base=path_host_base))
+        self.env_file.write_text(
+            ENV_FILE.format(api=self.api, path_host_base=path_host_base, reserve_disk=reserve_disk)
+        )
         engine = self.lab.engine
         binds = ["/var/run/docker.sock:/var/run/docker.sock", f"{self.env_file}:/app/.env:ro"]
         config = engine.create_host_config(
             binds=[*binds, f"{self.lab.base}:/data"] if mounted else binds,
             extra_hosts={"host.docker.internal": "host-gateway"},
+            read_only=read_only,
         )
         container = engine.create_container(self.worker_image, list(arguments), host_config=config)["Id"]
         try:
@@ -176,6 +188,28 @@ def test_without_a_mount_for_its_directory_the_worker_refuses_to_start(bay: Bay)
     assert last.startswith("jobfetcher: PATH_BASE /data is not on the engine's host")
     assert "docker run -v HOST_DIRECTORY:/data" in last
     assert bay.lab.server.state(job) == "queued"
+
+
+@pytest.mark.fault("D1")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize("read_only", [False, True], ids=["writable", "read-only"])
+def test_the_engines_disk_is_watched_from_inside_a_container(bay: Bay, read_only: bool) -> None:
+    """PATH_BASE has room on a disk of its own; the engine's disk, where images go, has not."""
+    engines = os.statvfs(bay.lab.engine.info()["DockerRootDir"])
+    total, free = engines.f_blocks * engines.f_frsize, engines.f_bavail * engines.f_frsize
+    reserve_mib = (free + (total - free) // 2) >> 20  # more than what is free there, and less than all
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"mode=0700,size={4 * total}", "none", str(bay.lab.base)], check=True)
+    try:
+        job = submit_copy(bay.lab)
+        with bay.worker("run", reserve_disk=f"{reserve_mib}MiB", read_only=read_only) as worker:
+            wait_until(lambda: "no job can be taken" in worker.printed, "it says that there is no room")
+            assert "the engine's disk (as / of the worker's container) has less than" in worker.printed
+        assert bay.lab.server.state(job) == "queued"
+        with bay.worker("run", "--once", read_only=read_only) as worker:
+            assert worker.ended() == 0
+        assert bay.lab.ended(job) == ("finished", "")
+    finally:
+        subprocess.run(["umount", str(bay.lab.base)], check=True)
 
 
 def test_docker_stop_ends_an_idle_worker_at_once(bay: Bay) -> None:

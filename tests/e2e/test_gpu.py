@@ -6,6 +6,7 @@ on a real GPU, where there is one.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -17,7 +18,7 @@ from demo import busybox_image
 from jobfetcher.resources import detect
 from tests.support.mock_server import MockServer, running_mock_api
 from tests.support.private_engine import PrivateEngine, private_engine
-from tests.support.services import GpuStub, ensure_busybox_image
+from tests.support.services import GpuStub, ensure_busybox_image, wait_until
 from tests.support.worker import UNTIL_LET_GO, Command, Lab, assert_clean, command
 
 pytestmark = pytest.mark.docker
@@ -178,6 +179,85 @@ def test_without_a_gpu_nothing_is_said_of_any(
     assert [about_gpus(question) for question in asked(lab.server) if about_gpus(question)] == []
     assert lab.server.state(waiting) == "queued"
     assert seen(lab, taken) == "void"
+
+
+# -- gone only inside a container (E14) --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hook(gpu_engine: PrivateEngine) -> Iterator[Path]:
+    """The stub of NVIDIA's hook on that engine; what a test makes of it is undone."""
+    hook = gpu_engine.directory / "bin" / "nvidia-container-runtime-hook"
+    before = hook.read_text()
+    yield hook
+    _write_program(hook, before)
+
+
+def _write_program(path: Path, text: str) -> None:
+    """In one step, for the engine may run it at this moment."""
+    draft = path.with_suffix(".new")
+    draft.write_text(text)
+    draft.chmod(0o755)
+    draft.rename(path)
+
+
+BROKEN_HOOK = (
+    "#!/bin/sh\necho 'nvidia-container-cli: initialization error: nvml error: driver not loaded' >&2\nexit 1\n"
+)
+
+
+@pytest.mark.fault("E14", "J5")
+def test_a_gpu_that_containers_do_not_get_any_more_is_set_aside_and_comes_back(
+    gpu_lab: Lab, gpu_engine: PrivateEngine, gpus: GpuStub, hook: Path, tmp_path: Path
+) -> None:
+    """The driver lists it all the time. The job goes back; jobs that need no GPU go on; what passes is used again."""
+    lab = gpu_lab
+    asks = {"gpu_mem": 16000}
+    victim = lab.submit(UNTIL_LET_GO, "&& exit 1", hardware=asks)
+    mended = hook.read_text()
+    with command(["run"], env(lab, gpu_engine, gpus, f"{A4000}:16376:8.6"), tmp_path) as worker:
+        lab.server.wait_for_state(victim, "running")
+        _write_program(hook, BROKEN_HOOK)
+        lab.let_go(victim)
+        worker.wait_for(f"GPU {A4000} ({gpus.uuid(0)}) is set aside; no job gets it until it works")
+        wait_until(lambda: lab.server.state(victim) == "queued", "it is given back")
+        later = lab.submit(SEE, files_up=OUT, hardware=asks)
+        without = lab.submit(SEE, files_up=OUT, hardware={"gpu_mem": 0})
+        wait_until(lambda: lab.server.state(without) == "finished", "a job without a GPU goes on")
+        assert lab.server.state(later) == "queued"
+        _write_program(hook, mended)
+        for _ in range(5):  # which make it test itself before its time
+            lab.submit("exit 1", hardware={"gpu_mem": 0})
+        worker.wait_for(f"GPU {A4000} ({gpus.uuid(0)}) works in a container again")
+        wait_until(lambda: lab.server.state(later) == "finished", "it is used again")
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert seen(lab, later) == gpus.uuid(0)
+    assert seen(lab, without) == "void"
+    assert worker.errors.count("is set aside") == 1
+
+
+@pytest.mark.fault("E14", "J5")
+def test_a_gpu_that_does_not_answer_inside_a_container_gives_the_job_back(
+    gpu_lab: Lab, gpu_engine: PrivateEngine, gpus: GpuStub, tmp_path: Path
+) -> None:
+    """NVIDIA's own program is asked on the job's image; here that image has one which says what that one says."""
+    lab = gpu_lab
+    put = r"mkdir -p /usr/bin; printf '#!/bin/sh\necho Failed to initialize NVML: Unknown Error; exit 255\n' "
+    put += "> /usr/bin/nvidia-smi; chmod 755 /usr/bin/nvidia-smi"
+    made = lab.engine.create_container(lab.image, ["/bin/sh", "-c", put])["Id"]
+    lab.engine.start(made)
+    lab.engine.wait(made)
+    lab.engine.commit(made, "jobfetcher-test/smi", "latest")
+    lab.engine.remove_container(made)
+    job = lab.submit("exit 1", hardware={"gpu_mem": 16000}, image="jobfetcher-test/smi:latest")
+    with command(["run"], env(lab, gpu_engine, gpus, f"{A4000}:16376:8.6"), tmp_path) as worker:
+        worker.wait_for("is set aside")
+        wait_until(lambda: lab.server.state(job) == "queued", "it is given back")
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert "a GPU failed while the job ran: GPU NVIDIA RTX A4000" in worker.errors
+    assert "Failed to initialize NVML: Unknown Error" in worker.errors
 
 
 def real_gpu(engine: docker.APIClient) -> str:

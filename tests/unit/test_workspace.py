@@ -112,7 +112,6 @@ def test_the_engines_disk_is_watched_where_it_can_be_seen(tmp_path: Path, monkey
     engines.mkdir()
     with Base(tmp_path / "base", reserve_mib=1) as base:
         both = base.free_bytes()
-        base.also_watch(None)
         base.also_watch(tmp_path / "of another machine")
         base.also_watch(engines)
         assert base.is_full() == ""
