@@ -46,8 +46,9 @@ from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault
 from jobfetcher.core.run import RunSpec
 from jobfetcher.core.text import clean
 from jobfetcher.engine.api import EngineApi, NotFound, Refused
-from jobfetcher.engine.box import MOUNT_POINT, box
+from jobfetcher.engine.box import box
 from jobfetcher.engine.sayings import INIT_FAILED, init_fault, setting_fault, start_fault
+from jobfetcher.engine.volumes import MOUNT_POINT
 
 #: The image of the box: nothing in it. By this name it is found again.
 IMAGE = "jobfetcher-proof:1"

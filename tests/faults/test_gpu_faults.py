@@ -110,6 +110,33 @@ print(json.dumps(dict(broken=broken, blame=blame, told=told, mended=mended, then
 
 
 @pytest.mark.fault("E14")
+def test_a_gpu_that_is_set_aside_is_not_offered_until_it_is_taken_back(gpus: GpuStub, tmp_path: Path) -> None:
+    """The driver says that all is well: it is containers that do not get it."""
+    script = """
+first, second = found
+for _ in range(3):
+    probe.set_aside(first, "no container gets it")
+budget = Budget(Inventory(8.0, 8192, found), slots=2, memory_in_use_mib=lambda: 0, read_gpus=probe)
+aside = uuids(budget.offer().gpus)
+every = uuids(probe.every())
+probe.set_aside(first, "another reason")
+for _ in range(2):
+    probe.take_back(first)
+print(json.dumps(dict(aside=aside, every=every, back=uuids(budget.offer().gpus), told=said)))
+"""
+    seen = run(gpus, tmp_path, script, A4000, TITAN)
+    both = [gpus.uuid(0), gpus.uuid(1)]
+    assert (seen["aside"], seen["every"], seen["back"]) == ([gpus.uuid(1)], both, both)
+    name = f"GPU NVIDIA RTX A4000 ({gpus.uuid(0)})"
+    waits = f"{name} is set aside; no job gets it until it works"
+    assert seen["told"] == [
+        ["gpu_set_aside", "error", f"{waits}: no container gets it"],
+        ["gpu_set_aside", "error", f"{waits}: another reason"],
+        ["gpu_back", "info", f"{name} works in a container again; jobs get it"],
+    ]
+
+
+@pytest.mark.fault("E14")
 def test_fewer_gpus_are_offered_and_jobs_without_one_go_on(gpus: GpuStub, tmp_path: Path) -> None:
     script = """
 budget = Budget(Inventory(8.0, 8192, found), slots=2, memory_in_use_mib=lambda: 0, read_gpus=probe)

@@ -29,6 +29,17 @@ def bind(source: Path, path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def overlay(disk: Path, path: Path, *, read_only: bool = False) -> Iterator[Path]:
+    """At `path`, an overlay that writes to `disk`, as the root of a container does to its engine's disk."""
+    for name in ("lower", "upper", "work"):
+        (disk / name).mkdir(parents=True)
+    path.mkdir()
+    options = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work{',ro' if read_only else ''}"
+    with _mounted(["-t", "overlay", "-o", options, "overlay", str(path)], path):
+        yield path
+
+
+@contextlib.contextmanager
 def ext4(path: Path, mib: int = 64) -> Iterator[Path]:
     """An empty ext4 disk of `mib` MiB at `path`, in memory, as fast as that."""
     backing = path.with_name(f"{path.name}.backing")

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from jobfetcher.core.errors import Stopped, StopReason, WorkerFault, WorkerReason
+from jobfetcher.core.errors import ConfigError, Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Needs
 from jobfetcher.core.machine import Gpu, Inventory, Offer, Share
 from jobfetcher.resources import budget as budget_module
-from jobfetcher.resources.budget import Budget, Reservation, auto_slots, default_reserve_memory_mib
+from jobfetcher.resources.budget import Budget, Reservation, auto_slots, check_shares, default_reserve_memory_mib
 from tests.support.services import wait_until
 
 SMALL = Gpu("GPU-b", "NVIDIA RTX A2000", 6000, "8.6")
@@ -821,3 +821,26 @@ class Machine(RuleBasedStateMachine):
 
 Machine.TestCase.settings = settings(deadline=None, max_examples=150, stateful_step_count=30)
 TestMachine = Machine.TestCase
+
+
+@pytest.mark.parametrize(
+    ("slots", "reserve_cpus", "reserve_memory_mib", "named"),
+    [
+        (41, 0.0, None, "MAX_JOBS=41 gives each job 0.049 of 2 cores"),
+        (1, 1.6, None, "RESERVE_CPUS=1.6 leaves less than 0.5 of 2 cores"),
+        (1, 0.1, 7990, "RESERVE_MEMORY=7990MiB leaves less than 64 of 8000 MiB"),
+    ],
+)
+def test_what_leaves_nothing_for_any_job_is_refused_by_name(
+    slots: int, reserve_cpus: float, reserve_memory_mib: int | None, named: str
+) -> None:
+    with pytest.raises(ConfigError) as seen:
+        check_shares(Inventory(2.0, 8000), slots, reserve_cpus, reserve_memory_mib)
+    assert str(seen.value).startswith(named)
+
+
+def test_more_jobs_than_cores_is_remarked_and_no_more_is_not() -> None:
+    assert check_shares(Inventory(2.0, 8000), 2, 0.1, 0) == ""
+    assert check_shares(Inventory(0.6, 8000), 1, 0.1, None) == ""
+    remark = check_shares(Inventory(2.0, 8000), 4, 0.1, None)
+    assert remark == "MAX_JOBS=4 is more than this machine's 2 cores: each job gets 0.47"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jobfetcher.core.errors import ConfigError
-from jobfetcher.engine.host_path import check_host_path, find_host_path, own_ids
+from jobfetcher.engine.host_path import check_host_path, find_host_path, own_ids, runs_inside
 
 ME, OTHER = "a1" * 32, "b2" * 32
 
@@ -110,3 +110,9 @@ def test_a_wrong_path_host_base_is_refused(tmp_path: Path) -> None:
 
 def test_a_container_that_the_engine_does_not_know_cannot_be_checked() -> None:
     assert check_host_path(Engine(), "/data/jobs", "/work", [ME]) == "/data/jobs"
+
+
+def test_whether_this_runs_in_a_container_of_that_engine() -> None:
+    assert runs_inside(Engine(MOUNTED), [ME])
+    assert not runs_inside(Engine(MOUNTED), [OTHER])  # of another engine
+    assert not runs_inside(Engine(MOUNTED), [])

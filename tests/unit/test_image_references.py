@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobfetcher.engine.references import allowed, parse_reference
+from jobfetcher.engine.references import allowed, check_pattern, parse_reference
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
@@ -108,3 +108,37 @@ def test_what_is_no_reference_is_refused(text: str) -> None:
 def test_globs_of_the_allow_list(text: str, pattern: str, taken: bool) -> None:
     assert allowed(parse_reference(text), [pattern]) is taken
     assert allowed(parse_reference(text), ["nowhere.example/*", pattern]) is taken
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "docker.io/library/.*",
+        ".*",
+        "^docker.io/library/busybox$",
+        r"docker\.io/library/busybox",
+        "docker.io/(a|b)",
+        "ghcr.io/lab/[a-z]+",
+        "ghcr.io/lab/x:.*",
+        "ghcr.io/lab/x{1,3}",
+    ],
+)
+def test_a_regular_expression_is_no_pattern(pattern: str) -> None:
+    with pytest.raises(ValueError, match="looks like a regular expression"):
+        check_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "*",
+        "docker.io/library/*",
+        "busybox",
+        "localhost:5000/lab/x:v1.*",
+        "registry.example.*/x",
+        "*.example.org/lab/[a-c]?-x_y.z",
+        "ghcr.io/lab/x@sha256:" + "a" * 64,
+    ],
+)
+def test_what_is_a_pattern_is_taken(pattern: str) -> None:
+    check_pattern(pattern)

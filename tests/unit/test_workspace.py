@@ -21,7 +21,7 @@ from jobfetcher.core.job import JobId
 from jobfetcher.core.run import Stored
 from jobfetcher.workspace import Base, Workspace
 from tests.support.jobs import make_job
-from tests.support.mounts import needs_root, tmpfs
+from tests.support.mounts import needs_root, overlay, tmpfs
 from tests.support.trees import fingerprint, names_in, open_descriptors
 
 
@@ -138,6 +138,57 @@ def test_of_an_engines_directory_that_is_closed_to_us_the_disk_is_watched(tmp_pa
             assert base.fullness() > 0
         finally:
             os.seteuid(0)
+
+
+@needs_root
+@pytest.mark.fault("D1")
+@pytest.mark.parametrize("read_only", [False, True])
+def test_the_root_of_a_workers_container_stands_for_the_engines_disk(tmp_path: Path, read_only: bool) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    with (
+        tmpfs(here, "64m"),
+        tmpfs(there, "32m"),
+        overlay(there / "x", tmp_path / "root", read_only=read_only) as root,
+        Base(here / "base", reserve_mib=16) as base,
+    ):
+        alone = base.free_bytes()
+        base.also_watch_root(root)
+        assert base.free_bytes() - alone == pytest.approx(32 << 20, rel=0.01)
+        assert base.is_full() == ""
+        with (there / "images").open("wb") as images:
+            os.posix_fallocate(images.fileno(), 0, 20 << 20)
+        said = "the engine's disk (as / of the worker's container) has less than 0.016 GiB free (RESERVE_DISK)"
+        assert base.is_full().startswith(said)
+        assert base.fullness() > 0.6
+
+
+@needs_root
+@pytest.mark.fault("D1")
+def test_the_disk_of_path_base_is_not_counted_twice_for_a_worker_in_a_container(tmp_path: Path) -> None:
+    with (
+        tmpfs(tmp_path / "disk", "64m") as disk,
+        overlay(disk / "x", tmp_path / "root") as root,
+        Base(disk / "base", reserve_mib=1) as base,
+    ):
+        alone = base.free_bytes()
+        base.also_watch_root(root)
+        assert base.free_bytes() == alone
+
+
+@needs_root
+def test_a_reserve_or_a_cache_beyond_the_disk_is_refused(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "here", "64m") as here, tmpfs(tmp_path / "there", "32m") as there:
+        with Base(here / "a", reserve_mib=63) as base:
+            base.check_reserve()
+            with pytest.raises(ConfigError, match=r"CACHE_SIZE=2MiB is more than .*/here/a has beside RESERVE_DISK"):
+                base.check_reserve(2)
+            base.also_watch(there)
+            with pytest.raises(ConfigError, match=r"RESERVE_DISK=63MiB is more than all of .*/there, 0\.0312 GiB"):
+                base.check_reserve()
+        with Base(here / "b", reserve_mib=64) as base, pytest.raises(ConfigError, match="RESERVE_DISK=64MiB"):
+            base.check_reserve()
+        with Base(here / "c") as base:  # auto: half of a small disk
+            base.check_reserve(31)
 
 
 @pytest.mark.fault("D2")
