@@ -179,7 +179,7 @@ class Site:
             (network,) = peer.ask("GET", "/networks?" + urlencode({"filters": '{"name": ["^jobfetcher$"]}'}))
         slots = self.settings.max_jobs or 1
         inventory = detect.detect("none")
-        budget = build.make_budget(self.settings, inventory, lambda *_, **__: None)
+        budget = build.make_budget(self.settings, inventory, detect.GpuProbe("none", lambda *_, **__: None))
         budget.offer()
         free = budget.free()
         share = Share(free.cpu_cores / slots, free.memory_mib // slots, ())

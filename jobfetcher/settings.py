@@ -167,7 +167,9 @@ class Settings(BaseModel):
     job_runtime: str | None = _field(
         None, "Engine runtime for jobs, such as nvidia, runsc or kata. Empty: the default."
     )
-    job_user: str | None = _field(None, "User that jobs run as, such as 1000:1000. Empty: as the image says.")
+    job_user: str | None = _field(
+        None, "User that jobs run as, in numbers, such as 1000:1000. Empty: as the image says."
+    )
     job_read_only: bool = _field(False, "Make the image's own files read-only for the job (/files stays writable).")
     job_cap_add: Words = _field((), "Linux capabilities given back to jobs on top of the few they keep.")
     job_shm_size: AutoMib = _field("auto", "Size of /dev/shm in jobs. auto: half of the job's memory.")

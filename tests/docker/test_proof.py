@@ -55,7 +55,7 @@ def test_it_takes_about_a_second_and_leaves_nothing(bench: DockerBench, engine: 
     assert list(bench.files.iterdir()) == []
 
 
-@pytest.mark.fault("T27", "T23")
+@pytest.mark.fault("T23")
 def test_it_is_made_as_a_jobs_box_is(bench: DockerBench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Word for word but for program, name and labels: what is right for it is right for a job."""
     made: list[dict[str, Any]] = []
