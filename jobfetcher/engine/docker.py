@@ -41,7 +41,17 @@ from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
 from jobfetcher.engine.printed import Frames, missing, time_of
 from jobfetcher.engine.run_spec import LABEL_ATTEMPT, LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK, BoxPolicy
-from jobfetcher.engine.sayings import ARGUMENTS, INIT_FAILED, TOO_LONG, Policy, cannot_run, start_fault
+from jobfetcher.engine.sayings import (
+    ARGUMENTS,
+    INIT_BROKEN,
+    INIT_FAILED,
+    TOO_LONG,
+    Policy,
+    cannot_run,
+    init_fault,
+    start_fault,
+    with_cure,
+)
 from jobfetcher.engine.unseen import end_unseen
 from jobfetcher.engine.volumes import leads_inside
 
@@ -280,6 +290,10 @@ class DockerEngine:
         self._helpers.add(name)
         try:
             return proof.prove(self.api, spec, self._network_mode(spec.network), folder)
+        except Unreachable:
+            raise
+        except WorkerFault as fault:
+            raise with_cure(fault) from fault
         finally:
             self._helpers.discard(name)
 
@@ -575,6 +589,7 @@ class DockerContainer:
         if self._runs_again(state):
             code = _UNKNOWN_CODE if self._seen_end is None else self._seen_end
             return Exit(code, genuine=False, started_at=self._started or "", finished_at=str(state["FinishedAt"]))
+        error, of_the_machine = self._init_error(code)
         return Exit(
             code=code,
             oom_killed=bool(state.get("OOMKilled")),
@@ -582,7 +597,8 @@ class DockerContainer:
             genuine=genuine and state["Status"] != "created",
             started_at=str(state["StartedAt"]),
             finished_at=str(state["FinishedAt"]),
-            error=clean(str(state.get("Error") or ""), 300) or self._init_error(code),
+            error=clean(str(state.get("Error") or ""), 300) or error,
+            stopped_for=WorkerReason.ENGINE if of_the_machine else None,
         )
 
     def _vouched(self, line: Line, state: Mapping[str, Any], code: int) -> tuple[vouch.Memory, bool]:
@@ -625,16 +641,18 @@ class DockerContainer:
     def _is_another_run(self, state: Mapping[str, Any]) -> bool:
         return self._started not in {None, state["StartedAt"]}
 
-    def _init_error(self, code: int) -> str:
-        if code not in {1, 126, 127}:
-            return ""
-        with contextlib.suppress(WorkerFault):
-            last = self.last_lines(1)
-            if TOO_LONG.fullmatch(last):  # not even docker-init could be run
-                return ARGUMENTS
-            failed = INIT_FAILED.match(last)
-            return cannot_run(failed["program"], failed["why"]) if failed else ""
-        return ""
+    def _init_error(self, code: int) -> tuple[str, bool]:
+        """Why the program was never run, as far as the engine's init says so, and whether that init is the reason."""
+        if code in {1, 126, 127}:
+            with contextlib.suppress(WorkerFault):
+                said = self.last_lines(2)
+                if TOO_LONG.fullmatch(said.rpartition("\n")[2]):  # not even the init could be run, by the job's doing
+                    return ARGUMENTS, False
+                if broken := INIT_BROKEN.fullmatch(said):
+                    return str(init_fault(broken["why"])), True
+                if failed := INIT_FAILED.match(said.rpartition("\n")[2]):
+                    return cannot_run(failed["program"], failed["why"]), False
+        return "", False
 
     def is_paused(self) -> bool:
         return bool(self._inspect()["State"]["Paused"])

@@ -43,6 +43,8 @@ TOO_LONG = re.compile(r"exec \S+: argument list too long")
 
 #: Linux takes a quarter of the limit for the stack, which is 8 MiB as a rule (execve(2)).
 ARGUMENTS = "command and environment together are longer than Linux takes (2 MiB as a rule); use a file for so much"
+#: What runc prints into a container's log, as its only line, when the engine's own init cannot be run in it.
+INIT_BROKEN = re.compile(r"exec (?:/sbin/docker-init|/dev/init|/run/podman-init): (?P<why>.*)")
 
 _RUNC_FAILED = re.compile(r'exec: "(?P<program>[^"]*)": (?P<why>.*?)(?:: unknown)?$')
 
@@ -172,6 +174,37 @@ def init_fault(why: str) -> WorkerFault:
         f"the engine's init cannot be run in a container ({clean(why, 150)}); install a statically linked docker-init "
         "(Debian: package tini or docker-ce, Podman: catatonit) and restart the engine",
     )
+
+
+#: What a person can do about a machine that cannot start containers, by what its engine says.
+_CURES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), cure)
+    for pattern, cure in (
+        (
+            r"address pool",
+            "remove networks that nobody uses (docker network prune), or give the engine more (default-address-pools)",
+        ),
+        (r"no space left on device", "make room on the engine's disk (docker system df shows what takes it)"),
+        (r"logging plugin|log driver|logging driver", "the engine must have the log driver `local`"),
+        (r"version mismatch", "the driver was updated under way: restart the machine"),
+        (
+            r"could not select device driver|nvidia-container|CDI device",
+            "look whether NVIDIA's container toolkit is set up (nvidia-ctk runtime configure --runtime=docker) and "
+            "restart the engine",
+        ),
+        (r"bind source path does not exist", "the engine must see PATH_BASE at that place: see PATH_HOST_BASE"),
+        (r"iptables|no chain/target/match", "a firewall that was reloaded took the engine's rules: restart the engine"),
+        (r"cgroup", "look at the machine's control groups, and restart the engine"),
+        (r"read-only file system", "look for errors of the engine's disk (dmesg)"),
+    )
+)
+
+
+def with_cure(fault: WorkerFault) -> WorkerFault:
+    """The same fault with what a person can do about it, where that is known."""
+    message = str(fault)
+    cure = next((cure for pattern, cure in _CURES if pattern.search(message)), "")
+    return WorkerFault(fault.reason, f"{message}; {cure}") if cure else fault
 
 
 def cannot_run(program: str, why: str) -> str:

@@ -8,7 +8,7 @@ from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReaso
 from jobfetcher.engine.images import _fault
 from jobfetcher.engine.references import parse_reference
 from jobfetcher.engine.run_spec import BoxPolicy
-from jobfetcher.engine.sayings import setting_fault, start_fault
+from jobfetcher.engine.sayings import setting_fault, start_fault, with_cure
 
 LAYER = "/var/lib/docker/overlay2/4a854d779c5f7aa5f2faad189c8015673a6bf1bdc6ac0c687b8cd748bc86750d/merged"
 RUNC = "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process:"
@@ -134,6 +134,26 @@ def test_a_slip_of_the_finger_is_guessed() -> None:
 )
 def test_what_the_owner_did_not_choose_names_no_setting(policy: BoxPolicy, said: str) -> None:
     assert setting_fault(said, policy) is None
+
+
+@pytest.mark.fault("J10")
+@pytest.mark.parametrize(
+    ("said", "cure"),
+    [
+        ("could not find an available, non-overlapping IPv4 address pool among the defaults", "docker network prune"),
+        ('could not select device driver "" with capabilities: [[gpu]]', "nvidia-ctk runtime configure"),
+        ("nvidia-container-cli: initialization error: nvml error: driver/library version mismatch", "restart the mach"),
+        ('error looking up logging plugin local: plugin "local" not found', "log driver `local`"),
+        ("mkdir /var/lib/docker/x: no space left on device", "docker system df"),
+        ("iptables failed: iptables: No chain/target/match by that name", "restart the engine"),
+    ],
+)
+def test_a_machine_that_starts_nothing_is_told_with_what_to_do(said: str, cure: str) -> None:
+    fault = with_cure(WorkerFault(WorkerReason.ENGINE, said))
+    assert fault.reason is WorkerReason.ENGINE
+    assert str(fault).startswith(f"{said}; ")
+    assert cure in str(fault)
+    assert str(with_cure(WorkerFault(WorkerReason.ENGINE, "nobody knows"))) == "nobody knows"
 
 
 # -- pulls ------------------------------------------------------------------------------------------------------------
