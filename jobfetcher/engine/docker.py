@@ -146,6 +146,7 @@ class DockerEngine:
         self._helpers: set[str] = set()
         self._has_shell = ""
         self._namespaces: tuple[bool, bool] | None = None
+        self._proofs: set[str] = set()
 
     def check(self) -> None:
         """Raise ConfigError or WorkerFault unless an engine answers here that can run jobs."""
@@ -285,11 +286,17 @@ class DockerEngine:
 
     def prove(self, spec: RunSpec, folder: Path) -> bool:
         """See `Engine.prove`. Raises ConfigError, WorkerFault(GPU, DISK or ENGINE)."""
+        for lost in list(self._proofs):  # the engine was away before it was removed
+            DockerContainer(self, lost).remove()
+            self._proofs.discard(lost)
         name = f"jobfetcher-{self.instance}-proof-{uuid.uuid4().hex[:12]}"
         spec = replace(spec, name=name, labels={LABEL_INSTANCE: self.instance})
         self._helpers.add(name)
+        self._proofs.add(name)
         try:
-            return proof.prove(self.api, spec, self._network_mode(spec.network), folder)
+            seen = proof.prove(self.api, spec, self._network_mode(spec.network), folder)
+            self._proofs.discard(name)
+            return seen
         except Unreachable:
             raise
         except WorkerFault as fault:

@@ -24,6 +24,7 @@ from jobfetcher.engine.docker import DockerEngine
 from jobfetcher.engine.proof import IMAGE
 from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy
 from tests.support.boxes import DockerBench, docker_bench
+from tests.support.engine_proxy import engine_proxy
 from tests.support.private_engine import PrivateEngine, private_engine
 
 pytestmark = pytest.mark.docker
@@ -116,6 +117,32 @@ def test_the_same_trouble_is_said_in_the_same_words(bench: DockerBench, tmp_path
             bench.engine.prove(own(bench), elsewhere)
         said.add(str(seen.value))
     assert len(said) == 1
+
+
+@pytest.mark.fault("E10", "T23")
+@pytest.mark.parametrize("lost", ["POST /v1.41/containers/create", "DELETE /v1.41/containers/"])
+def test_a_box_that_an_absent_engine_left_is_removed_by_the_next(
+    bench: DockerBench, engine: docker.APIClient, tmp_path: Path, lost: str
+) -> None:
+    with engine_proxy() as proxy:
+        worker = DockerEngine(bench.instance, url=proxy.url)
+        worker.prove(own(bench), bench.files)
+        lost = lost.replace("1.41", worker.describe().api_version)
+        if lost.startswith("DELETE"):
+            proxy.swallow(lost)
+            worker.api.work_s = 0.5
+        else:
+            proxy.lose(lost)
+        with pytest.raises(WorkerFault) as seen:
+            worker.prove(own(bench), bench.files)
+        assert seen.value.reason is WorkerReason.ENGINE
+        mine = {"label": f"jobfetcher.instance={bench.instance}"}
+        assert len(engine.containers(all=True, filters=mine)) == 1
+        proxy.swallow(None)
+        worker.api.work_s = 60.0
+        worker.prove(own(bench), bench.files)
+        assert engine.containers(all=True, filters=mine) == []
+        worker.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
