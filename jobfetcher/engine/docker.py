@@ -294,7 +294,8 @@ class DockerEngine:
         self._helpers.add(name)
         self._proofs.add(name)
         try:
-            seen = proof.prove(self.api, spec, self._network_mode(spec.network), folder)
+            network_mode = self._network_mode(spec.network)
+            seen = proof.prove(self.api, spec, lambda spec: box(spec, network_mode), folder)
             self._proofs.discard(name)
             return seen
         except Unreachable:

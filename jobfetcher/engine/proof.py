@@ -35,7 +35,8 @@ import os
 import re
 import secrets
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,6 @@ from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault
 from jobfetcher.core.run import RunSpec
 from jobfetcher.core.text import clean
 from jobfetcher.engine.api import EngineApi, NotFound, Refused
-from jobfetcher.engine.box import box
 from jobfetcher.engine.sayings import INIT_FAILED, init_fault, setting_fault, start_fault
 from jobfetcher.engine.volumes import MOUNT_POINT
 
@@ -55,6 +55,9 @@ IMAGE = "jobfetcher-proof:1"
 
 #: How long the program in the box may take, in seconds. It takes 20 ms; a virtual machine (kata) starts in a few s.
 _RUN_S = 30.0
+
+#: It is looked at so often, in seconds, whether it has ended, beside being told.
+_LOOK_S = 1.0
 
 #: What every box of ours is called with: where engines put their init, and by which name of the engine.
 _INIT = "/sbin/docker-init"
@@ -68,22 +71,25 @@ _CHANGES = re.compile(r"\b[0-9a-f]{12,64}\b|jobfetcher-[0-9a-z]+-proof-[0-9a-f]+
 
 _SMI = "/usr/bin/nvidia-smi"
 
+Config = Callable[[RunSpec], dict[str, Any]]
 
-def prove(api: EngineApi, spec: RunSpec, network_mode: str, folder: Path) -> bool:
+
+def prove(api: EngineApi, spec: RunSpec, config: Config, folder: Path) -> bool:
     """Run one box as `spec` says, but for its program, and see it work; it is gone afterwards. False: it cannot tell.
 
-    `folder`: where this process sees `spec.files_host_path`. With `spec.image_id`, what is run is `nvidia-smi -L` of
+    `config` makes the engine's own words of a specification, the same as for a job (`box.box`). `folder`: where this
+    process sees `spec.files_host_path`. With `spec.image_id`, what is run is `nvidia-smi -L` of
     that image's box; without, the program that the docstring above tells of, in the empty image.
 
     Raises ConfigError naming the setting that is wrong, WorkerFault(GPU, DISK or ENGINE) saying what to do.
     """
     if spec.image_id:
-        return _prove_gpus(api, spec, network_mode)
+        return _prove_gpus(api, spec, config)
     spec = replace(spec, image_id=_image(api))
     failed: WorkerFault | None = None
     for init in _inits(api):
         with _program(folder, init) as command:
-            code, said = _run(api, replace(spec, command=command), network_mode)
+            code, said = _run(api, replace(spec, command=command), config)
         if code == 0:
             return True
         failed = _fault(code, said, init, folder)
@@ -91,12 +97,12 @@ def prove(api: EngineApi, spec: RunSpec, network_mode: str, folder: Path) -> boo
     raise failed
 
 
-def _prove_gpus(api: EngineApi, spec: RunSpec, network_mode: str) -> bool:
+def _prove_gpus(api: EngineApi, spec: RunSpec, config: Config) -> bool:
     """Ask NVIDIA's own program in a box on an image of a job. One that cannot run it, or is gone, tells nothing."""
     # The toolkit mounts it where the container may use `utility`, which an image may have left out.
     env = {**spec.env, "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
     try:
-        code, said = _run(api, replace(spec, command=("-L",), env=env), network_mode, program=_SMI)
+        code, said = _run(api, replace(spec, command=("-L",), env=env), config, program=_SMI)
     except JobFault:
         return False
     if code in _CANNOT_RUN or INIT_FAILED.search(said):
@@ -107,17 +113,17 @@ def _prove_gpus(api: EngineApi, spec: RunSpec, network_mode: str) -> bool:
     return True
 
 
-def _run(api: EngineApi, spec: RunSpec, network_mode: str, program: str = "") -> tuple[int, str]:
+def _run(api: EngineApi, spec: RunSpec, config: Config, program: str = "") -> tuple[int, str]:
     """Create, start, wait, read and remove one box: its exit code, and what it printed last.
 
     `program`: what is run instead of the image's entry point. Raises JobFault where its image cannot run it.
     """
-    config = box(spec, network_mode)
+    made = config(spec)
     if program:
-        config["Entrypoint"] = [program]
+        made["Entrypoint"] = [program]
     with api.calling("run a container for a test"):
         try:
-            created = api.create(config, spec.name)
+            created = api.create(made, spec.name)
         except Refused as error:
             raise _refusal(api, error, spec, program) from error
         try:
@@ -134,7 +140,13 @@ def _started(api: EngineApi, container: str, spec: RunSpec, program: str) -> tup
             api.ask("POST", f"/containers/{container}/start", timeout_s=api.work_s)
         except Refused as error:
             raise _refusal(api, error, spec, program) from error
-        code = line.ended(_RUN_S)
+        code: int | None = None
+        give_up = time.monotonic() + _RUN_S
+        while code is None and time.monotonic() < give_up:
+            code = line.ended(_LOOK_S)
+            if code is None:  # an engine may miss the end of so short a run (Podman), so its state is looked at as well
+                state = (api.inspect(container) or {}).get("State") or {}
+                code = int(state["ExitCode"]) if state.get("Status") == "exited" else None
     if code is None:
         raise WorkerFault(WorkerReason.ENGINE, f"a container for a test did not end within {_RUN_S:g} s")
     if code == 0:
