@@ -18,13 +18,13 @@ from starlette.requests import ClientDisconnect
 
 from mock_api import auth, files, gateway, mock_routes, page, user_routes, worker_routes
 from mock_api.clock import Clock
-from mock_api.context import Context
+from mock_api.context import Context, crash
 from mock_api.disk import LocalStorage, SignedStorage
 from mock_api.faults import FaultLayer, Faults
 from mock_api.s3 import S3Storage
 from mock_api.settings import Settings
 from mock_api.signing import Signer
-from mock_api.storage import Storage, StorageError
+from mock_api.storage import NotAllowed, Storage, StorageError
 from mock_api.store import Store, UserSideAway
 from mock_api.tokens import Tokens
 from mock_api.tree import Tree
@@ -44,14 +44,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             parts.storage.close()
             parts.store.close()
 
-    # redirect_slashes off: `/files//data/a.tif/url` is a file id with a leading slash, not a typing error
-    app = FastAPI(title="mock worker API", lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app = FastAPI(title="mock worker API", lifespan=lifespan)
     app.state.faults = Faults()
     app.add_middleware(FaultLayer, faults=app.state.faults)
     app.add_exception_handler(StorageError, _storage_refusal)
+    app.add_exception_handler(NotAllowed, _not_allowed)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
     app.add_exception_handler(OverflowError, _no_such_number)
-    app.add_exception_handler(UserSideAway, _not_told)
+    app.add_exception_handler(UserSideAway, _crash)
+    app.add_exception_handler(Exception, _bug)
     for module in (auth, worker_routes, files, user_routes, mock_routes, page, gateway):
         app.include_router(module.router)
     return app
@@ -118,19 +119,30 @@ async def _storage_refusal(_: Request, error: Exception) -> Response:
     return Response(body, error.status, error.headers, media_type="application/xml")
 
 
+async def _not_allowed(_: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 403)
+
+
 async def _nobody_there(_: Request, __: Exception) -> Response:
     """The client left in the middle of its body: nobody reads this answer."""
     return Response(status_code=400)
 
 
-async def _no_such_number(_: Request, __: Exception) -> Response:
-    """A number beyond 64 bits: the database has none of those."""
-    return JSONResponse({"detail": "a number is too large"}, 400)
+async def _no_such_number(request: Request, error: Exception) -> Response:
+    """A number beyond 64 bits: the database has none of those, and a deployed server on SQLite crashes over it."""
+    if request.url.path.startswith("/user/"):
+        return JSONResponse({"detail": "a number is too large"}, 400)
+    return await _crash(request, error)
 
 
-async def _not_told(_: Request, __: Exception) -> Response:
-    """A deployed server crashes here, after its commit (S19)."""
-    return PlainTextResponse("Internal Server Error", 500)
+async def _crash(_: Request, __: Exception) -> Response:
+    """What a deployed server answers where it crashes: plain words, no JSON (S20)."""
+    return crash()
+
+
+async def _bug(_: Request, __: Exception) -> Response:
+    """A crash of this server's own, in other words than those that it answers on purpose."""
+    return PlainTextResponse("the mock API has a bug: its log says where", 500)
 
 
 app = create_app()

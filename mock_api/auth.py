@@ -11,6 +11,7 @@ from mock_api.context import Context, Parts
 from mock_api.tokens import Caller
 
 WORKERS = "workers"  # the group that may use the API (S16)
+CLOUD = "cloud"  # the group whose accounts are of the environment of that name (S21)
 TARGET = "AWSCognitoIdentityProviderService.InitiateAuth"
 
 router = APIRouter()
@@ -33,9 +34,9 @@ async def worker(parts: Parts, request: Request, authorization: Annotated[str | 
         note = f"{request.method} {request.url.path}"
         parts.store.note("refused", account=caller.name if caller else None, code=refusal, note=note)
     if caller is None:
-        raise HTTPException(401, "Invalid or expired token", {"WWW-Authenticate": "Bearer"})
+        raise HTTPException(401, "Not authenticated")
     if refusal is not None:
-        raise HTTPException(403, f"Not in group {WORKERS}")
+        raise HTTPException(403, f"Not a member of the '{WORKERS}' group")
     return caller
 
 

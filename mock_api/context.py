@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.responses import PlainTextResponse, Response
 
 from mock_api.clock import Clock
 from mock_api.settings import Settings
@@ -31,6 +32,11 @@ async def context(request: Request) -> Context:
     """The running server's parts, from inside a request."""  # async: no hop to a thread, as for all that is quick
     parts: Context = request.app.state.context
     return parts
+
+
+def crash() -> Response:
+    """The answer of a deployed server that has crashed: plain words, no JSON (S20)."""
+    return PlainTextResponse("Internal Server Error", 500)
 
 
 Parts = Annotated[Context, Depends(context)]

@@ -1,19 +1,22 @@
 """The two storages on this machine's own disk: `local` and `signed`. Both keep their objects in one `Tree`.
 
-A file id names an object as `s3://<any bucket>/<key>`, `/<key>` or `<key>`; all three are understood by both.
+A file id names an object as `s3://mock-api/<key>` where URLs are signed, and as `/<key>` on a local-disk server, whose
+directories are `/inputs` and `/outputs`. Neither understands the other's.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from mock_api.models import FileAnswer
 from mock_api.signing import Signer
-from mock_api.storage import Asker, Folder
+from mock_api.storage import INPUTS, OUTPUTS, Asker, Folder, NotAllowed, key_in
 from mock_api.tree import Tree
 
 BUCKET = "mock-api"
 STORAGE_PATH = "/_storage"
+_OUTSIDE = "Path is not in base directory"
 
 
 class _Disk:
@@ -44,21 +47,23 @@ class LocalStorage(_Disk):
         return f"/{key}"
 
     async def download(self, file_id: str, asker: Asker) -> FileAnswer | None:
-        """The API's own download endpoint."""
-        if not self._tree.has_prefix(key_of(file_id)):
+        """The API's own download endpoint, which is the address that was asked with another end to it."""
+        if not self._tree.exists(local_key(file_id)):
             return None
-        url = f"{asker.api}/files/{quote(file_id)}/download"
-        return FileAnswer(method="get", url=url, headers={"Authorization": asker.authorization})
+        url = re.sub("/url$", "/download", asker.api + asker.asked)
+        return FileAnswer(method="get", url=url, headers={"authorization": asker.authorization})
 
     async def upload(self, folder: Folder, filename: str | None, asker: Asker) -> FileAnswer:
-        """The API's own upload endpoint: a form, or, with a file name, a PUT."""
-        query = {"type": folder.kind.value, "base_path": folder.base_path}
-        if filename is not None:
-            query["filename"] = filename
+        """The API's own upload endpoint: a form, or, with a file name, a PUT.
+
+        It is the address that was asked, with every `/url` in it replaced, be it in the query. What the query did not
+        say, the address does not say: without `base_path` the endpoint refuses the file.
+        """
+        _check_inside(folder.below("/"))
         return FileAnswer(
             method="post" if filename is None else "put",
-            url=f"{asker.api}/jobs/{folder.job_id}/files/upload?{urlencode(query)}",
-            headers={"Authorization": asker.authorization},
+            url=(asker.api + asker.asked).replace("/url", "/upload"),
+            headers={"authorization": asker.authorization},
         )
 
 
@@ -75,22 +80,33 @@ class SignedStorage(_Disk):
 
     async def download(self, file_id: str, asker: Asker) -> FileAnswer | None:
         """A signed GET."""
-        key = key_of(file_id)
+        key = key_in(BUCKET, file_id)
         return FileAnswer(method="get", url=self._url("GET", key, asker)) if self._tree.has_prefix(key) else None
 
     async def upload(self, folder: Folder, filename: str | None, asker: Asker) -> FileAnswer:
         """A signed form for the whole folder, or, with a file name, a signed PUT of that one object."""
+        key = key_in(BUCKET, folder.below(self.file_id("")))
         if filename is None:
             url = f"{asker.storage}{STORAGE_PATH}"
-            return FileAnswer(method="post", url=url, data=self._signer.form(folder.key))
-        return FileAnswer(method="put", url=self._url("PUT", folder.key + filename, asker))
+            return FileAnswer(method="post", url=url, data=self._signer.form(key))
+        return FileAnswer(method="put", url=self._url("PUT", key + filename, asker))
 
     def _url(self, method: str, key: str, asker: Asker) -> str:
         return f"{asker.storage}{STORAGE_PATH}/{quote(key)}?{self._signer.query(method, key)}"
 
 
-def key_of(file_id: str) -> str:
-    """The object's key: the file id without scheme, bucket and leading slashes."""
-    if file_id.startswith("s3://"):
-        return file_id.removeprefix("s3://").partition("/")[2]
-    return file_id.lstrip("/")
+def local_key(file_id: str) -> str:
+    """The key that an absolute path on a local-disk server stands for.
+
+    Raises `NotAllowed` for what is not below its directories. A deployed server compares without resolving `..`, and so
+    lets a path out; this one does not.
+    """
+    _check_inside(file_id)
+    if ".." in file_id.split("/") or "\0" in file_id:
+        raise NotAllowed(_OUTSIDE)
+    return file_id.removeprefix("/")
+
+
+def _check_inside(path: str) -> None:
+    if not path.startswith((f"/{INPUTS}/", f"/{OUTPUTS}/")):
+        raise NotAllowed(_OUTSIDE)

@@ -1,5 +1,6 @@
 """The wire models of PROTOCOL.md, as this server reads them. Unknown fields are kept and handed on as they came."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -10,8 +11,8 @@ class State(StrEnum):
     """Where a job is."""
 
     QUEUED = "queued"
-    PULLED = "pulled"
     PREPROCESSING = "preprocessing"
+    PULLED = "pulled"
     RUNNING = "running"
     POSTPROCESSING = "postprocessing"
     FINISHED = "finished"
@@ -42,12 +43,16 @@ class AppSpec(_Section):
 
 
 class HandlerSpec(_Section):
-    """What to run it in, and which files go in and out."""
+    """What to run it in, and which files go in and out.
+
+    The deployed user-facing server sets three labels on every job, the keys of its table of applications. They say
+    nothing about the container, and a worker that takes `entrypoint` for one's ENTRYPOINT fails every job.
+    """
 
     image_url: str
-    image_name: str | None = None
-    image_version: str | None = None
-    entrypoint: str | None = None
+    image_name: str | None = "decode"
+    image_version: str | None = "latest"
+    entrypoint: str | None = "fit"
     files_down: dict[str, str] | None = None
     files_up: dict[FileKind, str] | None = None
 
@@ -71,17 +76,40 @@ class JobSpecs(_Section):
     hardware: HardwareSpec = Field(default_factory=HardwareSpec)
 
 
-class Offer(BaseModel):
-    """What a worker offers in `GET /jobs`; memory in MiB, `older_than` in seconds since the job was made."""
+class Environment(StrEnum):
+    """Where a job may run: accounts in the group `cloud` are `cloud`, all others `local` (S21)."""
 
-    memory: int = Field(ge=0)
-    cpu_cores: int = Field(1, ge=0)
-    gpu_mem: int = Field(0, ge=0)
-    gpu_model: str | None = None
-    gpu_archi: str | None = None
-    groups: list[str] = Field(default_factory=list)
-    limit: int = Field(1, ge=1)
-    older_than: float = Field(0, ge=0)
+    CLOUD = "cloud"
+    LOCAL = "local"
+
+
+class Wishes(BaseModel):
+    """What decides when and by whom a job is taken, beside its needs (S21).
+
+    A job without an environment is for both; `retries` of None is the server's own number.
+    """
+
+    group: str | None = None
+    priority: int = Field(0, ge=0, le=5, description="0 to 5, the highest first")
+    environment: Environment | None = None
+    retries: int | None = None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a worker offers in `GET /jobs`; memory in MiB, `older_than` in seconds since the job was made.
+
+    No number is refused; one that makes no sense fits no job.
+    """
+
+    memory: int
+    cpu_cores: int
+    gpu_mem: int
+    gpu_model: str | None
+    gpu_archi: str | None
+    groups: list[str]
+    limit: int
+    older_than: int
 
 
 class FileAnswer(BaseModel):

@@ -3,9 +3,9 @@
 from collections import Counter
 from datetime import UTC, datetime
 from html import escape
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Header
 from fastapi.responses import HTMLResponse
 
 from mock_api.context import Parts
@@ -42,14 +42,16 @@ td.details {{ white-space: pre-wrap; font-size: .85rem; }}
 _HEAD = "<tr><th>Job</th><th>State</th><th>Submitted (UTC)</th><th>Last word</th><th>Worker</th><th>Details</th></tr>"
 
 
-@router.get("/", response_class=HTMLResponse)
-def page(parts: Parts) -> str:
-    """The newest jobs."""
+@router.get("/", response_model=dict[str, str])
+def page(parts: Parts, accept: Annotated[str, Header()] = "") -> dict[str, str] | HTMLResponse:
+    """The newest jobs on a page, for a browser. Anybody else is greeted in JSON, as by deployed servers (S23)."""
+    if "text/html" not in accept:
+        return {"message": "Welcome to a mock of the worker-facing API"}
     jobs = parts.store.jobs(SHOWN)
     broken = len(violations(parts.store.record()))
     rows = "".join(_row(job, parts.clock.now()) for job in jobs)
     table = f"<table>{_HEAD}{rows}</table>" if jobs else "<p>No job yet: submit one by POST /user/jobs.</p>"
-    return _PAGE.format(summary=_summary(jobs, broken), table=table)
+    return HTMLResponse(_PAGE.format(summary=_summary(jobs, broken), table=table))
 
 
 def _summary(jobs: list[dict[str, Any]], broken: int) -> str:

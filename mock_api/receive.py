@@ -86,20 +86,26 @@ async def receive_body(request: Request, file: Incoming, admit: Callable[[], str
     return key, file.finish()
 
 
+class NoFileError(StorageError):
+    """A body without a file part, be it no form at all."""
+
+
 async def receive_form(
-    request: Request, file: Incoming, admit: Callable[[dict[str, str], str], str]
+    request: Request, file: Incoming, admit: Callable[[dict[str, str], str], str], *, any_length: bool = False
 ) -> tuple[str, str]:
     """Stream the `file` part of a multipart form into `file`; the key it goes under, and its MD5 as hex.
 
     `admit` gets the fields before the file part and its file name; it returns the key, or raises. What follows the file
-    part is not looked at, as on S3. Raises `StorageError`.
+    part is not looked at, as on S3. Raises `StorageError`; a body without a length (chunked) is refused unless
+    `any_length`.
     """
     stream = request.stream()
     fields: dict[str, str] = {}
     key: str | None = None
     async with refusing(request, stream):
-        check_length(request)
-        form = FormParser(request.headers.get("content-type", ""))
+        if not any_length:
+            check_length(request)
+        form = _parser(request)
         async for data in stream:
             for found in form.feed(data):
                 if isinstance(found, FieldDone):
@@ -108,9 +114,18 @@ async def receive_form(
                     key = admit(fields, found.filename)
                 else:
                     await file.write(found.data)
+        if key is None and form.complete:
+            raise NoFileError(400, "InvalidArgument", "POST requires exactly one file upload per request.")
         if key is None or not form.complete:
             raise StorageError(400, "MalformedPOSTRequest", "The body of your POST request is not well-formed")
     return key, file.finish()
+
+
+def _parser(request: Request) -> FormParser:
+    try:
+        return FormParser(request.headers.get("content-type", ""))
+    except StorageError as error:
+        raise NoFileError(error.status, error.code, error.message) from error
 
 
 def check_length(request: Request) -> None:

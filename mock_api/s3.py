@@ -14,12 +14,12 @@ from starlette.concurrency import run_in_threadpool
 from mock_api.models import FileAnswer
 from mock_api.settings import Settings
 from mock_api.signing import FILENAME
-from mock_api.storage import Asker, Folder
+from mock_api.storage import Asker, Folder, key_in
 from mock_api.tree import PIECE_BYTES
 
 
 class S3Storage:
-    """One bucket for what users and workers store; a file id may name any bucket that the keys may read.
+    """One bucket for what users and workers store; a file id that names another is refused.
 
     Raises botocore's errors when the store cannot be reached: an HTTP 500 of this server.
     """
@@ -52,20 +52,21 @@ class S3Storage:
 
     async def download(self, file_id: str, _asker: Asker) -> FileAnswer | None:
         """A presigned GET."""
-        bucket, key = self._place(file_id)
-        found = await run_in_threadpool(self._client.list_objects_v2, Bucket=bucket, Prefix=key, MaxKeys=1)
+        key = key_in(self._bucket, file_id)
+        found = await run_in_threadpool(self._client.list_objects_v2, Bucket=self._bucket, Prefix=key, MaxKeys=1)
         if not found.get("KeyCount"):
             return None
-        return FileAnswer(method="get", url=self._presigned("get_object", bucket, key))
+        return FileAnswer(method="get", url=self._presigned("get_object", key))
 
     async def upload(self, folder: Folder, filename: str | None, _asker: Asker) -> FileAnswer:
         """A presigned form for the whole folder, or, with a file name, a presigned PUT of that one object."""
+        key = key_in(self._bucket, folder.below(self.file_id("")))
         if filename is not None:
-            return FileAnswer(method="put", url=self._presigned("put_object", self._bucket, folder.key + filename))
+            return FileAnswer(method="put", url=self._presigned("put_object", key + filename))
         form = self._client.generate_presigned_post(
             self._bucket,
-            folder.key + FILENAME,
-            Conditions=[["starts-with", "$key", folder.key]],
+            key + FILENAME,
+            Conditions=[["starts-with", "$key", key]],
             ExpiresIn=self._life_s,
         )
         return FileAnswer(method="post", url=form["url"], data=form["fields"])
@@ -90,15 +91,9 @@ class S3Storage:
         pieces: Iterator[bytes] = body.iter_chunks(PIECE_BYTES)
         return pieces
 
-    def _presigned(self, action: str, bucket: str, key: str) -> str:
-        place = {"Bucket": bucket, "Key": key}
+    def _presigned(self, action: str, key: str) -> str:
+        place = {"Bucket": self._bucket, "Key": key}
         return str(self._client.generate_presigned_url(action, Params=place, ExpiresIn=self._life_s))
-
-    def _place(self, file_id: str) -> tuple[str, str]:
-        if not file_id.startswith("s3://"):
-            return self._bucket, file_id.lstrip("/")
-        bucket, _, key = file_id.removeprefix("s3://").partition("/")
-        return bucket, key
 
     def _make_bucket(self) -> None:
         try:

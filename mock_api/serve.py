@@ -3,10 +3,12 @@
 import re
 from collections.abc import AsyncIterator
 from email.utils import formatdate
+from pathlib import Path
 
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Message, Receive, Scope, Send
 
 from mock_api.storage import StorageError
 from mock_api.tree import PIECE_BYTES, StoredObject, Tree
@@ -60,6 +62,27 @@ def _range(header: str, size: int) -> tuple[int, int] | None:
             416, "InvalidRange", "The requested range is not satisfiable", {"Content-Range": f"bytes */{size}"}
         )
     return start, end
+
+
+class LocalFile(FileResponse):
+    """A file as a local-disk server sends it, which leaves that to Starlette: an ETag of time and size, ranges, a type
+    by the name's ending. The traffic is counted."""
+
+    def __init__(self, tree: Tree, key: str, path: Path) -> None:
+        super().__init__(path)
+        self._tree = tree
+        self._key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+
+        async def counting(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.start" and message["status"] in (200, 206):
+                self._tree.count(self._key, "gets")
+            self._tree.count(self._key, "sent", len(message.get("body", b"")))
+
+        await super().__call__(scope, receive, counting)
 
 
 async def _body(tree: Tree, found: StoredObject, start: int, end: int) -> AsyncIterator[bytes]:

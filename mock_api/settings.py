@@ -15,12 +15,13 @@ GIB = 1024**3
 
 
 class Account(BaseModel):
-    """Somebody who may sign in. Only members of the group `workers` may use the API (PROTOCOL.md S16)."""
+    """Somebody who may sign in. Only members of the group `workers` may use the API (PROTOCOL.md S16); those of `cloud`
+    are of the environment `cloud`, all others of `local` (S21)."""
 
     model_config = ConfigDict(frozen=True)
 
-    # pullers are kept as one ';'-joined string, so that S3 is a plain substring search; hence no ';' in a name
-    name: str = Field(pattern=r"^[^;:\s]+$")
+    # a ';' is allowed and keeps the account from ever pulling a job, as on deployed servers (S23)
+    name: str = Field(pattern=r"^[^:\s]+$")
     password: str
     groups: tuple[str, ...] = ("workers",)
 

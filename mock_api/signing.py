@@ -6,6 +6,7 @@ A form is good for every file of its folder, as an S3 POST policy with `starts-w
 import base64
 import hmac
 import json
+import time
 from typing import Any
 from urllib.parse import urlencode
 
@@ -38,14 +39,22 @@ class Signer:
             raise StorageError(403, "AccessDenied", "Request has expired")
 
     def form(self, folder: str) -> dict[str, str]:
-        """The fields that let their bearer store any file in `folder` (which ends in a slash)."""
+        """The fields that let their bearer store any file in `folder` (which ends in a slash): those of an S3 form."""
         policy = {"expires": self._clock.now() + self._life_s, "conditions": [["starts-with", "$key", folder]]}
         encoded = base64.b64encode(json.dumps(policy).encode()).decode()
-        return {"key": folder + FILENAME, "policy": encoded, "x-mock-signature": self._sign(encoded)}
+        date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock.now()))
+        return {
+            "key": folder + FILENAME,
+            "x-amz-algorithm": "AWS4-HMAC-SHA256",
+            "x-amz-credential": f"mock/{date[:8]}/us-east-1/s3/aws4_request",
+            "x-amz-date": date,
+            "policy": encoded,
+            "x-amz-signature": self._sign(encoded),
+        }
 
     def check_form(self, fields: dict[str, str], filename: str) -> str:
         """The key that a form stores `filename` under. Raises `StorageError` when the form does not allow it."""
-        policy_text, signature = fields.get("policy"), fields.get("x-mock-signature")
+        policy_text, signature = fields.get("policy"), fields.get("x-amz-signature")
         if policy_text is None or signature is None or "key" not in fields:
             raise StorageError(403, "AccessDenied", "Access Denied")
         if not hmac.compare_digest(self._sign(policy_text).encode(), signature.encode()):

@@ -7,6 +7,7 @@ Three kinds: `local` (the API serves the files, with the caller's own token) and
     outputs/<job_id>/<kind>/<base_path>/<filename>         what workers send; kind is output, log or artifact
 """
 
+import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,19 @@ class StorageError(Exception):
         self.headers = headers
 
 
+class NotAllowed(Exception):
+    """A place that no file may be read from or written to: the API's own 403, whose `detail` is the message."""
+
+
 @dataclass(frozen=True)
 class Asker:
-    """The request that asks for a URL: the origins its answer shall name, and the token it came with."""
+    """The request that asks for a URL: the origins its answer shall name, the token it came with, and what it asked:
+    the path, decoded, and the query as it came."""
 
     api: str
     storage: str
     authorization: str
+    asked: str
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,13 @@ class Folder:
     kind: FileKind
     base_path: str
 
-    @property
-    def key(self) -> str:
-        """The folder's key, ending in a slash."""
-        return "/".join([OUTPUTS, str(self.job_id), self.kind, *parts_of(self.base_path), ""])
+    def below(self, file_id: str) -> str:
+        """The folder's own file id, ending in a slash; `file_id` is that of the storage's root.
+
+        Joined as paths are: a `base_path` that is absolute leads elsewhere, and `..` stays as it is.
+        """
+        path = posixpath.join(file_id, OUTPUTS, str(self.job_id), self.kind, self.base_path)
+        return path if path.endswith("/") else f"{path}/"
 
 
 class Storage(Protocol):
@@ -62,10 +72,12 @@ class Storage(Protocol):
         """What a job's `files_down` names the object by."""
 
     async def download(self, file_id: str, asker: Asker, /) -> FileAnswer | None:
-        """How to fetch a file. None when no object's name starts like that; no more than that is checked (S14)."""
+        """How to fetch a file. None when there is none; an object store checks no more than that some object's name
+        starts like that (S14). Raises `NotAllowed` for a place outside the storage."""
 
     async def upload(self, folder: Folder, filename: str | None, asker: Asker, /) -> FileAnswer:
-        """How to send files of one folder; `filename` is the one file that a PUT is to be signed for."""
+        """How to send files of one folder; `filename` is the one file that a PUT is to be signed for. Raises
+        `NotAllowed` for a folder outside the storage."""
 
     def adopt(self, part: Path, key: str, md5: str, /) -> None:
         """Store the finished file `part`, which is gone from its place afterwards."""
@@ -83,6 +95,16 @@ def parts_of(path: str) -> list[str]:
     if any(part in (".", "..") or "\0" in part for part in parts):
         raise StorageError(400, "InvalidURI", "a path must not contain '.', '..' or NUL")
     return parts
+
+
+def key_in(bucket: str, file_id: str) -> str:
+    """The key of an S3 URI. Raises `NotAllowed` for anything that is no S3 URI, and for another bucket."""
+    if not file_id.startswith("s3://"):
+        raise NotAllowed("Path should start with s3://")
+    named, _, key = file_id.removeprefix("s3://").partition("/")
+    if named != bucket:
+        raise NotAllowed("Bucket does not match")
+    return key
 
 
 def job_of(key: str) -> int | None:

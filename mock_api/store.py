@@ -11,23 +11,21 @@ connection of their own and are called from other threads.
 
 import json
 import sqlite3
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
-from datetime import UTC, datetime
+from dataclasses import asdict, fields
+from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
 from mock_api.clock import Clock
-from mock_api.models import HELD, TERMINAL, HardwareSpec, Offer, State
+from mock_api.database import Database
+from mock_api.models import HELD, TERMINAL, HardwareSpec, Offer, State, Wishes
 from mock_api.record import UNHEARD, Entry
-from mock_api.tables import TABLES
 
 _ENTRY = ", ".join(column.name for column in fields(Entry))
 
-#: The matching rules (S18): models by equality, amounts by at most, null needs match anyone.
+#: The matching rules: models by equality, amounts by at most, null needs match anyone (S18); the caller's environment,
+#: or jobs of none that are old enough; then priority, then age (S21).
 _FITTING = """
     SELECT * FROM jobs WHERE state = :queued
     AND (cpu_cores IS NULL OR cpu_cores <= :cpu_cores)
@@ -35,18 +33,22 @@ _FITTING = """
     AND (gpu_mem IS NULL OR gpu_mem <= :gpu_mem)
     AND (gpu_model IS NULL OR gpu_model = :gpu_model)
     AND (gpu_archi IS NULL OR gpu_archi = :gpu_archi)
-    AND ("group" IS NULL OR "group" IN (SELECT value FROM json_each(:groups)))
-    AND (:older_than <= 0 OR created <= :now - :older_than)
+    AND (environment = :environment OR (environment IS NULL AND created <= :now - :older_than))
     -- a plain substring search: an account whose name contains this one's counts as this one (S3)
     AND (:any_puller OR instr(pullers, :account) = 0)
-    ORDER BY id LIMIT :limit
+    {preferred}
+    ORDER BY priority DESC, id LIMIT 1
 """
+#: Groups are a preference (S21): jobs of the caller's go first, whatever their priority, then any.
+_FITTING_GROUP = _FITTING.format(preferred='AND "group" IN (SELECT value FROM json_each(:groups))')
+_FITTING_ANY = _FITTING.format(preferred="")
 
 
 #: A job as its user sees it: state and details are what the user's side heard; the queue may have lost the job.
 _SEEN = """
-    SELECT queue_id AS job_id, user_jobs.state, details, user_jobs.created, user_jobs.updated, "group", holder, retries,
-    jobs.state AS queue_state FROM user_jobs LEFT JOIN jobs ON id = queue_id WHERE NOT deleted
+    SELECT queue_id AS job_id, user_jobs.id AS user_job_id, user_jobs.state, details, user_jobs.created,
+    user_jobs.updated, "group", priority, environment, holder, retries, jobs.state AS queue_state
+    FROM user_jobs LEFT JOIN jobs ON jobs.id = queue_id WHERE NOT deleted
 """
 
 
@@ -62,27 +64,16 @@ class UserSideAway(Exception):
     """The user's side cannot be told. What the queue was told is committed all the same; the answer is a 500 (S19)."""
 
 
-class Store:
-    """The database below `path`. Methods may be called from any thread; `close` when done."""
+class Store(Database):
+    """What the server knows. Methods may be called from any thread; `close` when done. Raises as `Database` does."""
 
     def __init__(self, path: Path, clock: Clock, *, lease_s: float, max_retries: int, retry_different: bool) -> None:
+        super().__init__(path)
         self._clock = clock
         self._lease_s = lease_s
         self._max_retries = max_retries
         self._retry_different = retry_different
         self.away = False  # nobody can reach the user's side
-        self._lock = threading.Lock()
-        self._db = _connect(path)
-        self._db.executescript(TABLES)
-        self._reading = threading.Lock()
-        self._reader = _connect(path)
-
-    def close(self) -> None:
-        """Close all connections."""
-        with self._reading:
-            self._reader.close()
-        with self._lock:
-            self._db.close()
 
     # -- the record -----------------------------------------------------------------------------------------------
 
@@ -118,25 +109,26 @@ class Store:
 
     # -- the user's side ------------------------------------------------------------------------------------------
 
-    def submit(self, spec: Any, needs: HardwareSpec, group: str | None, retries: int | None) -> int:
-        """Queue a job. `spec` is handed out as it is, with `meta.job_id` and `meta.date_created` filled in."""
+    def submit(self, spec: Any, needs: HardwareSpec, wishes: Wishes) -> int:
+        """Queue a job; its id in the queue. `spec` is handed out as it is, with `meta.job_id`, which is the user's
+        number of the job and another one (S22), and `meta.date_created` filled in."""
         now = self._clock.now()
-        values = {name: getattr(needs, name) for name in HardwareSpec.model_fields}
-        values |= {"now": now, "group": group, "queued": State.QUEUED}
-        values["max_retries"] = self._max_retries if retries is None else retries
+        values = needs.model_dump(include=set(HardwareSpec.model_fields)) | wishes.model_dump()
+        values |= {"now": now, "queued": State.QUEUED}
+        values["max_retries"] = self._max_retries if wishes.retries is None else wishes.retries
         with self._writing() as db:
             job_id = db.execute(
-                'INSERT INTO jobs (spec, state, "group", cpu_cores, memory, gpu_model, gpu_archi, gpu_mem, created,'
-                " updated, max_retries) VALUES ('', :queued, :group, :cpu_cores, :memory, :gpu_model, :gpu_archi,"
-                " :gpu_mem, :now, :now, :max_retries)",
+                'INSERT INTO jobs (spec, state, "group", priority, environment, cpu_cores, memory, gpu_model,'
+                " gpu_archi, gpu_mem, created, updated, max_retries) VALUES ('', :queued, :group, :priority,"
+                " :environment, :cpu_cores, :memory, :gpu_model, :gpu_archi, :gpu_mem, :now, :now, :max_retries)",
                 values,
             ).lastrowid
             assert job_id is not None  # noqa: S101 - for the type checker: an INSERT has one
-            db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (json.dumps(_stamped(spec, job_id, now)), job_id))
-            db.execute(
+            user_id = db.execute(
                 "INSERT INTO user_jobs (queue_id, state, created, updated) VALUES (?, ?, ?, ?)",
                 (job_id, State.QUEUED, now, now),
-            )
+            ).lastrowid
+            db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (json.dumps(_stamped(spec, user_id, now)), job_id))
             self._note("submit", job_id, state=State.QUEUED)
             return job_id
 
@@ -166,24 +158,31 @@ class Store:
 
     # -- the worker's side ----------------------------------------------------------------------------------------
 
-    def pull(self, offer: Offer, account: str, *, asked: str = "", away: bool = False) -> dict[int, Any]:
-        """Hand out up to `offer.limit` jobs that fit, oldest first: id to specs. They are `pulled` at once (S1).
+    def pull(
+        self, offer: Offer, account: str, environment: str, *, asked: str = "", away: bool = False
+    ) -> dict[int, Any]:
+        """Hand out up to `offer.limit` jobs that fit, in the queue's order: id to specs. They are `pulled` at once
+        (S1). `environment` is the account's; it never sees the jobs of another (S21).
 
         `asked` is the query that the offer came in, for the record: it shows what the worker called things. `away`: the
         user's side cannot be reached just now. Raises `UserSideAway`: one job is `pulled` then, and nobody knows.
+        Raises `OverflowError` for an `older_than` that no date goes back to.
         """
         now = self._clock.now()
-        values = offer.model_dump() | {"account": account, "queued": State.QUEUED, "now": now}
+        datetime.fromtimestamp(now, UTC) - timedelta(seconds=offer.older_than)
+        values = asdict(offer) | {"account": account, "environment": environment}
+        values |= {"queued": State.QUEUED, "now": now}
         values |= {"groups": json.dumps(offer.groups), "any_puller": not self._retry_different}
         found: dict[int, Any] = {}
         heard = Heard.YES
         with self._writing() as db:
             while len(found) < offer.limit and heard is not Heard.AWAY:
-                job = db.execute(_FITTING, values).fetchone()
+                job = db.execute(_FITTING_GROUP, values).fetchone() if offer.groups else None
+                job = job or db.execute(_FITTING_ANY, values).fetchone()
                 if job is None:
                     break
                 db.execute(
-                    "UPDATE jobs SET state = ?, updated = ?, holder = ?, pullers = pullers || ? || ';' WHERE id = ?",
+                    "UPDATE jobs SET state = ?, updated = ?, holder = ?, pullers = pullers || ';' || ? WHERE id = ?",
                     (State.PULLED, now, account, account, job["id"]),
                 )
                 heard = self._tell(job["id"], account, State.PULLED, "", away=away)
@@ -247,7 +246,8 @@ class Store:
                 swept.append(job["id"])
                 again = job["retries"] < job["max_retries"]
                 state = State.QUEUED if again else State.ERROR
-                details = "" if again else f"no sign of life for {self._lease_s:g} s"
+                tried = f"timeout {job['retries'] + 1} (workers tried: {job['pullers']})"
+                details = tried if again else "max retries reached"
                 db.execute("UPDATE jobs SET state = ?, updated = ? WHERE id = ?", (state, now, job["id"]))
                 heard = self._tell(job["id"], None, state, details)
                 if heard is Heard.GONE:
@@ -276,7 +276,7 @@ class Store:
             return Heard.GONE
         now, known = self._clock.now(), job["details"]
         if details:
-            known = f"{known}\n{details}" if known else details
+            known += f"\n{details}"  # a line break goes before each, the first one included (S22)
         self._db.execute(
             "UPDATE user_jobs SET state = ?, details = ?, updated = ? WHERE queue_id = ?", (state, known, now, job_id)
         )
@@ -285,11 +285,11 @@ class Store:
             (now, job_id, account, state, details),
         )
         if state in TERMINAL:
-            self._mail(job_id, state, known)
+            self._mail(job["id"], job_id, state, known)
         return Heard.YES
 
-    def _mail(self, job_id: int, state: State, details: str) -> None:
-        subject = f"Job {job_id}: {state}"
+    def _mail(self, user_id: int, job_id: int, state: State, details: str) -> None:
+        subject = f"Job {user_id}: {state}"
         html = f"<html><body><h1>{subject}</h1><pre>{details}</pre></body></html>"  # unescaped, as S11 has it
         self._db.execute(
             "INSERT INTO outbox (time, job_id, subject, html) VALUES (?, ?, ?, ?)",
@@ -358,27 +358,6 @@ class Store:
             (self._clock.now(), kind, job_id, account, state, details, code, note),
         )
 
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, with the lock held. A single statement needs none: it is one by itself."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Survive a kill of the server, not a power cut: that is what a test server needs, and it commits in 0.03 ms."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    connection.row_factory = sqlite3.Row
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=OFF")
-    return connection
-
 
 def _verdict(job: sqlite3.Row | None, account: str) -> int:
     """404 unless the account is the last to have pulled the job (S5); 500 for one that the queue does not know, be it
@@ -388,7 +367,7 @@ def _verdict(job: sqlite3.Row | None, account: str) -> int:
     return 204 if job["holder"] == account else 404
 
 
-def _stamped(spec: Any, job_id: int, now: float) -> Any:
+def _stamped(spec: Any, job_id: int | None, now: float) -> Any:
     """`spec` with the id and the date that the server adds; what is no object with a `meta` object stays as it is."""
     if not isinstance(spec, dict) or not isinstance(meta := spec.get("meta", {}), dict):
         return spec

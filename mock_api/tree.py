@@ -88,9 +88,19 @@ class Tree:
         self._store.put_md5(key, status.st_size, status.st_mtime_ns, md5)
         return StoredObject(key, path, status.st_size, status.st_mtime, md5)
 
+    def exists(self, key: str) -> bool:
+        """Whether there is an object, or a folder, of that very name."""
+        try:
+            return self._path(key).exists()
+        except OSError:  # a name too long for a file system
+            return False
+
     def has_prefix(self, key: str) -> bool:
         """Whether any object's key starts with `key`."""
-        *folder, start = parts_of(key) or [""]
+        try:
+            *folder, start = parts_of(key) or [""]
+        except StorageError:
+            return False
         top = self._files.joinpath(*folder)
         try:
             return (top / start).exists() or any(entry.name.startswith(start) for entry in top.iterdir())
@@ -101,6 +111,10 @@ class Tree:
         """Every object below `folder`, its name relative to it, sorted."""
         top = self._path(folder)
         return sorted(path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file())
+
+    def place(self, key: str) -> Path:
+        """Where the object of that key lies, if there is one."""
+        return self._path(key)
 
     def read(self, key: str) -> Iterator[bytes] | None:
         """The object's content in pieces."""

@@ -6,14 +6,14 @@ of the data directory.
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, HTTPException, Request
+from fastapi import APIRouter, Body, Depends, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from mock_api.context import Context, Parts
-from mock_api.models import HardwareSpec, JobSpecs
+from mock_api.models import HardwareSpec, JobSpecs, Wishes
 from mock_api.receive import incoming, receive_body
 from mock_api.storage import INPUTS, OUTPUTS, parts_of
 
@@ -24,11 +24,14 @@ router = APIRouter(prefix="/user")
 async def submit(
     parts: Parts,
     spec: Annotated[Any, Body()],
-    group: str | None = None,
-    retries: int | None = None,
+    wishes: Annotated[Wishes, Depends()],
     raw: bool = False,
 ) -> dict[str, int]:
-    """Queue a job. `raw`: any JSON at all, handed out as it is to whoever asks first."""
+    """Queue a job. `raw`: any JSON at all, handed out as it is to whoever asks first.
+
+    The `job_id` of the answer is the queue's, the one that workers know and that the other routes here take;
+    `user_job_id` in `GET /user/jobs/{job_id}` is the user's own number of it, `meta.job_id` (S22).
+    """
     if isinstance(spec, bytes):  # what a body becomes that does not say it is JSON
         raise HTTPException(400, "the body must be application/json")
     needs = HardwareSpec()
@@ -38,7 +41,7 @@ async def submit(
         except ValidationError as error:
             raise RequestValidationError(error.errors(include_url=False, include_input=False)) from error
         needs, spec = checked.hardware, checked.model_dump(mode="json")
-    return {"job_id": parts.store.submit(spec, needs, group, retries)}
+    return {"job_id": parts.store.submit(spec, needs, wishes)}
 
 
 @router.get("/jobs")

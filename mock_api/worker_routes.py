@@ -2,21 +2,40 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Query, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi.responses import Response
 
-from mock_api.auth import Worker
-from mock_api.context import Context, Parts
-from mock_api.models import FileAnswer, FileKind, Offer, State
+from mock_api.auth import CLOUD, Worker
+from mock_api.context import Context, Parts, crash
+from mock_api.models import Environment, FileAnswer, FileKind, Offer, State
 from mock_api.storage import Asker, Folder, StorageError
 
 router = APIRouter()
 
 
+async def _offer(
+    memory: int,
+    cpu_cores: int = 1,
+    gpu_mem: int = 0,
+    gpu_model: str | None = None,
+    gpu_archi: str | None = None,
+    groups: Annotated[list[str] | None, Query()] = None,
+    limit: int = 1,
+    older_than: int = 0,
+) -> Offer:
+    """The query of `GET /jobs`; one parameter each, so that a refusal reads as a deployed server's."""
+    return Offer(memory, cpu_cores, gpu_mem, gpu_model, gpu_archi, groups or [], limit, older_than)
+
+
 @router.get("/jobs")
-async def pull(parts: Parts, caller: Worker, request: Request, offer: Annotated[Offer, Query()]) -> dict[int, Any]:
+async def pull(
+    parts: Parts, caller: Worker, request: Request, offer: Annotated[Offer, Depends(_offer)]
+) -> dict[int, Any]:
     """Jobs that fit the offer. They are the caller's from now on, without acknowledgement (S1)."""
-    return parts.store.pull(offer, caller.name, asked=request.url.query, away=_unheard(request))
+    if ";" in caller.name:
+        raise HTTPException(500, "an account name must not contain ';'")
+    environment = Environment.CLOUD if CLOUD in caller.groups else Environment.LOCAL
+    return parts.store.pull(offer, caller.name, environment, asked=request.url.query, away=_unheard(request))
 
 
 @router.get("/jobs/{job_id}/status")
@@ -24,7 +43,7 @@ async def get_status(parts: Parts, caller: Worker, job_id: int) -> State:
     """The job's state, to any worker; 404 when the job is gone."""
     state = parts.store.state(job_id, caller.name)
     if state is None:
-        raise HTTPException(404, "Job not found")
+        raise HTTPException(404, "Not Found")
     return state
 
 
@@ -36,22 +55,22 @@ async def put_status(
     is not known any more (S7), or it is committed and the user's side could not be told (S19)."""
     code = parts.store.update(job_id, caller.name, status, runtime_details, away=_unheard(request))
     if code == 404:
-        raise HTTPException(404, "Job not found")
-    return PlainTextResponse("Internal Server Error", 500) if code == 500 else Response(status_code=204)
+        raise HTTPException(404, "Not Found")
+    return crash() if code == 500 else Response(status_code=204)
 
 
 @router.get("/files/{file_id:path}/url")
 async def download_url(parts: Parts, caller: Worker, request: Request, file_id: str) -> FileAnswer:
-    """How to fetch an input. That an object's name starts like it is all that is checked (S14)."""
+    """How to fetch an input. That an object's name starts like it is all that an object store checks (S14)."""
     answer = await parts.storage.download(file_id, _asker(parts, request))
     code = 404 if answer is None else 200
     parts.store.note("sign_download", account=caller.name, code=code, note=file_id)
     if answer is None:
-        raise HTTPException(404, "File not found")
+        raise HTTPException(404, "Not Found")
     return _nested(parts, request, answer)
 
 
-@router.post("/jobs/{job_id}/files/url", status_code=201)
+@router.post("/jobs/{job_id}/files/url", status_code=201, response_model=FileAnswer)
 async def upload_url(
     parts: Parts,
     caller: Worker,
@@ -60,16 +79,16 @@ async def upload_url(
     kind: Annotated[FileKind, Query(alias="type")],
     base_path: str = "",
     filename: str | None = None,
-) -> FileAnswer:
-    """How to send outputs. 500 when the job is no longer the caller's (S8)."""
+) -> FileAnswer | Response:
+    """How to send outputs. 500 when the job is no longer the caller's (S8). Deployed servers ignore `filename`."""
     held = parts.store.holds(job_id, caller.name)
     note = "/".join(filter(None, [kind, base_path, filename]))
     parts.store.note("sign_upload", job_id=job_id, account=caller.name, code=201 if held else 500, note=note)
     if not held:
-        raise HTTPException(500, "Internal Server Error")
-    if filename is not None and (not filename or filename in (".", "..") or "/" in filename):
+        return crash()
+    one_object = filename if parts.settings.upload_method == "put" else None
+    if one_object is not None and (one_object in ("", ".", "..") or "/" in one_object):
         raise StorageError(400, "InvalidArgument", "filename must be one path component")
-    one_object = filename if parts.settings.upload_method == "put" else None  # deployed servers ignore the file name
     answer = await parts.storage.upload(Folder(job_id, kind, base_path), one_object, _asker(parts, request))
     return _nested(parts, request, answer)
 
@@ -82,7 +101,9 @@ def _unheard(request: Request) -> bool:
 def _asker(parts: Context, request: Request) -> Asker:
     api = (parts.settings.public_url or str(request.base_url)).rstrip("/")
     storage = (parts.settings.storage_url or api).rstrip("/")
-    return Asker(api, storage, request.headers["authorization"])
+    query = request.scope["query_string"].decode("latin-1")
+    asked = request.scope["path"] + (f"?{query}" if query else "")
+    return Asker(api, storage, request.headers["authorization"], asked)
 
 
 def _nested(parts: Context, request: Request, answer: FileAnswer) -> FileAnswer:

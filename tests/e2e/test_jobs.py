@@ -124,7 +124,7 @@ def test_an_output_of_a_dot_is_everything_the_job_has(lab: Lab) -> None:
     outputs = {name: body for name, body in results.items() if name.startswith("output/")}
     assert outputs == {"output/in/a": b"brought", "output/sub/b": b"made\n", "output/c": b"top\n"}
     record = json.loads(results["log/jobfetcher/provenance.json"])
-    assert record["labels"] == {"entrypoint": "fit"}
+    assert record["labels"] == {"entrypoint": "fit", "image_name": "decode", "image_version": "latest"}
 
 
 @pytest.fixture

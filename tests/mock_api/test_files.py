@@ -81,11 +81,18 @@ def test_a_download_answer_is_a_get_whose_url_needs_no_token(mock: MockServer, w
     assert got.headers["content-length"] == str(len(CONTENT))
 
 
-@pytest.mark.parametrize("file_id", ["s3://some-bucket/inputs/a/x.tif", "/inputs/a/x.tif", "//inputs/a/x.tif"])
-def test_file_ids_keep_scheme_and_leading_slashes(mock: MockServer, worker: httpx.Client, file_id: str) -> None:
-    mock.put_input("a/x.tif", CONTENT)
+def test_a_file_id_is_an_s3_uri_of_the_servers_own_bucket(mock: MockServer, worker: httpx.Client) -> None:
+    file_id = mock.put_input("a/x.tif", CONTENT)
+    assert file_id == "s3://mock-api/inputs/a/x.tif"
     assert fetch(ask_download(worker, file_id)["url"]).content == CONTENT
     assert [event["note"] for event in mock.events("sign_download")] == [file_id]
+    for path, reason in (
+        ("s3%3A//some-bucket/inputs/a/x.tif", "Bucket does not match"),
+        ("/inputs/a/x.tif", "Path should start with s3://"),
+        ("inputs/a/x.tif", "Path should start with s3://"),
+    ):
+        answer = worker.get(f"/files/{path}/url")
+        assert (answer.status_code, answer.json()) == (403, {"detail": reason})
 
 
 def test_a_file_id_may_itself_end_in_url_and_hold_reserved_characters(mock: MockServer, worker: httpx.Client) -> None:
@@ -94,17 +101,17 @@ def test_a_file_id_may_itself_end_in_url_and_hold_reserved_characters(mock: Mock
         assert fetch(ask_download(worker, file_id)["url"]).content == name.encode()
 
 
-@pytest.mark.parametrize("path", ["/files/inputs/..%2F..%2Fsecret/url", "/files/inputs/%2E%2E/%2E%2E/secret/url"])
+@pytest.mark.parametrize("path", ["inputs/..%2F..%2Fsecret", "inputs/%2E%2E/%2E%2E/secret", "../parts"])
 def test_dot_segments_reach_nothing(mock: MockServer, worker: httpx.Client, path: str) -> None:
     mock.put_input("x", b"")
     connection = http.client.HTTPConnection(urlsplit(mock.url).netloc)  # unlike httpx it sends the path as it is
-    connection.request("GET", path, headers={"Authorization": f"Bearer {MOCK_TOKEN}"})
-    assert connection.getresponse().status == 400
+    connection.request("GET", f"/files/s3%3A//mock-api/{path}/url", headers={"Authorization": f"Bearer {MOCK_TOKEN}"})
+    assert connection.getresponse().status == 404
     connection.close()
 
 
 def test_an_input_that_is_nowhere_is_a_404_of_the_api(worker: httpx.Client) -> None:
-    assert worker.get("/files/s3%3A//b/inputs/none.tif/url").status_code == 404
+    assert worker.get("/files/s3%3A//mock-api/inputs/none.tif/url").status_code == 404
 
 
 @pytest.mark.fault("S14")
@@ -303,7 +310,7 @@ def test_a_form_is_good_for_its_folder_only_and_cannot_be_altered(
         ({"key": "inputs/${filename}"}, "AccessDenied"),
         ({"key": f"outputs/{held}/output/out2/x"}, "AccessDenied"),
         ({"policy": "e30="}, "SignatureDoesNotMatch"),
-        ({"x-mock-signature": "00"}, "SignatureDoesNotMatch"),
+        ({"x-amz-signature": "00"}, "SignatureDoesNotMatch"),
     ):
         refused = send_form({**answer, "data": {**answer["data"], **change}}, "x", b"x")
         assert (refused.status_code, error_code(refused)) == (403, code)
@@ -410,9 +417,17 @@ def test_deployed_servers_ignore_the_file_name(worker: httpx.Client, held: int) 
 
 
 @pytest.mark.parametrize("base_path", ["..", "a/../../b", "./a"])
-def test_an_upload_folder_outside_the_jobs_is_refused(worker: httpx.Client, held: int, base_path: str) -> None:
-    answer = worker.post(f"/jobs/{held}/files/url", params={"type": "output", "base_path": base_path})
-    assert answer.status_code == 400
+def test_a_form_for_a_folder_outside_the_jobs_is_handed_out_and_good_for_nothing(
+    mock: MockServer, worker: httpx.Client, held: int, base_path: str
+) -> None:
+    refused = send_form(ask_upload(worker, held, "output", base_path), "x", b"x")
+    assert (refused.status_code, error_code(refused)) == (400, "InvalidURI")
+    assert mock.results(held) == {}
+
+
+def test_an_absolute_upload_folder_is_refused(worker: httpx.Client, held: int) -> None:
+    answer = worker.post(f"/jobs/{held}/files/url", params={"type": "output", "base_path": "/etc"})
+    assert (answer.status_code, answer.json()) == (403, {"detail": "Path should start with s3://"})
 
 
 def test_an_unknown_kind_of_file_is_refused(worker: httpx.Client, held: int) -> None:
@@ -450,12 +465,60 @@ def test_local_urls_are_on_the_api_and_carry_the_callers_token(local: MockServer
         file_id = local.put_input("user/a b.tif", CONTENT)
         assert file_id == "/inputs/user/a b.tif"
         answer = ask_download(worker, file_id)
-        assert answer["headers"] == {"Authorization": f"Bearer {MOCK_TOKEN}"}
-        assert answer["url"].startswith(local.url)
+        assert answer["headers"] == {"authorization": f"Bearer {MOCK_TOKEN}"}
+        assert answer["url"] == f"{local.url}/files//inputs/user/a b.tif/download"  # decoded, as it is asked for
         assert fetch(answer["url"]).status_code == 401
-        assert fetch(answer["url"], **answer["headers"]).content == CONTENT
-        part = fetch(answer["url"], Range="bytes=3-", If_Range=ETAG, **answer["headers"])
+        whole = fetch(answer["url"], **answer["headers"])
+        assert (whole.content, whole.headers["content-type"]) == (CONTENT, "image/tiff")
+        assert whole.headers["etag"] not in (ETAG, "")  # made of time and size
+        part = fetch(answer["url"], Range="bytes=3-", If_Range=whole.headers["etag"], **answer["headers"])
         assert (part.status_code, part.content) == (206, CONTENT[3:])
+        again = fetch(answer["url"], If_None_Match=whole.headers["etag"], **answer["headers"])
+        assert (again.status_code, again.content) == (200, CONTENT)  # no other condition is looked at
+        sent = 2 * len(CONTENT) + len(CONTENT) - 3
+        assert local.traffic()["inputs/user/a b.tif"] == {"gets": 3, "unchanged": 0, "sent": sent, "puts": 1}
+
+
+def test_a_local_address_is_the_decoded_one_that_was_asked_with_every_url_in_it_replaced(local: MockServer) -> None:
+    with worker_client(local) as worker:
+        for name in ("ü ö.tif", "a%41b.tif", "a#b?c.tif", "url/url"):
+            answer = ask_download(worker, local.put_input(name, CONTENT))
+            assert answer["url"] == f"{local.url}/files//inputs/{name}/download"
+        assert worker.get("/files//inputs/url/url/url", params={"x": "/url"}).json()["url"].endswith("/url?x=%2Furl")
+        job_id = local.submit(job_spec())
+        assert pull(worker) == [job_id]
+        asked = httpx.URL(f"{local.url}/jobs/{job_id}/files/url?type=output&base_path=a/url/ü")
+        url = worker.post(asked).json()["url"]
+        assert url == f"{local.url}/jobs/{job_id}/files/upload?type=output&base_path=a/upload/%C3%BC"
+
+
+def test_an_upload_whose_address_names_no_folder_is_refused(local: MockServer) -> None:
+    with worker_client(local) as worker:
+        job_id = local.submit(job_spec())
+        assert pull(worker) == [job_id]
+        answer = worker.post(f"/jobs/{job_id}/files/url", params={"type": "log"}).json()
+        refused = send_form(answer, "x.log", b"x")
+        assert (refused.status_code, refused.json()["detail"][0]["loc"]) == (422, ["query", "base_path"])
+        assert send_form(ask_upload(worker, job_id, "log"), "x.log", b"x").status_code == 201
+        assert local.results(job_id) == {"log/x.log": b"x"}
+
+
+def test_a_local_server_takes_a_body_without_a_length_and_no_path_that_leads_out(local: MockServer) -> None:
+    with worker_client(local) as worker:
+        job_id = local.submit(job_spec())
+        assert pull(worker) == [job_id]
+        form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\nx\r\n--b--\r\n'
+        headers = {"Content-Type": "multipart/form-data; boundary=b"}
+        url = ask_upload(worker, job_id, base_path="out")["url"]
+        assert worker.post(url, content=iter([form % b"x"]), headers=headers).status_code == 201
+        assert worker.post(url, content=iter([form[:40]]), headers=headers).status_code == 400
+        assert worker.post(url, content=iter([form % (b"n" * 256)]), headers=headers).status_code == 500
+        outside = ask_upload(worker, job_id, base_path="../../../..")["url"]
+        assert worker.post(outside, content=iter([form % b"x"]), headers=headers).status_code == 403
+        assert local.results(job_id) == {"output/out/x": b"x"}
+        for path in ("/files//inputs/../../secret/download", "/files//etc/passwd/download"):
+            assert worker.get(path).status_code in (403, 404)
+        assert worker.get(f"/files//outputs/{job_id}/download").status_code == 500  # a folder
 
 
 def test_local_uploads(local: MockServer) -> None:
@@ -463,7 +526,7 @@ def test_local_uploads(local: MockServer) -> None:
         job_id = local.submit(job_spec())
         assert pull(worker) == [job_id]
         answer = ask_upload(worker, job_id, "output", "out/a&b")
-        assert (answer["method"], answer["headers"]) == ("post", {"Authorization": f"Bearer {MOCK_TOKEN}"})
+        assert (answer["method"], answer["headers"]) == ("post", {"authorization": f"Bearer {MOCK_TOKEN}"})
         assert send_form(answer, "x.csv", CONTENT).status_code == 201
         assert send_form({**answer, "headers": {}}, "y.csv", CONTENT).status_code == 401
         local.delete(job_id)

@@ -31,7 +31,7 @@ def test_specs_carry_id_date_and_what_the_user_wrote(mock: MockServer, worker: h
     handed = answer[str(job_id)]
     assert handed["app"] == spec["app"]
     assert handed["extra"] == {"kept": True}
-    assert handed["meta"]["job_id"] == job_id
+    assert handed["meta"]["job_id"] == mock.job(job_id)["user_job_id"] != job_id  # S22
     assert handed["meta"]["mine"] == [1]
     assert handed["meta"]["date_created"].startswith("20")
     assert set(handed["hardware"]) == {"cpu_cores", "memory", "gpu_model", "gpu_archi", "gpu_mem"}
@@ -41,7 +41,7 @@ def test_a_raw_submission_is_handed_out_unchecked(mock: MockServer, worker: http
     job_id = mock.submit({"handler": {"image_url": 7}}, raw=True)
     handed = worker.get("/jobs", params={"memory": 1}).json()[str(job_id)]
     assert handed["handler"] == {"image_url": 7}
-    assert handed["meta"]["job_id"] == job_id
+    assert handed["meta"]["job_id"] == mock.job(job_id)["user_job_id"]
 
 
 @pytest.mark.fault("S3")
@@ -109,7 +109,10 @@ def test_the_third_silence_is_an_error(mock: MockServer, workers: Workers) -> No
         mock.advance(LEASE_S + 1)
         mock.sweep()
         assert mock.state(job_id) == then
-    assert [mail["subject"] for mail in mock.outbox()] == [f"Job {job_id}: error"]
+    assert [mail["subject"] for mail in mock.outbox()] == [f"Job {mock.job(job_id)['user_job_id']}: error"]
+    assert mock.job(job_id)["details"] == (
+        "\ntimeout 1 (workers tried: ;one)\ntimeout 2 (workers tried: ;one;two)\nmax retries reached"
+    )
 
 
 @pytest.mark.fault("S4")
@@ -251,9 +254,9 @@ def test_every_end_is_a_mail_and_details_are_appended_unescaped(mock: MockServer
     assert put(worker, job_id, "preprocessing") == 204
     assert put(worker, job_id, "error", "<b>two</b>") == 204
     assert put(worker, job_id, "error") == 204
-    assert mock.job(job_id)["details"] == "one\n<b>two</b>"
+    assert mock.job(job_id)["details"] == "\none\n<b>two</b>"
     mails = mock.outbox()
-    assert [mail["subject"] for mail in mails] == [f"Job {job_id}: error"] * 2
+    assert [mail["subject"] for mail in mails] == [f"Job {mock.job(job_id)['user_job_id']}: error"] * 2
     assert all("one\n<b>two</b>" in mail["html"] for mail in mails)
 
 
@@ -314,14 +317,61 @@ def test_defaults_of_an_offer_are_one_core_and_no_gpu(mock: MockServer, worker: 
     assert worker.get("/jobs").status_code == 422  # memory is required
 
 
-def test_groups_limit_and_older_than(mock: MockServer, worker: httpx.Client) -> None:
-    plain = [mock.submit(job_spec()) for _ in range(3)]
-    red, blue = mock.submit(job_spec(), group="red"), mock.submit(job_spec(), group="blue")
-    assert pull(worker, older_than=60, limit=9) == []
+@pytest.mark.fault("S21")
+def test_groups_are_a_preference_then_comes_priority_then_age(mock: MockServer, worker: httpx.Client) -> None:
+    first, urgent, second = (mock.submit(job_spec(), priority=priority) for priority in (0, 5, 0))
+    red, blue = mock.submit(job_spec(), group="red"), mock.submit(job_spec(), group="blue", priority=1)
+    assert pull(worker, groups=["red", "green"]) == [red]
+    assert pull(worker, limit=9) == [urgent, blue, first, second]
+
+
+@pytest.mark.fault("S21")
+def test_an_account_sees_the_jobs_of_its_environment_and_those_of_none(mock: MockServer, workers: Workers) -> None:
+    here, cloud = workers("here"), workers("there", groups=("workers", "cloud"))
+    anywhere, of_cloud, of_local = (mock.submit(job_spec(), environment=name) for name in (None, "cloud", "local"))
+    assert pull(cloud, older_than=60, limit=9) == [of_cloud]  # the age is asked only of jobs for anywhere
+    assert pull(here, older_than=60, limit=9) == [of_local]
     mock.advance(61)
-    assert pull(worker, older_than=60, limit=2) == plain[:2]
-    assert pull(worker, limit=9) == plain[2:]
-    assert pull(worker, groups=["red", "blue"], limit=9) == [red, blue]
+    assert pull(here, older_than=60, limit=9) == [anywhere]
+
+
+def test_a_priority_is_0_to_5(mock: MockServer) -> None:
+    for priority in (-1, 6):
+        with pytest.raises(httpx.HTTPStatusError, match="422"):
+            mock.submit(job_spec(), priority=priority)
+
+
+def test_no_limit_below_one_hands_anything_out(mock: MockServer, worker: httpx.Client) -> None:
+    job_id = mock.submit(job_spec())
+    assert pull(worker, limit=0) == pull(worker, limit=-1) == []
+    assert pull(worker, limit=1) == [job_id]
+
+
+@pytest.mark.fault("S22")
+def test_every_job_has_labels_and_two_numbers(mock: MockServer, worker: httpx.Client) -> None:
+    one = mock.submit(job_spec(handler={"image_url": "busybox", "entrypoint": "train"}))
+    two = mock.submit(job_spec())
+    handed = worker.get("/jobs", params={"memory": 1, "limit": 2}).json()
+    labels = [
+        [handed[str(job)]["handler"][name] for name in ("image_name", "image_version", "entrypoint")]
+        for job in (one, two)
+    ]
+    assert labels == [["decode", "latest", "train"], ["decode", "latest", "fit"]]
+    assert [handed[str(job)]["meta"]["job_id"] for job in (one, two)] == [1001, 1002]
+
+
+@pytest.mark.fault("S23")
+def test_an_account_with_a_semicolon_never_pulls_and_the_welcome_needs_no_sign_in(
+    mock: MockServer, workers: Workers
+) -> None:
+    job_id = mock.submit(job_spec())
+    answer = workers("lab;1").get("/jobs", params={"memory": 1})
+    assert (answer.status_code, answer.headers["content-type"]) == (500, "application/json")
+    assert "';'" in answer.json()["detail"]
+    assert mock.state(job_id) == "queued"
+    with httpx.Client(base_url=mock.url, trust_env=False) as nobody:
+        assert list(nobody.get("/").json()) == ["message"]
+        assert nobody.get("/docs").status_code == 200
 
 
 def test_of_a_job_that_never_was_the_status_is_404_and_an_update_500(worker: httpx.Client) -> None:

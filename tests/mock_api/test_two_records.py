@@ -30,7 +30,7 @@ def test_an_end_can_be_committed_and_answered_500_so_that_only_the_queue_knows(
     assert (mock.heard_ends(job_id), mock.outbox()) == ([], [])
 
     assert put(worker, job_id, "finished", "done") == 204
-    assert (mock.state(job_id), mock.job(job_id)["details"]) == ("finished", "done")
+    assert (mock.state(job_id), mock.job(job_id)["details"]) == ("finished", "\ndone")
     assert mock.heard_ends(job_id) == ["finished"]
     assert len(mock.outbox()) == 1
     [tally] = mock.tally()

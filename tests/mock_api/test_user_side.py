@@ -86,6 +86,7 @@ def test_inputs_can_be_put_replaced_and_fetched(mock: MockServer) -> None:
 
 def test_the_page_lists_jobs_and_escapes_what_workers_said(mock: MockServer, worker: httpx.Client) -> None:
     with user(mock) as client:
+        client.headers["Accept"] = "text/html,*/*"
         assert "No job yet" in client.get("/").text
         job_id = mock.submit(job_spec())
         assert pull(worker) == [job_id]
@@ -123,7 +124,7 @@ def test_settings_come_from_the_environment(tmp_path: Path) -> None:
     [
         ({"MOCK_API_LEASE_S": "soon"}, "MOCK_API_LEASE_S: "),
         ({"MOCK_API_FILE_MODE": "ftp"}, "MOCK_API_FILE_MODE: "),
-        ({"MOCK_API_ACCOUNTS": "a;b:pw"}, "MOCK_API_ACCOUNTS: "),
+        ({"MOCK_API_ACCOUNTS": "a b:pw"}, "MOCK_API_ACCOUNTS: "),
         ({"MOCK_API_TOKENS": "t:nobody"}, "tokens name accounts that do not exist: nobody"),
     ],
 )

@@ -52,10 +52,21 @@ class MockServer:
     _client: httpx.Client = field(repr=False)
 
     def submit(
-        self, spec: Mapping[str, Any], *, group: str | None = None, retries: int | None = None, raw: bool = False
+        self,
+        spec: Mapping[str, Any],
+        *,
+        group: str | None = None,
+        priority: int | None = None,
+        environment: str | None = None,
+        retries: int | None = None,
+        raw: bool = False,
     ) -> int:
-        """Queue a job and return its id. `raw`: any JSON at all is queued unchecked, to be handed out as it is."""
-        params = {"group": group, "retries": retries, "raw": raw or None}
+        """Queue a job and return its id in the queue, which is not the user's number of it (S22).
+
+        `raw`: any JSON at all is queued unchecked, to be handed out as it is.
+        """
+        params = {"group": group, "priority": priority, "environment": environment, "retries": retries}
+        params["raw"] = raw or None
         answer = self._call("POST", "/user/jobs", json=spec, params={k: v for k, v in params.items() if v is not None})
         return int(answer["job_id"])
 

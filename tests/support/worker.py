@@ -312,9 +312,9 @@ class Lab:
         return list(self.engine.containers(all=True, filters={"label": label}))
 
     def ended(self, job_id: int) -> tuple[str, str]:
-        """The job's state and details, as its user sees them."""
+        """The job's state and details, as its user sees them, less the line break that the server puts first (S22)."""
         job = self.server.job(job_id)
-        return str(job["state"]), str(job["details"] or "")
+        return str(job["state"]), str(job["details"] or "").removeprefix("\n")
 
     def computed(self, job_id: int) -> tuple[datetime, datetime]:
         """When the job's container started and ended, as the record says that lies beside its results."""

@@ -1,0 +1,1 @@
+"""The mock API held to what deployed servers answered."""
