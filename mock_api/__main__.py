@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 import uvicorn
 from pydantic.fields import FieldInfo
 
-from mock_api.app import create_app
+from mock_api.app import DATABASE, create_app
+from mock_api.database import Database
 from mock_api.settings import Settings
 
 _EXAMPLE = """\
@@ -35,9 +37,10 @@ It is a test server: its user side asks for no password."""
 _BANNER = """\
   in a worker's .env:  API_URL={url}  and ACCESS_TOKEN=mock-token
   or, to sign in:      API_URL={url}  AWS_ENDPOINT_URL={url}  USERNAME=worker  PASSWORD=worker-password
+  {elsewhere}
   jobs on a page:      {url}/     a first round to type: jobfetcher-mock-api --help
-  For a worker in a container listen with --host 0.0.0.0 and give it http://host.docker.internal:PORT.
 """
+_ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104 - compared with what the user asked for
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,14 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     host, port = given.pop("host"), given.pop("port")
     try:
         settings = Settings.from_env(os.environ, **{name: value for name, value in given.items() if value is not None})
-        listener = listen(host, port)
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        Database(settings.data_dir / DATABASE).close()
+        listener = _listen(host, port)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"jobfetcher-mock-api: {error}\n")
         raise SystemExit(2) from None
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    sys.stdout.write(f"mock API on {url}  files: {settings.file_mode}, data: {settings.data_dir.resolve()}\n")
-    sys.stdout.write(_BANNER.format(url=url))
-    sys.stdout.flush()
+    _say(host, listener.getsockname()[1], settings)
     server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", ws="none"))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes Ctrl-C on after it has stopped
         server.run(sockets=[listener])
@@ -61,22 +63,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket for uvicorn, made here so that port 0 is known before the start. Raises `OSError`."""
-    listener = socket.create_server((host, port), backlog=512)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=512)
     # connections inherit it; asyncio sets it only where a socket names its protocol, as this one does not. Without it
     # Nagle's algorithm and delayed acknowledgements hold the body of each answer back for 40 ms
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return listen(host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(
+                f"port {port} is taken: name another, --port {port + 1}, or --port 0 for a free one"
+            ) from None
+        why = (error.strerror or str(error)).partition(" (while")[0]
+        raise OSError(f"cannot listen on {host} port {port}: {why}") from None
+
+
+def _say(host: str, port: int, settings: Settings) -> None:
+    """What was started and how to reach it: addresses that work when typed, which that of all interfaces is not."""
+    everywhere = host in _ANY_ADDRESS
+    near = "127.0.0.1" if everywhere else host
+    url = f"http://{f'[{near}]' if ':' in near else near}:{port}"
+    elsewhere = (
+        f"in a container:      API_URL=http://host.docker.internal:{port}     elsewhere: this machine's name"
+        if everywhere
+        else "for a worker in a container or on another machine start this with --host 0.0.0.0"
+    )
+    sys.stdout.write(f"mock API on {url}  files: {settings.file_mode}, data: {settings.data_dir.resolve()}\n")
+    sys.stdout.write(_BANNER.format(url=url, elsewhere=elsewhere))
+    sys.stdout.flush()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jobfetcher-mock-api",
+        usage="%(prog)s [options]",
         description="A faithful server of the worker-facing job API, to try a worker on.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", metavar="NUMBER", type=int, default=8000, help="0 takes a free one (default: %(default)s)"
+    )
     for name, field in Settings.model_fields.items():
         if name == "s3_secret_key":
             continue
@@ -84,10 +117,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+#: What the value of an option is, where its type does not say it.
+_WORDS = {
+    "data_dir": "DIRECTORY",
+    "public_url": "URL",
+    "storage_url": "URL",
+    "s3_endpoint": "URL",
+    "accounts": "LIST",
+    "tokens": "LIST",
+    "max_object_bytes": "BYTES",
+    "file_mode": "local|signed|s3",
+    "upload_method": "post|put",
+}
+
+
 def _option(name: str, field: FieldInfo) -> dict[str, Any]:
     default = {"accounts": "worker:worker-password:workers", "tokens": "mock-token:worker"}.get(name, field.default)
-    text = f"{field.description} (default: {'none' if default is None else default})".replace("%", "%%")
-    return {"help": text, "metavar": "VALUE"}
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    text = f"{field.description}{'' if default is None else f' (default: {default})'}".replace("%", "%%")
+    by_type = {"bool": "yes|no", "int": "NUMBER", "float": "SECONDS"}.get(getattr(field.annotation, "__name__", ""))
+    return {"help": text, "metavar": _WORDS.get(name) or by_type or "TEXT"}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from mock_api.store import Store, UserSideAway
 from mock_api.tokens import Tokens
 from mock_api.tree import Tree
 
+DATABASE = "mock.db"  # in the data directory
+
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The ASGI application. Without settings it reads `MOCK_API_*` from the environment when it starts."""
@@ -64,7 +66,7 @@ def build(settings: Settings) -> Context:
     key = _secret_key(settings.data_dir / "secret")
     clock = Clock()
     store = Store(
-        settings.data_dir / "mock.db",
+        settings.data_dir / DATABASE,
         clock,
         lease_s=settings.lease_s,
         max_retries=settings.max_retries,

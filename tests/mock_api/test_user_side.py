@@ -1,8 +1,10 @@
 """The user's side, the status page, the settings and the command."""
 
+import contextlib
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from mock_api.__main__ import _say, listen
 from mock_api.settings import Settings
 from tests.mock_api.calls import pull, put, run_through
 from tests.support.mock_server import MockServer, job_spec
@@ -96,7 +99,38 @@ def test_the_page_lists_jobs_and_escapes_what_workers_said(mock: MockServer, wor
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in answer.text
         assert "<script" not in answer.text
         assert "1 breach of the protocol" in answer.text
-        assert re.search(r"(src|href)=", answer.text) is None
+        assert "src=" not in answer.text
+        assert set(re.findall(r'href="([^"]*)"', answer.text)) == {f"/page/jobs/{job_id}", f"/page/jobs/{job_id}#files"}
+
+
+def test_a_jobs_own_page_tells_its_details_and_links_its_files(mock: MockServer, worker: httpx.Client) -> None:
+    job_id = mock.submit(job_spec())
+    assert pull(worker) == [job_id]
+    form = worker.post(f"/jobs/{job_id}/files/url", params={"type": "output", "base_path": "out"}).json()
+    name = "ü <b>&.csv"
+    httpx.post(form["url"], data=form["data"], files={"file": (name, b"1,2")}, trust_env=False).raise_for_status()
+    assert put(worker, job_id, "error", "<i>exit code 3</i>") == 204
+    with user(mock) as client:
+        text = client.get(f"/page/jobs/{job_id}").text
+        assert "&lt;i&gt;exit code 3&lt;/i&gt;" in text
+        assert "output/out/ü &lt;b&gt;&amp;.csv" in text
+        assert "<b>" not in text
+        links = re.findall(r'href="([^"]*)"', text)
+        [file] = [link for link in links if "/files/" in link]
+        assert client.get(file).content == b"1,2"
+        assert {client.get(link).status_code for link in links} == {200}
+        assert client.get("/page/jobs/99").status_code == 404
+
+
+def test_what_a_phone_has_no_room_for_is_not_shown_on_one(mock: MockServer) -> None:
+    """Two columns go below 40 rem; details have a line of their own, which breaks anywhere."""
+    mock.submit(job_spec())
+    with user(mock) as client:
+        text = client.get("/", headers={"Accept": "text/html"}).text
+    assert "@media (max-width: 40rem) { .wide { display: none; } }" in text
+    assert re.findall(r'<th class="wide">(.*?)</th>', text) == ["Submitted (UTC)", "Worker"]
+    assert "<th>Details</th>" not in text
+    assert re.search(r"\.details {[^}]*overflow-wrap: anywhere", text)
 
 
 def test_settings_come_from_the_environment(tmp_path: Path) -> None:
@@ -157,6 +191,54 @@ def test_the_command_refuses_a_bad_setting(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("host", "usable"), [("0.0.0.0", "http://127.0.0.1:"), ("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")]
+)
+def test_the_addresses_that_it_says_are_ones_to_use(
+    host: str, usable: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _say(host, 8000, Settings(data_dir=tmp_path))
+    said = capsys.readouterr().out
+    assert "http://0.0.0.0" not in said
+    assert said.count(f"{usable}8000") == 5
+    assert ("http://host.docker.internal:8000" in said) == (host == "0.0.0.0")
+    with listen(host, 0) as listener:
+        assert listener.getsockname()[1] > 0
+
+
+def test_a_port_that_is_taken_is_said_with_what_to_type(tmp_path: Path) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        done = command_ends(tmp_path, "--port", str(port))
+    assert done.stderr == (
+        f"jobfetcher-mock-api: port {port} is taken: name another, --port {port + 1}, or --port 0 for a free one\n"
+    )
+    assert (
+        command_ends(tmp_path, "--host", "192.0.2.1").stderr
+        == "jobfetcher-mock-api: cannot listen on 192.0.2.1 port 8000: Cannot assign requested address\n"
+    )
+
+
+@pytest.mark.parametrize("content", [b"something else that is no database", None])
+def test_data_of_something_else_or_of_another_version_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "mock.db"
+    if content:
+        path.write_bytes(content)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as old:
+            old.execute("CREATE TABLE jobs (id INTEGER)")
+    done = command_ends(tmp_path, "--port", "0")
+    assert done.stderr.startswith(f"jobfetcher-mock-api: {path} ")
+    assert done.stderr.count("\n") == 1
+
+
+def command_ends(data_dir: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "mock_api", "--data-dir", str(data_dir), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 2
+    return done
+
+
 def test_help_names_every_setting() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mock_api", "--help"], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
@@ -164,6 +246,9 @@ def test_help_names_every_setting() -> None:
     options = {f"--{name.replace('_', '-')}" for name in Settings.model_fields} - {"--s3-secret-key"}
     assert {option for option in options if option not in done.stdout} == set()
     assert "mock-token" in done.stdout
+    assert "VALUE" not in done.stdout
+    assert re.search(r"\(S\d+\)", done.stdout) is None  # no row of the protocol, which nobody who reads this has
+    assert "True" not in done.stdout
 
 
 def test_the_documented_uvicorn_command_works(tmp_path: Path) -> None:
