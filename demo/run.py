@@ -2,16 +2,19 @@
 
 Uploads a microscope image and the program that measures the cell in it, submits a job, lets one worker run it, prints
 the job's states as they pass, fetches the results into build/demo/results and compares them with what is known of the
-image. Exit code 0 only when they agree. All processes it started are gone when it ends, also after Ctrl-C.
+image. Exit code 0 only when they agree. All processes it started are gone when it ends, also after Ctrl-C. A second
+demo beside it takes build/demo-2, and so on; ports are whatever is free.
 """
 
 import contextlib
 import csv
+import fcntl
 import io
+import itertools
 import os
+import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -30,11 +33,11 @@ from docker.utils import kwargs_from_env
 from demo.busybox_image import ensure_busybox_image
 
 HERE = Path(__file__).parent
-WORK = HERE.parent / "build" / "demo"
-RESULTS = WORK / "results"
+BUILD = HERE.parent / "build"
 BIN = Path(sys.executable).parent
 TOKEN = "mock-token"  # noqa: S105 -- the documented token of a server that lives for this demo and listens on loopback
 DEADLINE_S = 120.0
+BAR_PIXELS = 10
 MICROMETRES_PER_PIXEL = "0.107"
 
 # What is known of the image (README.md here): name in measurements.csv, words, value.
@@ -59,13 +62,14 @@ def main() -> int:
     """Run the demo; returns the exit code."""
     signal.signal(signal.SIGTERM, _stop_by_signal)
     try:
-        _prepare_directory()
-        image = _job_image()
-        with _server() as api:
-            job = _submit(api, image)
-            print(f"job       {job}: segment.sh on cell.pgm, in {image}")
-            _run_worker(api, job)
-            return _report(_fetch_results(api, job))
+        with _directory() as work:
+            image = _job_image()
+            with _server(work) as api:
+                job = _submit(api, image)
+                print(f"job       {job}: segment.sh on cell.pgm, in {image}")
+                _run_worker(work, api, job)
+                results = work / "results"
+                return _report(results, _fetch_results(results, api, job))
     except DemoError as error:
         print(f"demo failed: {error}", file=sys.stderr)
         return 1
@@ -78,10 +82,26 @@ def _stop_by_signal(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _prepare_directory() -> None:
-    if WORK.exists():
-        shutil.rmtree(WORK)
-    RESULTS.mkdir(parents=True)
+@contextlib.contextmanager
+def _directory() -> Iterator[Path]:
+    """An empty directory that no other demo uses while the block runs: build/demo, or the next one that is free.
+
+    The lock lies beside it and goes with the process, however that ends; the results stay until the next demo.
+    """
+    BUILD.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        name = "demo" if number == 1 else f"demo-{number}"
+        with (BUILD / f".{name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            work = BUILD / name
+            if work.exists():
+                shutil.rmtree(work)
+            (work / "results").mkdir(parents=True)
+            yield work
+            return
 
 
 def _job_image() -> str:
@@ -93,22 +113,23 @@ def _job_image() -> str:
 
 
 @contextlib.contextmanager
-def _server() -> Iterator[httpx.Client]:
-    """mock_api as a process of its own, and a client that speaks to it as the job's user."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    log = WORK / "server.log"
-    environment = {**_environment(), "MOCK_API_DATA_DIR": str(WORK / "server")}
-    command = [sys.executable, "-m", "mock_api", "--host", "127.0.0.1", "--port", str(port)]
-    with (
-        _process(command, log, environment) as process,
-        httpx.Client(base_url=url, timeout=10, trust_env=False) as client,
-    ):
-        _wait(lambda: _answers(client), process, log, "the server answers", 30)
-        print(f"server    {url} (mock_api), log {_shown(log)}")
-        yield client
+def _server(work: Path) -> Iterator[httpx.Client]:
+    """mock_api as a process of its own, on a port that it finds, and a client that speaks to it as the job's user."""
+    log = work / "server.log"
+    environment = {**_environment(), "MOCK_API_DATA_DIR": str(work / "server")}
+    command = [sys.executable, "-m", "mock_api", "--host", "127.0.0.1", "--port", "0"]
+    with _process(command, log, environment) as process:
+        _wait(lambda: _url_in(log) is not None, process, log, "the server says its address", 30)
+        with httpx.Client(base_url=_url_in(log) or "", timeout=10, trust_env=False) as client:
+            _wait(lambda: _answers(client), process, log, "the server answers", 30)
+            print(f"server    {client.base_url} (mock_api), log {_shown(log)}")
+            yield client
+
+
+def _url_in(log: Path) -> str | None:
+    """The address that the server says it listens on, once it has said it."""
+    found = re.search(r"^mock API on (\S+) ", log.read_text(errors="replace"), re.MULTILINE)
+    return found[1] if found else None
 
 
 def _answers(client: httpx.Client) -> bool:
@@ -130,16 +151,16 @@ def _submit(api: httpx.Client, image: str) -> int:
     return int(_call(api, "POST", "/user/jobs", json=job).json()["job_id"])
 
 
-def _run_worker(api: httpx.Client, job: int) -> None:
+def _run_worker(work: Path, api: httpx.Client, job: int) -> None:
     """One worker that takes one job; prints every state that the server records, with the time since the submission."""
-    log = WORK / "worker.log"
+    log = work / "worker.log"
     settings = {
         "API_URL": str(api.base_url).rstrip("/"),
         "ACCESS_TOKEN": TOKEN,
-        "PATH_BASE": str(WORK / "worker"),
+        "PATH_BASE": str(work / "worker"),
         "TIMEOUT_JOB": "1",
     }
-    (WORK / "worker").mkdir(mode=0o700)
+    (work / "worker").mkdir(mode=0o700)
     print(f"worker    jobfetcher run --once, log {_shown(log)}")
     with _process([str(BIN / "jobfetcher"), "run", "--once"], log, {**_environment(), **settings}) as process:
         shown = 0
@@ -173,30 +194,31 @@ def _states(api: httpx.Client, job: int) -> list[tuple[float, str]]:
     return changes
 
 
-def _fetch_results(api: httpx.Client, job: int) -> dict[str, Path]:
-    """Every stored file of the job, below build/demo/results under its own name; returns name to path."""
+def _fetch_results(results: Path, api: httpx.Client, job: int) -> dict[str, Path]:
+    """Every stored file of the job, below `results` under its own name; returns name to path."""
     stored = {}
     for file in _call(api, "GET", f"/user/jobs/{job}/files").json()["files"]:
-        path = RESULTS / file["name"]
+        path = results / file["name"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(_call(api, "GET", f"/user/jobs/{job}/files/{quote(file['name'])}").content)
         stored[file["name"]] = path
     return stored
 
 
-def _report(stored: dict[str, Path]) -> int:
+def _report(results: Path, stored: dict[str, Path]) -> int:
     """Print where the results are and what they say; 0 when they are what is known of the image."""
     for wanted in ("output/out/measurements.csv", "output/out/mask.pgm", "log/log/segment.log"):
         if wanted not in stored:
             raise DemoError(f"the job stored no {wanted}, only: {', '.join(sorted(stored)) or 'nothing'}")
-    mask_png = RESULTS / "mask.png"
     width, height, mask = _read_pgm(stored["output/out/mask.pgm"].read_bytes())
-    mask_png.write_bytes(_png(width, height, mask))
+    (results / "result.png").write_bytes(
+        _side_by_side(_read_pgm((HERE / "cell.pgm").read_bytes()), (width, height, mask))
+    )
 
-    print(f"results   {_shown(RESULTS)}/")
+    print(f"results   {_shown(results)}/")
     for path in sorted(stored.values()):
-        print(f"            {path.relative_to(RESULTS)}  {path.stat().st_size} bytes")
-    print("            mask.png  the mask as a picture to look at\n")
+        print(f"            {path.relative_to(results)}  {path.stat().st_size} bytes")
+    print("            result.png  to look at: the picture, and beside it what the job took for the cell\n")
 
     found = {
         row["quantity"]: row["value"]
@@ -215,15 +237,26 @@ def _report(stored: dict[str, Path]) -> int:
 
 
 def _read_pgm(content: bytes) -> tuple[int, int, bytes]:
-    """Width, height and pixels of a binary PGM as segment.sh writes it: three header lines, no comments."""
-    try:
-        kind, size, maximum, pixels = content.split(b"\n", 3)
-        width, height = map(int, size.split())
-    except ValueError as error:
-        raise DemoError("out/mask.pgm is not a picture") from error
-    if (kind, maximum, len(pixels)) != (b"P5", b"255", width * height):
+    """Width, height and pixels of a binary PGM of 8 bits, as segment.sh writes it and as the demo's image is one."""
+    header = re.match(rb"P5\n(?:#[^\n]*\n)*(\d+) (\d+)\n255\n", content)
+    if header is None:
+        raise DemoError("out/mask.pgm is not a picture")
+    width, height, pixels = int(header[1]), int(header[2]), content[header.end() :]
+    if len(pixels) != width * height:
         raise DemoError("out/mask.pgm is not a picture of the size that it says")
     return width, height, pixels
+
+
+def _side_by_side(left: tuple[int, int, bytes], right: tuple[int, int, bytes]) -> bytes:
+    """A PNG of two pictures of one size, with a white bar between them."""
+    if left[:2] != right[:2]:
+        raise DemoError(f"out/mask.pgm is of {right[0]} x {right[1]} pixels, the image of {left[0]} x {left[1]}")
+    width, height = left[:2]
+    rows = (
+        left[2][y * width : (y + 1) * width] + b"\xff" * BAR_PIXELS + right[2][y * width : (y + 1) * width]
+        for y in range(height)
+    )
+    return _png(2 * width + BAR_PIXELS, height, b"".join(rows))
 
 
 def _png(width: int, height: int, grey: bytes) -> bytes:
@@ -241,7 +274,7 @@ def _call(api: httpx.Client, method: str, path: str, **request: Any) -> httpx.Re
     try:
         return api.request(method, path, **request).raise_for_status()
     except httpx.HTTPError as error:
-        raise DemoError(f"{method} {path}: {error}. See {_shown(WORK / 'server.log')}") from error
+        raise DemoError(f"{method} {path}: {error}. The server's log is beside the worker's") from error
 
 
 def _environment() -> dict[str, str]:
@@ -253,7 +286,7 @@ def _environment() -> dict[str, str]:
 def _process(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process with its output in `log`, ended with the block.
 
-    In a session of its own, so that Ctrl-C reaches it once, through here; in build/demo, so that no .env of the
+    In a session of its own, so that Ctrl-C reaches it once, through here; beside its log, so that no .env of the
     checkout is read. A worker finishes its job on the first signal and gives it up on the second.
     """
     with log.open("wb") as output:
@@ -263,7 +296,7 @@ def _process(command: list[str], log: Path, environment: dict[str, str]) -> Iter
             stdout=output,
             stderr=output,
             env=environment,
-            cwd=WORK,
+            cwd=log.parent,
             start_new_session=True,
         )
     try:
