@@ -13,10 +13,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
 
+from jobfetcher.certificates import read_certificates
 from jobfetcher.core.errors import ConfigError, SourceUnavailable
 from jobfetcher.core.job import Job
 from jobfetcher.core.machine import Gpu, Inventory, Share
@@ -61,9 +62,15 @@ _LEAST_FILES = 64
 
 def make_source(settings: Settings, emit: Emit) -> WorkerApi:
     """The worker API, signed in lazily. Close it when done."""
-    if settings.proxy is not None:
-        redact(urlsplit(settings.proxy).password or "")
-    client = Client(settings.api_url, ca_file=_ca_file(settings), proxy=settings.proxy)
+    for proxy in settings.proxies.addresses:
+        redact(unquote(urlsplit(proxy).password or ""))
+    trust = read_certificates(settings.ca_file)
+    client = Client(
+        settings.api_url,
+        ca_file=None if trust.file is None else str(trust.file),
+        ca_pem=trust.pem,
+        proxy=settings.proxies,
+    )
     client.auth = make_auth(settings, client)
     keys = settings.job_signing_keys
     return WorkerApi(
@@ -129,13 +136,14 @@ def make_cache(settings: Settings, base: Base, emit: Emit) -> Cache | None:
 
 def make_transfer(settings: Settings, cache: Cache | None = None) -> PresignedTransfer:
     """Moves files by presigned requests. Close it when done."""
+    trust = read_certificates(settings.ca_file)
     return PresignedTransfer(
         make_policy(settings),
         concurrency=settings.transfers,
         ranges=settings.transfer_ranges,
         bandwidth_limit=settings.bandwidth_limit * 2**20 or None,
         cache=cache,
-        net=NetSettings(ca_file=settings.ca_file, proxy=settings.proxy),
+        net=NetSettings(ca_file=trust.file, ca_pem=trust.pem, proxy=settings.proxies),
     )
 
 
@@ -303,10 +311,6 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             polling=polling,
             emit=emit,
         )
-
-
-def _ca_file(settings: Settings) -> str | None:
-    return None if settings.ca_file is None else str(settings.ca_file)
 
 
 def _engines_part(inventory: Inventory, engine: EngineInfo) -> Inventory:

@@ -4,12 +4,13 @@ A value may come from the command line, the environment, a `.env` file or a defa
 `JOBFETCHER_<NAME>`, which wins over the plain name in the same layer. `load` returns frozen `Settings` and, for
 `jobfetcher config`, which layer each value came from.
 
-python-dotenv is read directly instead of through pydantic-settings, because every value must know its layer, and
+`.env` is read directly (`dotenv`) instead of through pydantic-settings, because every value must know its layer, and
 because USERNAME and PASSWORD must come from the same one: many desktops set USERNAME to the login name.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import os
@@ -22,9 +23,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
+from jobfetcher.certificates import read_certificates
 from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.failpoints import Request, parse_request
-from jobfetcher.core.urls import Origin, parse_origin
+from jobfetcher.core.hosts import HostPattern, Proxies
+from jobfetcher.core.urls import Origin, canonical_url, parse_origin
+from jobfetcher.dotenv import read_dotenv, unquoted
 
 PREFIX = "JOBFETCHER_"
 
@@ -33,6 +37,18 @@ _NOT_SETTINGS = frozenset({"JOBFETCHER_DEFAULT_PATH_BASE", "JOBFETCHER_FAILPOINT
 
 #: As it is spelt in the documentation of the reference worker, and so in the wild.
 _ALIASES = {"TIMEOUT_STATUS": "TIMOUT_STATUS"}
+
+#: What other programs call the file of certificates to trust; each counts where none before it is set.
+_CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+#: Settings that other programs of the machine know as well, in lower case rather than in upper case (curl, requests).
+_SHARED = frozenset({"http_proxy", "https_proxy", "no_proxy"})
+
+#: Of names in the environment, which are not ours, only one that is so like a setting's is called a slip of the finger.
+_NEAR = 0.9
+
+#: Last parts of an API_URL that the worker adds by itself, or that are a page for people.
+_ENDPOINTS = frozenset({"jobs", "access_info", "docs"})
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", re.IGNORECASE)
 _SIZE_MIB = {"": 1.0, "K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0 * 1024}
@@ -77,13 +93,50 @@ def _api_url(value: Any) -> Any:
         raise ValueError(f"{error}; it must look like https://jobs.example.org") from None
     if "?" in value or "#" in value:
         raise ValueError("must not have a query or fragment")
-    return value.rstrip("/")
+    return canonical_url(value)
 
 
 def _proxy(value: str) -> str:
+    if value.lower() == "none":
+        return "none"
     if not re.fullmatch(r"https?://[^/?#\s]+:\d+/?", value):
-        raise ValueError("must be an address with a port, such as http://proxy.example.org:3128")
+        raise ValueError("must be an address with a port, such as http://proxy.example.org:3128, or none")
     return value.rstrip("/")
+
+
+def _shared_proxy(value: str) -> str:
+    """As other programs take it: `http://` and the port may be left out."""
+    scheme, separator, rest = value.rpartition("://")
+    address = f"{scheme.lower() or 'http'}://{rest.rstrip('/')}"
+    if separator and scheme.lower() not in {"http", "https"}:
+        raise ValueError("is no HTTP proxy, and no other kind can be used; set PROXY to one that is, or PROXY=none")
+    if not re.search(r":\d+$", address):
+        address += ":443" if scheme.lower() == "https" else ":80"
+    if not re.fullmatch(r"https?://[^/?#\s]+:\d+", address):
+        raise ValueError("is not the address of a proxy, such as http://proxy.example.org:3128; PROXY wins over it")
+    return address
+
+
+def _hosts(value: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in value:
+        HostPattern.parse(entry)
+    return value
+
+
+def _gpus(value: str) -> str:
+    if any(word.strip().isdecimal() for word in value.split(",")):
+        raise ValueError("takes UUIDs such as GPU-8f2c4f0e-... and no numbers; `nvidia-smi -L` lists them")
+    return value
+
+
+def _path(value: Any) -> Any:
+    if isinstance(value, str) and re.search(r"\$\{?[A-Za-z_]", value):
+        raise ValueError("has a variable in it that nobody replaced; write the whole path (in .env also ${HOME}/...)")
+    return value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _token(value: SecretStr) -> SecretStr:
@@ -93,7 +146,7 @@ def _token(value: SecretStr) -> SecretStr:
 
 
 def _auto(value: Any) -> Any:
-    return None if value == "auto" else value
+    return None if isinstance(value, str) and value.lower() == "auto" else value
 
 
 AutoMib = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda value: _mib(_auto(value)))]
@@ -101,6 +154,8 @@ Mib = Annotated[int, BeforeValidator(_mib), Field(ge=0)]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 SecondsOrNever = Annotated[float, BeforeValidator(_seconds), Field(ge=0, allow_inf_nan=False)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Hosts = Annotated[Words, AfterValidator(_hosts)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
 
 
 def _field(default: Any, text: str, **more: Any) -> Any:
@@ -118,15 +173,17 @@ class Settings(BaseModel):
     )
     username: str | None = _field(None, "Account to sign in with, together with PASSWORD.")
     password: SecretStr | None = _field(None, "Password of USERNAME. Better: PASSWORD_FILE, a file of mode 0600.")
-    path_base: Path = Field(description="Directory for jobs and the journal, private to this worker.")
-    path_host_base: Path | None = _field(
+    path_base: FilePath = Field(description="Directory for jobs and the journal, private to this worker.")
+    path_host_base: FilePath | None = _field(
         None, "Where PATH_BASE lies on the engine's host. Found by itself; a wrong one is refused."
     )
     timeout_job: Seconds = _field(30.0, "How often to ask for a job when there was none, in seconds.")
     timeout_status: Seconds = _field(30.0, "How often to send a keep-alive for a running job, in seconds.", le=120)
     groups: Words = _field((), "Take only jobs of these groups (comma-separated). Empty: as the server decides.")
     older_than: Annotated[int, Field(ge=0)] = _field(0, "Take only jobs that have waited for this many seconds.")
-    gpus: str = _field("all", "GPUs to use: all, none, or a comma-separated list of UUIDs.")
+    gpus: Annotated[str, AfterValidator(_gpus)] = _field(
+        "all", "GPUs to use: all, none, or a comma-separated list of UUIDs."
+    )
     max_jobs: Annotated[Annotated[int, Field(ge=1, le=256)] | None, BeforeValidator(_auto)] = _field(
         "auto", "Jobs computing side by side. auto: one per GPU, or 1; with GPU_UNASKED=none one more."
     )
@@ -144,7 +201,7 @@ class Settings(BaseModel):
     )
     max_runtime: Seconds | None = _field(None, "Longest time one job may compute, such as 24h. Empty: no limit.")
     stop_grace: Seconds = _field(10.0, "Seconds between TERM and KILL when a job is stopped.")
-    stop_mode: Literal["drain", "detach"] = _field(
+    stop_mode: Annotated[Literal["drain", "detach"], BeforeValidator(_lower)] = _field(
         "drain",
         "What the first Ctrl-C or SIGTERM does: drain (finish the jobs in hand), or detach (leave them running; the "
         "next start goes on with them).",
@@ -152,7 +209,7 @@ class Settings(BaseModel):
     stop_after_silence: SecondsOrNever = _field(
         86400.0, "Stop a running job when the server has not answered for so long, such as 24h. 0: never."
     )
-    pull_policy: Literal["newer", "always", "if-not-present", "never"] = _field(
+    pull_policy: Annotated[Literal["newer", "always", "if-not-present", "never"], BeforeValidator(_lower)] = _field(
         "newer",
         "When to ask the registry for a job's image: newer (each time; downloads what changed, and runs the local "
         "image where the registry is out of reach or never had it), always (each time; runs only what the registry "
@@ -179,14 +236,16 @@ class Settings(BaseModel):
         "Disk one job may use in all (/files, its container's layer and volumes), such as 200GiB. auto: what is free "
         "above RESERVE_DISK.",
     )
-    job_signing_keys: Path | None = _field(
+    job_signing_keys: FilePath | None = _field(
         None, "Run only jobs signed with one of the public keys in this file (lines of KEYID BASE64, Ed25519)."
     )
     image_keep: Seconds = _field(
         604800.0, "Remove images that this worker pulled when no job used them for so long, such as 7d."
     )
-    storage_allow: Words = _field(
-        (), "Storage hosts that may have internal addresses or plain http. Public ones need no entry."
+    storage_allow: Hosts = _field(
+        (),
+        "Storage that may have internal addresses or plain http: hosts, host:port, *.domain, networks such as "
+        "10.0.0.0/8. Public hosts need no entry.",
     )
     prefetch: Annotated[int, Field(ge=0, le=16)] = _field(
         0, "Jobs whose inputs are brought while others compute; such a job is one that no other worker can take."
@@ -204,27 +263,61 @@ class Settings(BaseModel):
     bandwidth_limit: Mib = _field(
         0, "Most that all transfers together move in a second, each way, such as 50MiB. 0: no limit."
     )
-    ca_file: Path | None = _field(None, "Certificates to trust instead of the system's (PEM file).")
+    ca_file: FilePath | None = _field(
+        None, "File of certificates to trust instead of the system's (PEM or DER). Wins over SSL_CERT_FILE."
+    )
     proxy: Annotated[str, AfterValidator(_proxy)] | None = _field(
-        None, "HTTP proxy for the API and the storage, such as http://proxy.example.org:3128. Images: the engine's own."
+        None,
+        "HTTP proxy for the API and all storage, such as http://proxy.example.org:3128; none: no proxy at all. Wins "
+        "over the next three. Images: the engine's own.",
+    )
+    http_proxy: Annotated[str, AfterValidator(_shared_proxy)] | None = _field(
+        None, "HTTP proxy for http:// addresses, but for this machine's own."
+    )
+    https_proxy: Annotated[str, AfterValidator(_shared_proxy)] | None = _field(
+        None, "HTTP proxy for https:// addresses, but for this machine's own."
+    )
+    no_proxy: Words = _field(
+        (), "Hosts, domains and networks that HTTP_PROXY and HTTPS_PROXY are not used for (comma-separated); *: all."
     )
     allow_insecure_http: bool = _field(False, "Allow an API_URL with plain http that is not on this machine.")
-    on_worker_fault: Literal["release", "error"] = _field(
+    on_worker_fault: Annotated[Literal["release", "error"], BeforeValidator(_lower)] = _field(
         "release", "A job this machine could not run: release (others take it) or error (one worker is all there is)."
     )
     aws_endpoint_url: str | None = _field(None, "Where to sign in instead of AWS's own address (for tests).")
     docker_host: str | None = _field(None, "The engine's socket. Empty: unix:///var/run/docker.sock.")
-    log_format: Literal["plain", "json"] = _field("plain", "Log lines: plain, or json (one object a line).")
-    log_level: Literal["debug", "info", "warning", "error"] = _field("info", "Least level that is logged.")
+    log_format: Annotated[Literal["plain", "json"], BeforeValidator(_lower)] = _field(
+        "plain", "Log lines: plain, or json (one object a line)."
+    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = _field(
+        "info", "Least level that is logged."
+    )
 
     @property
     def origin(self) -> Origin:
         """The API's origin."""
         return parse_origin(self.api_url)
 
+    @property
+    def proxies(self) -> Proxies:
+        """Which proxy is used for what."""
+        if self.proxy is not None:
+            return Proxies.everything_through(None if self.proxy == "none" else self.proxy)
+        return Proxies(self.http_proxy, self.https_proxy, self.no_proxy)
+
 
 #: Settings whose value may lie in a file instead, named by <NAME>_FILE.
 SECRETS = ("access_token", "password")
+
+#: Values that mean what they say, whatever `${...}` is in them.
+_LITERAL = frozenset({"USERNAME", *(name.upper() for name in SECRETS)})
+
+#: Every name that is read, in upper case and without the prefix.
+_KNOWN = frozenset(
+    {name.upper() for name in Settings.model_fields}
+    | {f"{name.upper()}_FILE" for name in SECRETS}
+    | {"AWS_ENDPOINT_URL_COGNITO_IDENTITY_PROVIDER", *_ALIASES.values(), *_CA_FILES}
+)
 
 
 @dataclass(frozen=True)
@@ -234,6 +327,8 @@ class Loaded:
     settings: Settings
     layers: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    #: The `.env` that was looked for and is not there.
+    looked_for: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -258,7 +353,10 @@ def load(
     reading, so that no child process inherits them. Raises ConfigError with one line per bad setting.
     """
     environ = os.environ if environ is None else environ
-    layers = {"environment": dict(environ), **_dotenv(env_file)}
+    warnings: list[str] = []
+    path, in_file = _dotenv(env_file, environ)
+    found_in = {"environment": environ, **({} if in_file is None else {str(path): in_file})}
+    layers = {layer: _named(layer, values, warnings) for layer, values in found_in.items()}
     given: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name in Settings.model_fields:
@@ -266,12 +364,12 @@ def load(
         if found is not None:
             given[name], origin[name] = found.value, found.layer
     _pair_credentials(given, origin, layers)
+    _take_shared(given, origin, layers)
     found = _find("aws_endpoint_url_cognito_identity_provider", layers)
     if found is not None:  # as AWS's own tools have it, the address of one service goes before that of all
         given["aws_endpoint_url"], origin["aws_endpoint_url"] = found.value, found.layer
-    for name in SECRETS:
-        for key in (name.upper(), PREFIX + name.upper()):
-            environ.pop(key, None)
+    for key in [key for key in environ if key.upper().removeprefix(PREFIX).lower() in SECRETS]:
+        environ.pop(key)
     for name, value in (options or {}).items():
         if value is not None:
             given[name], origin[name] = value, "command line"
@@ -280,11 +378,13 @@ def load(
 
         # The image has a default of its own. It must not be PATH_BASE itself: that would win over a mounted .env.
         given["path_base"] = environ.get("JOBFETCHER_DEFAULT_PATH_BASE") or user_data_dir("jobfetcher")
-    settings = _check(given)
+    looked_for = path.absolute() if in_file is None else None
+    settings = _check(given, origin)
     if server:
-        check_server(settings)
+        check_server(settings, looked_for)
     layer_of = {name: origin.get(name, "default") for name in Settings.model_fields}
-    return Loaded(settings, layer_of, (*_unknown(layers), *_readable_by_others(layers)))
+    warnings += [*_unknown(layers), *_readable_by_others(layers), *_odd(settings)]
+    return Loaded(settings, layer_of, tuple(warnings), looked_for)
 
 
 def docker_config() -> str:
@@ -301,20 +401,62 @@ def failpoint_request() -> Request | None:
     return parse_request(text) if text else None
 
 
-def _unknown(layers: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-    """Names in .env, and prefixed ones anywhere, that are no setting: most are a slip of the finger."""
-    known = {name.upper() for name in Settings.model_fields} | set(_ALIASES.values())
-    known |= {f"{name.upper()}_FILE" for name in SECRETS} | {"AWS_ENDPOINT_URL_COGNITO_IDENTITY_PROVIDER"}
+class _Layer(dict[str, str]):
+    """Values by name in upper case; `spelt` is how such a name was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spelt: dict[str, str] = {}
+
+
+def _named(layer: str, values: Mapping[str, str], warnings: list[str]) -> _Layer:
+    """The values under their names in upper case, however these are written; the usual spelling wins.
+
+    `docker run --env-file` hands quotes on with the value: they are taken off, and of a secret that is said.
+    """
+    named = _Layer()
+    for key, value in sorted(values.items(), key=lambda item: _is_usual(item[0])):
+        upper = key.upper()
+        is_ours = upper.startswith(PREFIX) or upper in _KNOWN
+        inside = unquoted(value) if layer == "environment" and is_ours else None
+        if inside is not None and upper.removeprefix(PREFIX).lower() in SECRETS:
+            warnings.append(
+                f"{layer}: {key} stood in quotes, as `docker run --env-file` leaves them, and they were taken off; if "
+                f"they belong to it, put it into a file and name that in {key}_FILE"
+            )
+        # another name's spelling means nothing to us: it stays as it is
+        name = upper if is_ours else key
+        named[name], named.spelt[name] = value if inside is None else inside, key
+    return named
+
+
+def _is_usual(key: str) -> bool:
+    """Whether it is spelt as most people do: upper case, and for proxies lower case."""
+    return key == (key.lower() if key.lower() in _SHARED else key.upper())
+
+
+def _unknown(layers: Mapping[str, _Layer]) -> Iterator[str]:
+    """Names that are no setting, in .env and with the prefix anywhere: most are a slip of the finger. Of the others in
+    the environment only those that look like one."""
     for layer, values in layers.items():
         for key in values:
             name = key.removeprefix(PREFIX)
-            if name in known or key in _NOT_SETTINGS or (layer == "environment" and not key.startswith(PREFIX)):
+            if name in _KNOWN or key in _NOT_SETTINGS:
                 continue
-            like = difflib.get_close_matches(name, known, 1)
-            yield f"{layer}: {key} is no setting" + (f"; is {like[0]} meant?" if like else "")
+            is_others = layer == "environment" and not key.startswith(PREFIX)
+            like = difflib.get_close_matches(name.upper(), _KNOWN, 1, _NEAR if is_others else 0.6)
+            if like or not is_others:
+                yield f"{layer}: {values.spelt[key]} is no setting" + (f"; is {like[0]} meant?" if like else "")
 
 
-def _readable_by_others(layers: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+def _odd(settings: Settings) -> Iterator[str]:
+    """What may be meant, but hardly is."""
+    address, _, last = settings.api_url.rpartition("/")
+    if last in _ENDPOINTS:
+        yield f"API_URL ends in /{last}, which the worker adds where it is needed; is {address} meant?"
+
+
+def _readable_by_others(layers: Mapping[str, _Layer]) -> Iterator[str]:
     for layer, values in layers.items():
         if layer == "environment" or not any(values.get(name.upper()) for name in SECRETS):
             continue
@@ -322,27 +464,22 @@ def _readable_by_others(layers: Mapping[str, Mapping[str, str]]) -> Iterator[str
             yield f"{layer} holds a secret and can be read by others; run `chmod 600 {layer}`"
 
 
-def _dotenv(env_file: Path | None) -> dict[str, dict[str, str]]:
-    from dotenv import dotenv_values
-
+def _dotenv(env_file: Path | None, environ: Mapping[str, str]) -> tuple[Path, dict[str, str] | None]:
+    """The file that settings are looked for in, and what stands in it; None where there is none."""
     path = env_file or Path(".env")
     if path.is_dir():
         raise ConfigError(
             f"{path} is a directory (docker makes one when the file that is to be mounted is missing); "
             "remove it, make the file, and start again"
         )
-    if not path.is_file():
-        if env_file is not None:
-            raise ConfigError(f"there is no file {env_file} (--env-file)")
-        return {}
-    try:
-        values = dotenv_values(path, interpolate=False, encoding="utf-8-sig")  # some editors begin a file with a BOM
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    return {str(path): {key: value for key, value in values.items() if value is not None}}
+    if path.is_file():
+        return path, read_dotenv(path, environ, lambda key: key.upper().removeprefix(PREFIX) in _LITERAL)
+    if env_file is not None:
+        raise ConfigError(f"there is no file {path.absolute()} (--env-file)")
+    return path, None
 
 
-def _find(name: str, layers: Mapping[str, Mapping[str, str]], only: str | None = None) -> _Found | None:
+def _find(name: str, layers: Mapping[str, _Layer], only: str | None = None) -> _Found | None:
     """The first non-empty value of a setting: an empty one means "not set", as `ACCESS_TOKEN=` in a template does."""
     upper = name.upper()
     keys = [PREFIX + upper, upper, *([_ALIASES[upper]] if upper in _ALIASES else [])]
@@ -350,25 +487,43 @@ def _find(name: str, layers: Mapping[str, Mapping[str, str]], only: str | None =
         if only is not None and layer != only:
             continue
         for key in keys:
-            if values.get(key, "").strip():
-                return _Found(values[key].strip(), f"{layer} ({key})", key.startswith(PREFIX))
+            if (value := values.get(key, "")).strip():
+                value = value.strip("\r\n") if name in SECRETS else value.strip()  # a password may have spaces
+                return _Found(value, f"{layer} ({values.spelt[key]})", key.startswith(PREFIX))
             if name in SECRETS and values.get(f"{key}_FILE", "").strip():
                 path = Path(values[f"{key}_FILE"].strip())
-                return _Found(_secret(path, f"{key}_FILE"), f"{layer} ({key}_FILE)", key.startswith(PREFIX))
+                layer = f"{layer} ({values.spelt[f'{key}_FILE']})"
+                return _Found(_secret(path, f"{key}_FILE"), layer, key.startswith(PREFIX))
     return None
 
 
 def _secret(path: Path, key: str) -> str:
+    """What stands in the file, without a byte order mark and the ends of lines around it: spaces may belong to it."""
     try:
-        text = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}: {path} cannot be read: {error}") from None
-    if not text:
+        content = path.expanduser().read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig").strip("\r\n")
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:  # its words would show a piece of the secret
+        raise ConfigError(f"{key}: {path} cannot be read: it is not text in UTF-8") from None
+    if not text.strip():
         raise ConfigError(f"{key}: {path} is empty")
     return text
 
 
-def _pair_credentials(given: dict[str, Any], origin: dict[str, str], layers: Mapping[str, Mapping[str, str]]) -> None:
+def _take_shared(given: dict[str, Any], origin: dict[str, str], layers: Mapping[str, _Layer]) -> None:
+    """What other programs of this machine go by: certificates, and proxies. Our own CA_FILE and PROXY win."""
+    for name in _CA_FILES:
+        if "ca_file" not in given and (found := _find(name.lower(), layers)) is not None:
+            given["ca_file"], origin["ca_file"] = found.value, found.layer
+    if "proxy" in given:
+        for name in _SHARED & given.keys():
+            del given[name]
+            origin[name] = f"not used, PROXY wins over {origin[name]}"
+
+
+def _pair_credentials(given: dict[str, Any], origin: dict[str, str], layers: Mapping[str, _Layer]) -> None:
     """USERNAME comes from the layer that sets PASSWORD; a plain USERNAME elsewhere is the desktop's, not ours."""
     given.pop("username", None)
     origin.pop("username", None)
@@ -383,20 +538,26 @@ def _pair_credentials(given: dict[str, Any], origin: dict[str, str], layers: Map
     raise ConfigError(f"USERNAME: missing beside PASSWORD in {same}; both must stand in the same place")
 
 
-def _check(given: Mapping[str, Any]) -> Settings:
+def _check(given: Mapping[str, Any], origin: Mapping[str, str]) -> Settings:
     try:
         settings = Settings.model_validate(given)
     except ValidationError as error:
         lines = [_line(problem, given) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None
-    for name, path in (("CA_FILE", settings.ca_file), ("JOB_SIGNING_KEYS", settings.job_signing_keys)):
-        if path is not None and not path.is_file():
-            raise ConfigError(f"{name}: there is no file {path}")
-    return settings.model_copy(update={"path_base": Path(settings.path_base).expanduser().absolute()})
+    paths = {name: getattr(settings, name) for name in ("path_base", "ca_file", "job_signing_keys")}
+    settings = settings.model_copy(update={name: path.expanduser() for name, path in paths.items() if path is not None})
+    if settings.job_signing_keys is not None and not settings.job_signing_keys.is_file():
+        raise ConfigError(f"JOB_SIGNING_KEYS: there is no file {settings.job_signing_keys}")
+    named = re.search(rf"\(({'|'.join(_CA_FILES)})\)$", origin.get("ca_file", ""))
+    read_certificates(settings.ca_file, named[1] if named else "CA_FILE")
+    return settings.model_copy(update={"path_base": settings.path_base.absolute()})
 
 
-def check_server(settings: Settings) -> None:
-    """Raise ConfigError unless it is said where to sign in, as whom, and safely."""
+def check_server(settings: Settings, looked_for: Path | None = None) -> None:
+    """Raise ConfigError unless it is said where to sign in, as whom, and safely.
+
+    `looked_for`: see `Loaded`.
+    """
     problems = []
     if not settings.api_url:
         problems.append(
@@ -404,6 +565,8 @@ def check_server(settings: Settings) -> None:
         )
     if settings.access_token is None and settings.password is None:
         problems.append("ACCESS_TOKEN, or USERNAME and PASSWORD: one of the two must be set to sign in")
+    if problems and looked_for is not None:
+        problems.append(f"there is no {looked_for}; settings come from such a file in the directory of the start")
     if problems:
         raise ConfigError("\n".join(problems))
     host = settings.origin.host

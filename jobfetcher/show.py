@@ -32,7 +32,7 @@ def config_rows(loaded: Loaded) -> list[dict[str, str]]:
 def _shown(name: str, value: object) -> str:
     if isinstance(value, SecretStr):
         return "********"
-    if name == "proxy" and isinstance(value, str) and "@" in value:
+    if name in {"proxy", "http_proxy", "https_proxy"} and isinstance(value, str) and "@" in value:
         return re.sub(r"//.*@", "//********@", value)
     if value is None or value in ("", ()):
         default = Settings.model_fields[name].default

@@ -26,7 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "provenance": set(),
     "workspace": {"tree"},
     "staging": {"tree", "workspace"},
-    "settings": set(),
+    "settings": {"certificates", "dotenv"},
+    "certificates": set(),
+    "dotenv": set(),
     "resources": set(),
     "telemetry": set(),
     "sources": set(),
@@ -67,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "workspace",
     },
     "build": {
+        "certificates",
         "settings",
         "resources",
         "telemetry",

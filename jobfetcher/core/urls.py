@@ -16,6 +16,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
+from jobfetcher.core.hosts import host_patterns
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")  # RFC 9110, token
 _PRINTABLE = re.compile(r"[\x20-\x7e\t]{0,8192}")
@@ -76,12 +77,34 @@ def parse_origin(url: str) -> Origin:
     return Origin(parts.scheme, host, port if port is not None else (443 if parts.scheme == "https" else 80))
 
 
+def canonical_url(url: str) -> str:
+    """An absolute http(s) URL as every spelling of it is: scheme and host in lower case, without the port that is the
+    scheme's own, without slashes at its end. Raises ValueError as `parse_origin` does."""
+    origin = parse_origin(url)
+    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    port = "" if origin.port == {"http": 80, "https": 443}[origin.scheme] else f":{origin.port}"
+    return f"{origin.scheme}://{host}{port}{urlsplit(url).path.rstrip('/')}"
+
+
 @dataclass(frozen=True, slots=True)
 class UrlPolicy:
-    """Where files may be fetched from and sent to. `storage_allow`: host names the machine's owner trusts."""
+    """Where files may be fetched from and sent to. `storage_allow`: hosts, domains and networks that the machine's
+    owner trusts, each a `HostPattern`."""
 
     api: Origin
     storage_allow: frozenset[str] = frozenset()
+
+    def allows(self, host: str, port: int | None, address: str | None = None) -> bool:
+        """Whether STORAGE_ALLOW names the host, or the network that the host or `address` lies in. A network does not
+        open link-local addresses (cloud metadata) along with others, only if it has no others."""
+        ip = None if address is None else _plain(address)
+        for pattern in host_patterns(self.storage_allow):
+            if pattern.network is None or ip is None:
+                if pattern.matches(host, port):
+                    return True
+            elif pattern.covers(ip) and (not _is_special(ip) or pattern.network.is_link_local):
+                return True
+        return False
 
     def check_url(self, url: str) -> Origin:
         """The origin of a URL that a server handed out, or the reason for refusing it."""
@@ -89,7 +112,7 @@ class UrlPolicy:
             origin = parse_origin(url)
         except ValueError as error:
             raise JobFault(JobReason.UNSAFE_REQUEST, f"the server handed out a file URL that {error}") from None
-        if origin.scheme == "http" and self.api.scheme != "http" and origin.host not in self.storage_allow:
+        if origin.scheme == "http" and self.api.scheme != "http" and not self.allows(origin.host, origin.port):
             raise WorkerFault(
                 WorkerReason.STORAGE,
                 f"the server handed out an unencrypted file URL on {origin.host}; "
@@ -97,17 +120,20 @@ class UrlPolicy:
             )
         return origin
 
-    def check_address(self, host: str, address: str, api_addresses: Collection[str]) -> None:
+    def check_address(
+        self, host: str, address: str, api_addresses: Collection[str], *, port: int | None = None
+    ) -> None:
         """Raise WorkerFault unless a file may be moved to or from `address`, which `host` resolved to.
 
         Public addresses may; the API's own host and STORAGE_ALLOW may; private ones where the API itself is private or
         on this machine, loopback where the API is on this machine. Link-local (cloud metadata), multicast and
-        unspecified ones never, unless allow-listed by name (FAULTS.md T7).
+        unspecified ones never, unless allow-listed by name (FAULTS.md T7). `port`: the one that is asked, for entries
+        that name one.
         """
-        if host in self.storage_allow or host == self.api.host:
+        if host == self.api.host or self.allows(host, port, address):
             return
         ip = _plain(address)
-        special = ip.is_link_local or ip.is_multicast or ip.is_unspecified
+        special = _is_special(ip)
         if _is_public(ip) and not special:
             return
         api = [_plain(text) for text in api_addresses]
@@ -188,6 +214,10 @@ def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
         if int(ip) > 1 and any(ip in network for network in _WRAPPED):
             return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip
+
+
+def _is_special(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return ip.is_link_local or ip.is_multicast or ip.is_unspecified
 
 
 def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import pycurl
 
+from jobfetcher.core.hosts import NO_PROXIES, Proxies
 from jobfetcher.core.text import clean
+from jobfetcher.core.urls import parse_origin
 
 if TYPE_CHECKING:
     from jobfetcher.transfer.limits import Bucket, Origin
@@ -62,15 +64,33 @@ class NetSettings:
     """How patient a connection is and whom it trusts.
 
     An exchange slower than `slow_bytes_per_s` for `slow_for_s` seconds is ended; there is no total limit (DESIGN.md,
-    rule 9). `connect_timeout_s` covers name, connection and TLS. `ca_file` replaces the system's certificates.
-    `proxy` is used for everything; without it none is, whatever the environment says.
+    rule 9). `connect_timeout_s` covers name, connection and TLS. `ca_file` replaces the system's certificates, and so
+    does `ca_pem`, which is the certificates themselves, where their file is not as libcurl reads it.
+    `proxy`: one for everything, or which is for what; without it none is used, whatever the environment says.
     """
 
     connect_timeout_s: float = 10.0
     slow_bytes_per_s: int = 1024
     slow_for_s: int = 60
     ca_file: Path | None = None
-    proxy: str | None = None
+    ca_pem: str | None = None
+    proxy: str | Proxies | None = None
+
+    @property
+    def proxies(self) -> Proxies:
+        """Which proxy is used for what."""
+        if isinstance(self.proxy, Proxies):
+            return self.proxy
+        return NO_PROXIES if self.proxy is None else Proxies.everything_through(self.proxy)
+
+    def proxy_for(self, origin: str) -> str | None:
+        """The proxy for requests to an origin, written `scheme://host[:port]`; None: there is none for it."""
+        return _chosen(self.proxies, origin)
+
+
+@lru_cache(maxsize=256)
+def _chosen(proxies: Proxies, origin: str) -> str | None:
+    return proxies.choose(*parse_origin(origin))
 
 
 @dataclass(slots=True)
@@ -253,8 +273,8 @@ class Exchange:
 class Handle:
     """A warm libcurl handle for requests of one method; `exchange` is the one it performs now.
 
-    `limited`: what bounds its bandwidth. `on_bytes` is called when pieces of a body wait for `flush`, and `on_pause`
-    when it stopped for want of tokens.
+    `proxy`: what all its requests go through. `limited`: what bounds its bandwidth. `on_bytes` is called when pieces of
+    a body wait for `flush`, and `on_pause` when it stopped for want of tokens.
     """
 
     def __init__(
@@ -262,12 +282,13 @@ class Handle:
         method: str,
         net: NetSettings,
         *,
+        proxy: str | None = None,
         limited: Bucket | None,
         on_bytes: Callable[[Handle], None],
         on_pause: Callable[[Handle], None],
     ) -> None:
         self.curl = pycurl.Curl()
-        self.method = method
+        self.method, self.proxy = method, proxy
         self.exchange: Exchange | None = None
         self._net, self._bucket = net, limited
         self._on_bytes, self._on_pause = on_bytes, on_pause
@@ -277,7 +298,7 @@ class Handle:
         self._headers: list[str] | None = None
         self._slow_for_s = self._send_buffer = 0
         curl = self.curl
-        _harden(curl, net)
+        _harden(curl, net, proxy)
         # A method of C: it is called for each line, and a call into Python for each would be a tenth of a small file.
         curl.setopt(pycurl.HEADERFUNCTION, self._lines.append)
         curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
@@ -296,7 +317,7 @@ class Handle:
         curl, net = self.curl, self._net
         self.exchange = exchange
         curl.setopt(pycurl.URL, exchange.origin + exchange.target)
-        if net.proxy is None:
+        if self.proxy is None:
             curl.setopt(pycurl.REQUEST_TARGET, exchange.target)  # else `%2f` becomes `%2F`, and a signature may break
         if exchange.headers != self._headers:
             self._headers = None  # should libcurl refuse them
@@ -423,7 +444,7 @@ def _header(line: bytes) -> tuple[str, str]:
     return (name.strip().lower(), value.strip()) if colon else ("", "")
 
 
-def _harden(curl: pycurl.Curl, net: NetSettings) -> None:
+def _harden(curl: pycurl.Curl, net: NetSettings, proxy: str | None) -> None:
     """What every request has in common; nothing of it can be changed by a server."""
     for option, value in (
         (pycurl.NOSIGNAL, 1),
@@ -434,7 +455,7 @@ def _harden(curl: pycurl.Curl, net: NetSettings) -> None:
         (pycurl.FOLLOWLOCATION, 0),
         (pycurl.HTTP_CONTENT_DECODING, 0),
         (pycurl.NETRC, pycurl.NETRC_IGNORED),
-        (pycurl.PROXY, net.proxy or ""),
+        (pycurl.PROXY, proxy or ""),
         (pycurl.NOPROXY, ""),
         (_SUPPRESS_CONNECT_HEADERS, 1),
         (pycurl.SSL_VERIFYPEER, 1),
@@ -444,15 +465,17 @@ def _harden(curl: pycurl.Curl, net: NetSettings) -> None:
         (pycurl.TCP_KEEPALIVE, 1),
         (pycurl.BUFFERSIZE, _READ_BUFFER),
         (pycurl.USERAGENT, "jobfetcher"),
-        *_trust(net.ca_file),
+        *_trust(net),
     ):
         curl.setopt(option, value)
 
 
-def _trust(ca_file: Path | None) -> list[tuple[int, str]]:
+def _trust(net: NetSettings) -> list[tuple[int, str]]:
     """The certificates to trust. A pycurl wheel may be built for another distribution's path, so it is always named."""
-    if ca_file is not None:
-        return [(pycurl.CAINFO, str(ca_file))]
+    if net.ca_pem is not None:
+        return [(pycurl.CAINFO_BLOB, net.ca_pem)]
+    if net.ca_file is not None:
+        return [(pycurl.CAINFO, str(net.ca_file))]
     system = ssl.get_default_verify_paths()
     found = [(pycurl.CAINFO, system.cafile), (pycurl.CAPATH, system.capath)]
     return [(option, path) for option, path in found if path is not None]

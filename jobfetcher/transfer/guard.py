@@ -54,24 +54,24 @@ class AddressGuard:
             except OSError:  # what was known stays known
                 self._not_before = self._clock() + _AGAIN_AFTER_S
 
-    def check(self, host: str, address: str) -> None:
-        """Raise WorkerFault if `host` must not be reached at `address`.
+    def check(self, host: str, address: str, *, port: int | None = None) -> None:
+        """Raise WorkerFault if `host` must not be reached at `address` (and `port`).
 
         TryAgain if that cannot be said yet, because the API's own addresses are not known.
         """
         known = self._api
         try:
-            self._policy.check_address(host, address, known or ())
+            self._policy.check_address(host, address, known or (), port=port)
         except WorkerFault:
             if known is None:
                 raise TryAgain(f"the API's host {self._policy.api.host} has no address now") from None
             raise
 
-    def check_name(self, host: str) -> None:
+    def check_name(self, host: str, *, port: int | None = None) -> None:
         """Check all addresses that `host` has for us. For a proxy, which resolves again: the best that can be done."""
         try:
             addresses = self._resolver(host)
         except OSError:
             return  # a name that only the proxy knows
         for address in addresses:
-            self.check(host, address)
+            self.check(host, address, port=port)

@@ -267,7 +267,7 @@ class _Poll:
         self._fds: set[int] = set()
         self._resting: set[int] = set()
         self._running: dict[pycurl.Curl, Handle] = {}
-        self._spare: dict[str, list[Handle]] = {"GET": [], "PUT": [], "POST": []}
+        self._spare: dict[tuple[str, str | None], list[Handle]] = {}
         self._origins: dict[tuple[str, bool], Origin] = {}
         self._with_bytes: list[Handle] = []
         self._ready: deque[Callable[[], None]] = deque()
@@ -415,9 +415,10 @@ class _Poll:
 
     def _begin(self, exchange: Exchange, origin: Origin) -> None:
         """Give it a connection. If it cannot even begin it has ended, and the connection is free as before."""
-        spare = self._spare[exchange.method]
+        proxy = None if self._net.proxy is None else self._net.proxy_for(exchange.origin)
+        spare = self._spare.get((exchange.method, proxy))
         try:
-            handle = spare.pop() if spare else self._make(exchange.method)
+            handle = spare.pop() if spare else self._make(exchange.method, proxy)
         except Exception as error:
             exchange.error = error
             exchange.finish(pycurl.E_FAILED_INIT, str(error))
@@ -455,7 +456,7 @@ class _Poll:
             for paused in self._paused.values():
                 if handle in paused:
                     paused.remove(handle)
-        spare = self._spare[handle.method]
+        spare = self._spare.setdefault((handle.method, handle.proxy), [])
         if len(spare) < self._max_host:
             spare.append(handle)
         else:
@@ -486,12 +487,12 @@ class _Poll:
             origin.kept.discard(since)
             self._next(origin)
 
-    def _make(self, method: str) -> Handle:
+    def _make(self, method: str, proxy: str | None) -> Handle:
         def on_pause(handle: Handle) -> None:
             self._pause(handle, "down" if method == "GET" else "up")
 
         bucket = self._down if method == "GET" else self._up
-        return Handle(method, self._net, limited=bucket, on_bytes=self._with_bytes_of, on_pause=on_pause)
+        return Handle(method, self._net, proxy=proxy, limited=bucket, on_bytes=self._with_bytes_of, on_pause=on_pause)
 
     def _with_bytes_of(self, handle: Handle) -> None:
         self._with_bytes.append(handle)

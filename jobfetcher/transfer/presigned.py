@@ -79,7 +79,7 @@ class PresignedTransfer:
             bandwidth_limit=bandwidth_limit,
         )
         self._guard = AddressGuard(policy, resolver, rules.clock)
-        wire = Wire(policy, self._guard, proxied=net.proxy is not None)
+        wire = Wire(policy, self._guard, proxies=net.proxies)
         # One signed request for each signer lies ready while the connections are busy.
         self._run = partial(batch.run, loop=self._loop, signers=concurrency, window=concurrency + max_host_connections)
         self._fetch = partial(

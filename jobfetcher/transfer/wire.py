@@ -15,7 +15,9 @@ from urllib.parse import urljoin
 import pycurl
 
 from jobfetcher.core.errors import WorkerFault, WorkerReason
+from jobfetcher.core.hosts import NO_PROXIES, Proxies
 from jobfetcher.core.text import clean
+from jobfetcher.core.tls import in_words
 from jobfetcher.core.urls import Method, Origin, SignedRequest, UrlPolicy
 from jobfetcher.transfer.exchange import Body, Exchange, NotHttp, Reply, Sink
 from jobfetcher.transfer.guard import AddressGuard
@@ -48,13 +50,18 @@ class _Place(NamedTuple):
     host: str
     origin: str
     check_address: Callable[[str], None]
+    port: int
+    proxied: bool
 
 
 class Wire:
-    """Requests that follow the policy. Raises TryAgain for what may pass, WorkerFault or JobFault for what does not."""
+    """Requests that follow the policy. Raises TryAgain for what may pass, WorkerFault or JobFault for what does not.
 
-    def __init__(self, policy: UrlPolicy, guard: AddressGuard, *, proxied: bool) -> None:
-        self._policy, self._guard, self._proxied = policy, guard, proxied
+    `proxies`: which origins are asked through one; there the name is checked, since the address is the proxy's.
+    """
+
+    def __init__(self, policy: UrlPolicy, guard: AddressGuard, *, proxies: Proxies = NO_PROXIES) -> None:
+        self._policy, self._guard, self._proxies = policy, guard, proxies
         self._places: dict[str, _Place] = {}
 
     def get(
@@ -71,7 +78,7 @@ class Wire:
         url, headers = request.url, _lines(request)
         for _ in range(_MAX_HOPS + 1):
             place, target = self._checked(url)
-            if self._proxied or not self._guard.knows:
+            if place.proxied or not self._guard.knows:
                 yield from self._look_up(place)
             exchange = Exchange(
                 "GET",
@@ -106,7 +113,7 @@ class Wire:
             headers = [line for line in headers if not line.lower().startswith("content-type:")]
             headers.append(f"Content-Type: {content_type}")
         place, target = self._checked(request.url)
-        if self._proxied or not self._guard.knows:
+        if place.proxied or not self._guard.knows:
             yield from self._look_up(place)
         exchange = Exchange(
             "POST" if request.method is Method.POST else "PUT",
@@ -128,8 +135,8 @@ class Wire:
         """Find out which addresses may be connected to: before there is a connection, since it may block."""
         if not self._guard.knows:  # not any more: a file may have been signed long ago
             yield Aside(self._guard.learn)
-        if self._proxied:
-            yield Aside(partial(self._guard.check_name, place.host))
+        if place.proxied:
+            yield Aside(partial(self._guard.check_name, place.host, port=place.port))
 
     def _checked(self, url: str) -> tuple[_Place, str]:
         """Whom `url` asks, if it may be asked; and the path and query.
@@ -144,8 +151,10 @@ class Wire:
             origin = self._policy.check_url(url)
             if len(self._places) >= _MOST_ORIGINS:
                 self._places.clear()
-            check_address = _anything if self._proxied else partial(self._guard.check, origin.host)
-            place = self._places[authority] = _Place(origin.host, _authority(origin), check_address)
+            proxied = self._proxies.choose(*origin) is not None
+            check_address = _anything if proxied else partial(self._guard.check, origin.host, port=origin.port)
+            place = _Place(origin.host, _authority(origin), check_address, origin.port, proxied)
+            self._places[authority] = place
         target = url[len(authority) :].partition("#")[0]
         return place, target if target.startswith("/") else f"/{target}"
 
@@ -174,7 +183,7 @@ def _check(exchange: Exchange, place: _Place) -> None:
     if exchange.error is not None:
         raise exchange.error
     if exchange.code and exchange.reply.status < 400:  # an error's status is enough, even if its words were cut
-        failure = f"{place.host}: {clean(exchange.failure, 200)}"
+        failure = f"{place.host}: {in_words(exchange.failure) or clean(exchange.failure, 200)}"
         if exchange.code in _HOPELESS:
             raise WorkerFault(WorkerReason.STORAGE, f"the storage cannot be trusted or asked: {failure}")
         raise TryAgain(failure)

@@ -1,13 +1,17 @@
 """settings: layers, names, pairs, secrets, and one readable line for every bad value."""
 
 import re
+import ssl
 from pathlib import Path
 
 import pytest
 
+from jobfetcher.certificates import read_certificates
 from jobfetcher.core.errors import ConfigError
 from jobfetcher.settings import Loaded, Settings, load
 from jobfetcher.show import config_rows
+from jobfetcher.sources.worker_api.deadline import tls
+from tests.support.transfers import Authority
 
 ROOT = Path(__file__).parents[2]
 GOOD = {"API_URL": "https://jobs.example.org", "ACCESS_TOKEN": "t0k3n", "PATH_BASE": "/srv/jobs"}
@@ -99,19 +103,104 @@ def test_an_env_file_of_the_reference_works_as_it_is(tmp_path: Path, newline: st
     assert (found.timeout_job, found.timeout_status) == (10, 60)
 
 
-def test_nothing_is_interpolated(tmp_path: Path) -> None:
-    env = dotenv(tmp_path, "PASSWORD=a${HOME}b\nUSERNAME=w\n")
-    found = load(environ={"API_URL": GOOD["API_URL"]}, env_file=env).settings
+def test_variables_are_replaced_but_in_what_means_what_it_says(tmp_path: Path) -> None:
+    env = dotenv(
+        tmp_path, "PASSWORD=a${HOME}b\nUSERNAME=w${x}\nDISK=/disk\nPATH_BASE=${DISK}/${LOGNAME}\nGROUPS=${NONE:-a},b\n"
+    )
+    found = load(environ={"API_URL": GOOD["API_URL"], "LOGNAME": "lab"}, env_file=env).settings
     assert found.password is not None
-    assert found.password.get_secret_value() == "a${HOME}b"
+    assert (found.username, found.password.get_secret_value()) == ("w${x}", "a${HOME}b")
+    assert (found.path_base, found.groups) == (Path("/disk/lab"), ("a", "b"))
 
 
-def test_a_named_env_file_must_be_there_and_readable(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no file .*missing"):
+def test_a_variable_that_nobody_replaced_makes_no_directory_of_that_name(tmp_path: Path) -> None:
+    env = dotenv(tmp_path, "\n# where\nPATH_BASE=${NOWHERE}/jobs\n")
+    with pytest.raises(ConfigError) as error:
+        load(environ={}, env_file=env)
+    assert str(error.value) == f"{env}, line 3: PATH_BASE has ${{NOWHERE}} in it, and there is no such variable"
+    for written in ("${HOME}/jobs", "$HOME/jobs"):  # as `docker run --env-file` passes them on
+        assert refused(GOOD | {"PATH_BASE": written}).startswith("PATH_BASE: has a variable in it that nobody replaced")
+
+
+def test_a_named_env_file_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"there is no file {tmp_path}/missing \(--env-file\)"):
         load(environ=dict(GOOD), env_file=tmp_path / "missing")
-    (tmp_path / "latin").write_bytes(b"USERNAME=\xe4\n")
-    with pytest.raises(ConfigError, match=r"latin cannot be read"):
-        load(environ=dict(GOOD), env_file=tmp_path / "latin")
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "told"),
+    [
+        (b"USERNAME=lab\nPASSWORD=sesam\xe4\n", 2, "is not UTF-8; save it as UTF-8"),
+        ("USERNAME=lab\nPASSWORD=sesam".encode("utf-16-le"), 1, "has zero bytes in it"),
+        (b"USERNAME=lab\nPASSWORD='sesam\n", 2, "the quote that begins the value of PASSWORD is not closed"),
+        (b"PASSWORD='sesam\nUSERNAME='lab'\n", 1, "PASSWORD"),
+        (b'PASSWORD="sesam\n\nUSERNAME="lab"\n', 1, "PASSWORD"),
+        (b"\n\nPASSWORD='sesam\nUSERNAME=lab'\n", 3, "the quote that begins the value of PASSWORD is not closed"),
+        (b'PASSWORD="ses"am"\n', 1, 'something follows the closing quote of PASSWORD; where the value has a " in it'),
+        (b"API_URL https://jobs.example.org\n", 1, "this is no setting; a line is NAME=VALUE"),
+        (b"\n# x\nexport PASSWORD\n", 3, "PASSWORD has no value"),
+        (b'PASSWORD="sesam\\nopen"\n', 1, "the value of PASSWORD has a control character in it"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named_and_not_shown(
+    tmp_path: Path, content: bytes, line: int, told: str
+) -> None:
+    path = tmp_path / "worker.env"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        load(environ=dict(GOOD), env_file=path)
+    said = str(error.value)
+    assert said.startswith(str(path))
+    assert f"line {line}" in said
+    assert told in said
+    assert len(said.splitlines()) == 1
+    assert "sesam" not in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "worker.env"
+    path.write_text("USERNAME=lab\r\nPASSWORD='pä ss'\r\n", encoding=encoding, newline="")
+    found = load(environ=dict(SIGN_IN), env_file=path).settings
+    assert found.password is not None
+    assert (found.username, found.password.get_secret_value()) == ("lab", "pä ss")
+
+
+def test_names_and_fixed_words_may_be_written_in_any_case(tmp_path: Path) -> None:
+    env = dotenv(tmp_path, "api_url=https://jobs.example.org\nAccess_Token=t\nlog_level=DEBUG\nGROUPS=A\ngroups=b\n")
+    found = load(environ={"pull_policy": "Never", "Max_Jobs": "AUTO", "JobFetcher_Log_Format": "JSON"}, env_file=env)
+    assert found.warnings == (f"{env} holds a secret and can be read by others; run `chmod 600 {env}`",)
+    settings = found.settings
+    assert (settings.api_url, settings.log_level, settings.log_format) == (GOOD["API_URL"], "debug", "json")
+    assert (settings.pull_policy, settings.max_jobs, settings.groups) == ("never", None, ("A",))
+
+
+def test_a_secret_in_lower_case_leaves_the_environment_as_well() -> None:
+    environ = {"api_url": GOOD["API_URL"], "access_token": "canary", "jobfetcher_password": "canary"}
+    load(environ=environ | {"JOBFETCHER_USERNAME": "w"})
+    with_user = environ | {"JOBFETCHER_USERNAME": "w"}
+    load(environ=with_user)
+    assert "canary" not in str(with_user)
+
+
+def test_quotes_that_docker_leaves_are_taken_off() -> None:
+    found = load(
+        environ={
+            "API_URL": "'https://jobs.example.org'",
+            "USERNAME": '"lab"  # the account',
+            "PASSWORD": "'pa ss#word'",
+            "TIMEOUT_JOB": '"7"',
+            "OTHERS": "'not ours'",
+        }
+    )
+    settings = found.settings
+    assert settings.password is not None
+    assert (settings.api_url, settings.username, settings.timeout_job) == (GOOD["API_URL"], "lab", 7)
+    assert settings.password.get_secret_value() == "pa ss#word"
+    assert found.warnings == (
+        "environment: PASSWORD stood in quotes, as `docker run --env-file` leaves them, and they were taken off; if "
+        "they belong to it, put it into a file and name that in PASSWORD_FILE",
+    )
 
 
 # -- user name and password -----------------------------------------------------------------------------------------
@@ -187,6 +276,25 @@ def test_a_secret_file_that_is_missing_or_empty_is_named(tmp_path: Path) -> None
     assert re.fullmatch(f"PASSWORD_FILE: {missing} cannot be read: .*", text)
     missing.write_text(" \n")
     assert refused(SIGN_IN | {"USERNAME": "lab", "PASSWORD_FILE": str(missing)}).endswith("is empty")
+    missing.write_bytes(b"sesam\xe4\n")
+    text = refused(SIGN_IN | {"USERNAME": "lab", "PASSWORD_FILE": str(missing)})
+    assert text == f"PASSWORD_FILE: {missing} cannot be read: it is not text in UTF-8"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_only_the_ends_of_lines_are_cut_from_a_secret(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "password"
+    path.write_text(" two words \r\n", encoding=encoding, newline="")
+    found = load(environ=SIGN_IN | {"USERNAME": "lab", "PASSWORD_FILE": str(path)}).settings
+    assert found.password is not None
+    assert found.password.get_secret_value() == " two words "
+    found = load(environ=SIGN_IN | {"USERNAME": "lab ", "PASSWORD": " two words \r"}).settings
+    assert found.password is not None
+    assert (found.username, found.password.get_secret_value()) == ("lab", " two words ")
+    (tmp_path / ".env").write_text("USERNAME=lab\nPASSWORD=' two words '\n")
+    found = load(environ=dict(SIGN_IN)).settings
+    assert found.password is not None
+    assert found.password.get_secret_value() == " two words "
 
 
 # -- values ---------------------------------------------------------------------------------------------------------
@@ -249,6 +357,23 @@ def test_auto_and_lists() -> None:
         ("TRANSFERS", "0"),
         ("TRANSFERS", "65"),
         ("CA_FILE", "/nowhere/ca.pem"),
+        ("GPUS", "1"),
+        ("GPUS", "GPU-1, 0"),
+        ("STORAGE_ALLOW", "minio.lab minio2.lab"),
+        ("STORAGE_ALLOW", "minio.lab/bucket"),
+        ("STORAGE_ALLOW", "*"),
+        ("STORAGE_ALLOW", "*."),
+        ("STORAGE_ALLOW", "m*.lab"),
+        ("STORAGE_ALLOW", "minio.lab:"),
+        ("STORAGE_ALLOW", "minio.lab:99999"),
+        ("STORAGE_ALLOW", "10.0.0.0/33"),
+        ("STORAGE_ALLOW", "[fd00::1"),
+        ("STORAGE_ALLOW", "http://"),
+        ("STORAGE_ALLOW", "minio.lab, ö.lab"),
+        ("PROXY", "proxy.lab:3128"),
+        ("PROXY", "socks5://proxy.lab:1080"),
+        ("HTTPS_PROXY", "socks5://proxy.lab:1080"),
+        ("HTTP_PROXY", "http://proxy lab"),
         ("ALLOW_INSECURE_HTTP", "x"),
         ("ON_WORKER_FAULT", "shrug"),
         ("LOG_FORMAT", "xml"),
@@ -269,8 +394,11 @@ def test_every_bad_value_has_its_line() -> None:
 
 
 def test_what_is_missing_is_named_at_once() -> None:
-    lines = refused({}).splitlines()
+    *lines, last = refused({}).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["API_URL", "ACCESS_TOKEN, or USERNAME and PASSWORD"]
+    assert last.startswith(f"there is no {Path.cwd() / '.env'};")  # where it was looked for
+    Path(".env").touch()
+    assert len(refused({}).splitlines()) == 2
     assert load(environ={}, server=False).settings.api_url == ""
 
 
@@ -293,7 +421,157 @@ def test_the_base_directory_is_absolute_and_the_url_has_no_slash_at_its_end(
     monkeypatch.setenv("HOME", "/home/lab")
     assert loaded({"PATH_BASE": "jobs"}).settings.path_base == tmp_path / "jobs"
     assert loaded({"PATH_BASE": "~/jobs"}).settings.path_base == Path("/home/lab/jobs")
-    assert loaded({"API_URL": "https://h/api/"}).settings.api_url == "https://h/api"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("https://h/api/", "https://h/api"),
+        ("https://h/api//", "https://h/api"),
+        ("HTTPS://Jobs.Example.ORG:443/", "https://jobs.example.org"),
+        ("https://jobs.example.org.", "https://jobs.example.org"),
+        ("https://jobs.example.org:8443/API", "https://jobs.example.org:8443/API"),
+        ("http://127.0.0.1:80", "http://127.0.0.1"),
+        ("http://[::1]:8000/", "http://[::1]:8000"),
+    ],
+)
+def test_every_spelling_of_an_address_is_one_address(written: str, meant: str) -> None:
+    assert loaded({"API_URL": written}).settings.api_url == meant
+
+
+@pytest.mark.parametrize("last", ["jobs", "access_info", "docs"])
+def test_an_address_that_ends_in_what_the_worker_adds_is_told(last: str) -> None:
+    (told,) = loaded({"API_URL": f"https://jobs.example.org/v1/{last}/"}).warnings
+    assert told == (
+        f"API_URL ends in /{last}, which the worker adds where it is needed; is https://jobs.example.org/v1 meant?"
+    )
+
+
+# -- certificates and proxies -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+def test_a_file_of_certificates_may_have_any_usual_form(authority: Authority, tmp_path: Path) -> None:
+    pem = authority.file.read_text()
+    forms = {
+        "plain.pem": pem.encode(),
+        "commented.pem": f"# Universität\r\n{pem}".replace("\n", "\r\n").encode(),
+        "marked.pem": b"\xef\xbb\xbf" + pem.encode(),
+        "wide.pem": pem.encode("utf-16"),
+        "binary.der": ssl.PEM_cert_to_DER_cert(pem),
+        "two.pem": (pem + pem).encode(),
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_bytes(content)
+        assert loaded({"CA_FILE": str(tmp_path / name)}).settings.ca_file == tmp_path / name
+        trust = read_certificates(tmp_path / name)
+        assert (trust.file is None) is (name in {"marked.pem", "wide.pem", "binary.der"})
+        context = tls(None if trust.file is None else str(trust.file), trust.pem)
+        assert [found["serialNumber"] for found in context.get_ca_certs()] != []
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"hello", "has no certificate in it"),
+        (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "has no certificate in it"),
+        (
+            b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+            "has no certificate .* a private key in it",
+        ),
+        (b"\x30\x03\x02\x01\x00", "has no certificate in it"),
+    ],
+)
+@pytest.mark.parametrize("name", ["CA_FILE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def test_a_file_without_certificates_is_one_line(tmp_path: Path, content: bytes, told: str, name: str) -> None:
+    path = tmp_path / "ca.pem"
+    path.write_bytes(content)
+    text = refused(GOOD | {name: str(path)})
+    assert re.match(f"{name}: {path} {told}", text)
+    assert len(text.splitlines()) == 1
+    with pytest.raises(ConfigError, match=f"{name}: "):
+        load(environ=GOOD | {name: str(path)}, server=False)  # `jobfetcher config` says so as well
+    assert refused(GOOD | {name: str(tmp_path)}).startswith(f"{name}: {tmp_path} is a directory")
+
+
+def test_certificates_that_others_go_by_count_where_ours_are_not_named(authority: Authority, tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("CA_FILE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")}
+    for path in paths.values():
+        path.write_bytes(authority.file.read_bytes())
+    environ = {name: str(path) for name, path in paths.items()}
+    env = dotenv(tmp_path, f"CA_FILE={environ.pop('CA_FILE')}\n")
+    found = load(environ=GOOD | environ, env_file=env)
+    assert (found.settings.ca_file, found.layers["ca_file"]) == (paths["CA_FILE"], f"{env} (CA_FILE)")
+    found = load(environ=GOOD | environ)
+    assert found.layers["ca_file"] == "environment (SSL_CERT_FILE)"
+    del environ["SSL_CERT_FILE"]
+    found = load(environ=GOOD | environ)
+    assert (found.settings.ca_file, found.layers["ca_file"]) == (
+        paths["REQUESTS_CA_BUNDLE"],
+        "environment (REQUESTS_CA_BUNDLE)",
+    )
+
+
+@pytest.mark.fault("B20")
+def test_proxies_of_the_environment_are_settings(tmp_path: Path) -> None:
+    found = loaded(
+        {"https_proxy": "proxy.lab:3128", "HTTPS_PROXY": "http://other:1", "no_proxy": "minio.lab, .cluster"}
+    )
+    assert found.layers["https_proxy"] == "environment (https_proxy)"
+    proxies = found.settings.proxies
+    assert proxies.choose("https", "jobs.example.org", 443) == "http://proxy.lab:3128"
+    assert proxies.choose("http", "jobs.example.org", 80) is None
+    assert proxies.choose("https", "minio.lab", 9000) is None
+    env = dotenv(tmp_path, "HTTP_PROXY=http://user:canary@proxy.lab\n")
+    found = load(environ=dict(GOOD), env_file=env)
+    assert found.settings.http_proxy == "http://user:canary@proxy.lab:80"
+    shown = {row["name"]: (row["value"], row["from"]) for row in config_rows(found)}
+    assert shown["HTTP_PROXY"] == ("http://********@proxy.lab:80", f"{env} (HTTP_PROXY)")
+
+
+@pytest.mark.fault("B20")
+@pytest.mark.parametrize(("proxy", "chosen"), [("none", None), ("NONE", None), ("http://ours:1", "http://ours:1")])
+def test_proxy_wins_over_what_is_for_every_program(proxy: str, chosen: str | None) -> None:
+    found = loaded({"HTTPS_PROXY": "socks5://nonsense", "NO_PROXY": "*", "PROXY": proxy})
+    assert found.settings.proxies.choose("https", "jobs.example.org", 443) == chosen
+    assert found.settings.proxies.choose("http", "127.0.0.1", 80) == chosen
+    shown = {row["name"]: (row["value"], row["from"]) for row in config_rows(found)}
+    assert shown["HTTPS_PROXY"] == ("", "not used, PROXY wins over environment (HTTPS_PROXY)")
+
+
+@pytest.mark.fault("B20")
+@pytest.mark.parametrize(
+    ("no_proxy", "host", "port", "direct"),
+    [
+        ("", "jobs.example.org", 443, False),
+        ("*", "jobs.example.org", 443, True),
+        ("example.org", "jobs.example.org", 443, True),
+        (".example.org", "jobs.example.org", 443, True),
+        ("*.example.org", "jobs.example.org", 443, True),
+        ("Example.ORG", "example.org", 443, True),
+        ("example.org", "notexample.org", 443, False),
+        ("example.org:8443", "jobs.example.org", 443, False),
+        ("example.org:8443", "jobs.example.org", 8443, True),
+        ("10.0.0.0/8", "10.1.2.3", 443, True),
+        ("10.0.0.0/8", "11.1.2.3", 443, False),
+        ("10.1.2.3", "10.1.2.3", 443, True),
+        ("2.3", "10.1.2.3", 443, False),
+        ("not a host!, minio.lab", "minio.lab", 9000, True),
+        ("", "127.0.0.1", 8000, True),
+        ("", "localhost", 8000, True),
+        ("", "::1", 8000, True),
+        ("", "host.docker.internal", 8000, True),
+    ],
+)
+def test_no_proxy_is_read_as_other_programs_read_it(no_proxy: str, host: str, port: int, direct: bool) -> None:
+    proxies = loaded({"HTTPS_PROXY": "http://proxy.lab:3128", "NO_PROXY": no_proxy}).settings.proxies
+    assert (proxies.choose("https", host, port) is None) is direct
 
 
 def test_the_address_of_one_service_goes_before_that_of_all() -> None:
@@ -340,10 +618,12 @@ def test_every_setting_says_what_it_is_for() -> None:
 def test_a_name_that_is_no_setting_is_told_with_the_one_it_resembles(tmp_path: Path) -> None:
     env_file = tmp_path / "worker.env"
     env_file.write_text("API_URL=https://jobs.example.org\nTIMEOUT_JBO=3\nTIMOUT_STATUS=20\nPASSWORD_FILE=\n")
-    environ = {"ACCESS_TOKEN": "t", "JOBFETCHER_MAXJOBS": "2", "SHELL": "/bin/sh"}
+    environ = {"JOBFETCHER_MAXJOBS": "2", "SHELL": "/bin/sh", "USER": "lab", "HOSTNAME": "pc", "ACESS_TOKEN": "t"}
+    environ |= {"ACCESS_TOKEN": "t", "LOGNAME": "lab", "PATH": "/bin", "HTTP_PROXY": "", "ALL_PROXY": "", "PROXIES": ""}
     warnings = load(environ=environ, env_file=env_file).warnings
     assert warnings == (
         "environment: JOBFETCHER_MAXJOBS is no setting; is MAX_JOBS meant?",
+        "environment: ACESS_TOKEN is no setting; is ACCESS_TOKEN meant?",
         f"{env_file}: TIMEOUT_JBO is no setting; is TIMEOUT_JOB meant?",
     )
 

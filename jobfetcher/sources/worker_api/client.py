@@ -1,8 +1,8 @@
 """One request to the worker API, one reply, in bounded time and memory.
 
 Knows HTTP and tokens, and no endpoint. Never follows a redirect and speaks to one origin only, so the token cannot
-leave for another host (FAULTS.md T8); nothing of the environment (proxies, netrc) is used. Nothing is repeated here
-except once after a 401, which the server did not act upon (PROTOCOL.md S1).
+leave for another host (FAULTS.md T8); nothing of the environment (proxies, netrc) is read here. Nothing is repeated
+here except once after a 401, which the server did not act upon (PROTOCOL.md S1).
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
+import httpcore
 import httpx
 
 from jobfetcher.core.errors import SourceError, SourceRefused, SourceUnavailable
+from jobfetcher.core.hosts import Proxies
 from jobfetcher.core.text import clean
+from jobfetcher.core.tls import apart, in_words, is_about_time
 from jobfetcher.core.urls import Origin, parse_origin
 from jobfetcher.sources.worker_api.auth import Auth
 from jobfetcher.sources.worker_api.deadline import NOT_SENT, TRANSPORT_ERRORS, DeadlineTransport, Proxy, deadline
@@ -30,6 +33,9 @@ _VALUES = 50_000
 
 #: Of an answer that is no success no more is read; and of any body, so much is kept for messages (B10).
 _ERROR_BYTES, _WORDS_BYTES = 65_536, 1024
+
+#: Clocks that are less apart, in seconds, agree.
+_CLOCK_S = 60.0
 
 #: FAULTS.md J8: worth another try later.
 _TRY_LATER = frozenset({408, 425, 429})
@@ -103,17 +109,24 @@ def _no_constant(name: str) -> Any:
 class Client:
     """Requests to one base URL. Thread-safe; close it when done.
 
-    `proxy`: the address of an HTTP proxy for all of them, a name and password in it if it wants some. Without one none
-    is used, whatever the environment says. Raises ConfigError for one that cannot be read.
+    `proxy`: the address of an HTTP proxy for all of them, a name and password in it if it wants some, or which is for
+    what. Without one none is used, whatever the environment says. Raises ConfigError for one that cannot be read.
     """
 
-    def __init__(self, base_url: str, *, ca_file: str | None = None, proxy: str | None = None) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        ca_file: str | None = None,
+        ca_pem: str | None = None,
+        proxy: str | Proxies | None = None,
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         self.origin: Origin = parse_origin(base_url)
-        self._proxy = None if proxy is None else Proxy.parse(proxy)
+        proxies = proxy if isinstance(proxy, Proxies) else Proxies.everything_through(proxy)
         # Without httpx.Client: all that it adds (redirects, cookies, the environment's proxies and netrc) is unwanted
         # here, and costs a seventh of a call.
-        self._transport = DeadlineTransport(ca_file=ca_file, proxy=self._proxy)
+        self._transport = DeadlineTransport(ca_file=ca_file, ca_pem=ca_pem, proxies=proxies)
         self.auth: Auth | None = None
 
     def request(self, method: str, path: str, params: Params = (), *, within_s: float = CALL_S) -> Reply:
@@ -162,7 +175,7 @@ class Client:
                     response.close()
         except TRANSPORT_ERRORS as error:
             raise SourceUnavailable(
-                f"no answer from {self._where(url)}: {clean(str(error) or type(error).__name__, 200)}",
+                f"no answer from {self._where(url)}: {self._why(error, url)}",
                 sent=not isinstance(error, NOT_SENT),
             ) from error
         if response.status_code < 300 and len(body) > BODY_BYTES:
@@ -182,7 +195,26 @@ class Client:
         """Who did not answer, for a person: nothing of it is a secret."""
         host = f"[{self.origin.host}]" if ":" in self.origin.host else self.origin.host
         where = f"{host}:{self.origin.port}" if url.startswith(self.base_url) else clean(url, 200)
-        return where if self._proxy is None else f"{where} through the proxy {self._proxy.name}"
+        try:
+            proxy = self._transport.proxy_for(httpx.URL(url))
+        except httpx.InvalidURL:
+            proxy = None
+        return where if proxy is None else f"{where} through the proxy {Proxy.parse(proxy).name}"
+
+    def _why(self, error: Exception, url: str) -> str:
+        """What went wrong, and what to do where that is known (core.tls)."""
+        said = clean(str(error) or type(error).__name__, 200)
+        if url.startswith("http://") and isinstance(error, httpcore.RemoteProtocolError | httpcore.ReadError):
+            return f"{said}; if the server wants TLS there, the address must begin with https://"
+        if not (meaning := in_words(said)):
+            return said
+        if is_about_time(said) and (there := self._transport.server_time(httpx.URL(url))) is not None:
+            off_s = time.time() - there
+            if abs(off_s) >= _CLOCK_S:
+                how = f"{apart(abs(off_s))} {'ahead of' if off_s > 0 else 'behind'} the server's"
+                return f"{meaning} (it is {how}): {said}"
+            return f"{meaning} (it agrees with the server's, so the certificate is what is wrong): {said}"
+        return f"{meaning}: {said}"
 
 
 def is_definite(reply: Reply) -> bool:

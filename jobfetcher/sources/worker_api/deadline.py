@@ -7,6 +7,7 @@ call ends on time. Name resolution is the operating system's and has its own lim
 
 from __future__ import annotations
 
+import email.utils
 import socket
 import ssl
 import struct
@@ -22,6 +23,7 @@ import httpcore
 import httpx
 
 from jobfetcher.core.errors import ConfigError
+from jobfetcher.core.hosts import NO_PROXIES, Proxies
 
 #: What httpcore raises; it has no root class of its own.
 TRANSPORT_ERRORS = (
@@ -48,6 +50,12 @@ NOT_SENT = (
 #: call that was given up, or of a process that was killed, for minutes: a heartbeat sent into a network that is down
 #: would arrive after the job's end and open it again (PROTOCOL.md S6).
 _NO_LINGER = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+#: X509_V_FLAG_NO_CHECK_TIME: all of a certificate is verified but the time. Python has no name for it.
+_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
+
+#: The question what time it is has so long at most, in seconds.
+_ASK_TIME_S = 5.0
 
 #: End of the current call on time.monotonic(), per thread (a call runs in the thread that makes it).
 _ends_at: ContextVar[float | None] = ContextVar("ends_at", default=None)
@@ -148,29 +156,46 @@ class Proxy:
 class DeadlineTransport(httpx.BaseTransport):
     """Kept-alive HTTP/1.1 connections whose every operation respects `deadline`. Thread-safe.
 
-    Through `proxy`, an https call is a tunnel (CONNECT), so that the proxy sees host and port; an http call is not.
+    `proxies` says which call goes through which proxy. Through one, an https call is a tunnel (CONNECT), so that the
+    proxy sees host and port; an http call is not. `ca_file`, or `ca_pem` as text, replaces the system's certificates.
     """
 
-    def __init__(self, *, ca_file: str | None = None, proxy: Proxy | None = None) -> None:
-        context = _tls(ca_file)
-        options: dict[str, Any] = {
-            "ssl_context": context,
-            # One for each thread that asks, and their number is bounded by the settings: with a bound here, signatures
-            # that hang would keep the keep-alives of all jobs waiting (FAULTS.md B13).
-            "max_connections": None,
-            "max_keepalive_connections": 16,
-            "keepalive_expiry": 60.0,
-            "network_backend": _Backend(),
+    def __init__(self, *, ca_file: str | None = None, ca_pem: str | None = None, proxies: Proxies = NO_PROXIES) -> None:
+        self._ca = (ca_file, ca_pem)
+        self._proxies = proxies
+        context = tls(*self._ca)
+        self._pools: dict[str | None, httpcore.ConnectionPool] = {
+            proxy: _pool(None if proxy is None else Proxy.parse(proxy), context, context)
+            for proxy in (None, *proxies.addresses)
         }
-        self._pool: httpcore.ConnectionPool
-        if proxy is None:
-            self._pool = httpcore.ConnectionPool(**options)
-        else:
-            to_proxy = _tls(ca_file) if proxy.url.startswith("https") else None
-            self._pool = httpcore.HTTPProxy(proxy.url, proxy.login, proxy_ssl_context=to_proxy, **options)
+
+    def proxy_for(self, url: httpx.URL) -> str | None:
+        """The proxy that a call goes through; None: there is none for it."""
+        scheme = url.scheme
+        return self._proxies.choose(scheme, url.host, url.port or (443 if scheme == "https" else 80))
+
+    def server_time(self, url: httpx.URL) -> float | None:
+        """What the server says the time is, in seconds since 1970, where its certificate is good but for the time;
+        None where that cannot be found out. Nothing is sent but a HEAD of `/`."""
+        context = tls(*self._ca)
+        context.verify_flags |= _NO_CHECK_TIME
+        proxy = self.proxy_for(url)
+        with _pool(None if proxy is None else Proxy.parse(proxy), context, tls(*self._ca)) as pool:
+            target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=b"/")
+            headers = [(b"Host", url.netloc), (b"User-Agent", b"jobfetcher"), (b"Connection", b"close")]
+            times = {"timeout": httpx.Timeout(_ASK_TIME_S).as_dict()}
+            try:
+                with pool.stream("HEAD", target, headers=headers, extensions=times) as response:
+                    dates = [value for name, value in response.headers if name.lower() == b"date"]
+            except TRANSPORT_ERRORS:
+                return None
+        try:
+            return email.utils.parsedate_to_datetime(dates[0].decode("latin-1")).timestamp()
+        except (IndexError, ValueError, TypeError, OverflowError):
+            return None
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        response = self._pool.handle_request(
+        response = self._pools[self.proxy_for(request.url)].handle_request(
             httpcore.Request(
                 method=request.method,
                 url=httpcore.URL(
@@ -189,10 +214,30 @@ class DeadlineTransport(httpx.BaseTransport):
         )
 
     def close(self) -> None:
-        self._pool.close()
+        for pool in self._pools.values():
+            pool.close()
 
 
-def _tls(ca_file: str | None) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=ca_file)
+def _pool(proxy: Proxy | None, context: ssl.SSLContext, to_proxy: ssl.SSLContext) -> httpcore.ConnectionPool:
+    options: dict[str, Any] = {
+        "ssl_context": context,
+        # One for each thread that asks, and their number is bounded by the settings: with a bound here, signatures
+        # that hang would keep the keep-alives of all jobs waiting (FAULTS.md B13).
+        "max_connections": None,
+        "max_keepalive_connections": 16,
+        "keepalive_expiry": 60.0,
+        "network_backend": _Backend(),
+    }
+    if proxy is None:
+        return httpcore.ConnectionPool(**options)
+    return httpcore.HTTPProxy(
+        proxy.url, proxy.login, proxy_ssl_context=to_proxy if proxy.url.startswith("https") else None, **options
+    )
+
+
+def tls(ca_file: str | None, ca_pem: str | None) -> ssl.SSLContext:
+    """TLS 1.2 or later, trusting these certificates, or the system's where there are none."""
+    data = None if ca_pem is None else ca_pem.encode("ascii", errors="replace").decode()
+    context = ssl.create_default_context(cafile=ca_file, cadata=data)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
