@@ -43,7 +43,7 @@ _MIB, _GIB = 1024**2, 1024**3
 _RESERVE_BYTES, _RESERVE_SHARE = 5 * _GIB, 0.05
 
 #: All that a worker makes in PATH_BASE: a directory with nothing else in it is ours alone.
-_OURS = {"lock", "jobs", "cache", "proof", "quarantine", "journal.ballast"}
+_OURS = {"lock", "jobs", "cache", "proof", "quarantine", "journal.ballast", "refused.json", "refused.json.new"}
 _OURS |= {f"journal.db{part}" for part in ("", "-wal", "-shm", "-journal", ".new", ".draft")}
 
 #: How the lock file begins while it is held, and what its holder puts over that when it leaves in order.
@@ -81,6 +81,8 @@ class Base:
         self._spare: Callable[[int], None] | None = None
         try:
             _check_links(path)
+            if not path.exists():
+                _check_owners(path)  # where it must not lie, nothing is made
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Followed once, here: below it no link ever is.
             self.path = path = path.resolve()
@@ -529,10 +531,14 @@ def _make_private(path: Path) -> None:
 def _check_owners(path: Path) -> None:
     """Whoever may rename a directory may replace what is below it (FAULTS.md T21); a sticky one prevents that.
 
-    A group that is its owner's alone (same number, as most systems give every user) is the owner.
+    Of a path that is not there yet, what is above it is looked at. A group that is its owner's alone (same number, as
+    most systems give every user) is the owner.
     """
     for folder in (path.resolve(), *path.resolve().parents):
-        seen = folder.stat()
+        try:
+            seen = folder.stat()
+        except FileNotFoundError:
+            continue  # it is going to be made
         if seen.st_mode & stat.S_ISVTX and folder != path.resolve():
             continue  # but in PATH_BASE itself, others could put their own `jobs` before ours
         by_group = seen.st_mode & stat.S_IWGRP and seen.st_gid != seen.st_uid

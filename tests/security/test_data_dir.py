@@ -322,3 +322,13 @@ def in_child_as_nobody(script: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.fault("T21")
+def test_where_a_directory_must_not_lie_none_is_made(shared: Path) -> None:
+    loose = shared / "loose"
+    loose.mkdir()
+    loose.chmod(0o777)
+    with pytest.raises(ConfigError, match="can be changed by everybody"):
+        Base(loose / "deep" / "base")
+    assert list(loose.iterdir()) == []

@@ -753,6 +753,11 @@ def test_a_release_that_was_heard_is_not_repeated(api: ScriptedApi, source: Work
     assert api.said == ["GET"]
 
 
+@pytest.mark.parametrize("spelling", ["{0}/", "HTTP://127.0.0.1:{1}", "http://127.0.0.1.:{1}//"])
+def test_a_lease_whose_server_was_spelt_another_way_is_ours(api: ScriptedApi, source: WorkerApi, spelling: str) -> None:
+    assert source.resume(spelling.format(api.url, api.url.rpartition(":")[2]), SEVEN).job_id == SEVEN
+
+
 def test_a_lease_of_another_server_is_refused(source: WorkerApi) -> None:
     with pytest.raises(ConfigError, match=r"old\.example.*API_URL"):
         source.resume("https://old.example", SEVEN)

@@ -27,7 +27,7 @@ from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Claim, Emit, Standing
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.core.text import clean, details
-from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy
+from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy, canonical_url
 from jobfetcher.sources.worker_api.client import (
     CALL_S,
     Client,
@@ -143,7 +143,7 @@ class WorkerApi:
 
         Without `cut_off` other processes may speak of the job, too (jobfetcher.steps): only its end is asked for first.
         """
-        if token != self._client.base_url:
+        if _spelt_alike(token) != _spelt_alike(self._client.base_url):
             raise ConfigError(
                 f"PATH_BASE holds job {job_id} of {clean(token, 200)}, but API_URL is {self._client.base_url}; start "
                 "once more with the old API_URL to bring the job to its end, or use another PATH_BASE"
@@ -216,6 +216,14 @@ class WorkerApi:
         )
         self._held.setdefault(job_id, lease)
         return lease
+
+
+def _spelt_alike(url: str) -> str:
+    """An address that may be spelt in several ways, in one; an older worker wrote it down as its owner had."""
+    try:
+        return canonical_url(url)
+    except ValueError:
+        return url
 
 
 class ApiLease:
