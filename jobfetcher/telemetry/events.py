@@ -10,6 +10,8 @@ Progress has two events, several a second at most, that only progress bars liste
     emit("progress", job=..., step="download" | "pull" | "upload", done=bytes, total=bytes or None,
          files_done=..., files_total=...)
     emit("progress_end", job=..., step=...)
+
+They also show since when a job has been running: from its event `run` to a `progress_end` of the step `run`.
 """
 
 from __future__ import annotations

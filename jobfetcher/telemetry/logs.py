@@ -251,7 +251,7 @@ def _render_json(line: Mapping[str, Any]) -> str:
 
 
 class _Plain:
-    """`HH:MM:SS  job 12  downloading 3 files (1.2 GB)`, in local time.
+    """`2030-05-17 12:00:01 +0200  job 12  downloading 3 files (1.2 GB)`, in local time with its distance from UTC.
 
     An event with a message is shown as that sentence; one without, as its name and fields. JSON has all of it.
     """
@@ -266,7 +266,7 @@ class _Plain:
         sentence = str(line.get("message") or line["event"].replace("_", " "))
         if line["level"] in self._COLOURS:
             sentence = self._paint(self._COLOURS[line["level"]], f"{line['level']}: {sentence}")
-        parts = [self._paint(self._DIM, time.strftime("%H:%M:%S", time.localtime(line["time"])))]
+        parts = [self._paint(self._DIM, time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(line["time"])))]
         if line.get("job") is not None:
             parts.append(f"job {line['job']}")
         parts.append(sentence)

@@ -117,10 +117,10 @@ def test_a_plain_line_is_a_sentence_or_a_name_with_its_fields() -> None:
         events.emit("broken", "error", error=ValueError("no"))
 
     assert logged(tell) == [
-        "12:00:01  job 12  downloading 3 files (1.2 GB)",
-        '12:00:01  job 12  job ended  exit_code=0 seconds=1.235 note="a \\"b\\" c" empty=""',
-        "12:00:01  warning: the server does not answer",
-        '12:00:01  error: broken  error="ValueError: no"',
+        "2030-05-17 12:00:01 +0000  job 12  downloading 3 files (1.2 GB)",
+        '2030-05-17 12:00:01 +0000  job 12  job ended  exit_code=0 seconds=1.235 note="a \\"b\\" c" empty=""',
+        "2030-05-17 12:00:01 +0000  warning: the server does not answer",
+        '2030-05-17 12:00:01 +0000  error: broken  error="ValueError: no"',
     ]
 
 
@@ -168,9 +168,9 @@ def test_colour_only_on_a_terminal_that_wants_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b[33mwarning: hello\x1b[0m" in logged(tell, stream=Terminal())[0]
-    assert logged(tell) == ["12:00:01  warning: hello"]
+    assert logged(tell) == ["2030-05-17 12:00:01 +0000  warning: hello"]
     monkeypatch.setenv("NO_COLOR", "1")
-    assert logged(tell, stream=Terminal()) == ["12:00:01  warning: hello"]
+    assert logged(tell, stream=Terminal()) == ["2030-05-17 12:00:01 +0000  warning: hello"]
 
 
 def test_the_level_and_progress_events_are_left_out() -> None:
@@ -259,7 +259,7 @@ def test_no_bars_and_untouched_lines_where_there_is_no_terminal() -> None:
         events.emit("progress", job="1", step="download", done=1, total=2)
         events.emit("hello", message="[bold]hello[/bold] " + "long " * 40)
         events.emit("progress_end", job="1", step="download")
-    assert stream.getvalue() == "12:00:01  [bold]hello[/bold] " + "long " * 40 + "\n"
+    assert stream.getvalue() == "2030-05-17 12:00:01 +0000  [bold]hello[/bold] " + "long " * 40 + "\n"
 
 
 def test_no_bars_on_a_terminal_that_cannot_move_its_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ events.emit("fourth", message="the fourth line")
                 and "500.0/? kB" in lines[-1]
             )
         )
-        assert [line.removeprefix("00:00:00  ") for line in shown[:3]] == first
+        assert [line.removeprefix("1970-01-01 00:00:00 +0000  ") for line in shown[:3]] == first
         assert len(shown) == 5
         assert re.match(r"job 12  download ━+.* 0\.2/1\.0 MB .*1/3 files$", shown[3]), shown[3]
         assert re.match(r"job 13  image +━+.* 500\.0/\? kB", shown[4]), shown[4]
@@ -403,17 +403,41 @@ events.emit("fourth", message="the fourth line")
         shown = terminal.read_until(
             lambda lines: len(lines) == 5 and "the third line" in lines[3] and lines[4].startswith("job 13  image")
         )
-        assert [line.removeprefix("00:00:00  ") for line in shown[:4]] == [*first, "warning: the third line"]
+        assert [line.removeprefix("1970-01-01 00:00:00 +0000  ") for line in shown[:4]] == [
+            *first,
+            "warning: the third line",
+        ]
         assert shown[4].startswith("job 13  image")
 
         terminal.go_on()
         shown, printed = terminal.end()
-        assert [line.removeprefix("00:00:00  ") for line in shown] == [
+        assert [line.removeprefix("1970-01-01 00:00:00 +0000  ") for line in shown] == [
             *first, "warning: the third line", "the fourth line",
         ]  # fmt: skip
         assert terminal.shows_cursor()
         assert printed == "a result\n"
         assert terminal.process.returncode == 0
+
+
+def test_a_running_job_shows_for_how_long_and_an_upload_how_many_files() -> None:
+    body = """
+events.emit("run", job="12", message="running busybox")
+moved("13", "upload", 250_000, files_done=1, files_total=None)
+pause()
+moved("13", "upload", 500_000, files_done=2, files_total=None)
+pause()
+events.emit("progress_end", job="12", step="run")
+events.emit("progress_end", job="13", step="upload")
+"""
+    with Pty(body) as terminal:
+        shown = terminal.read_until(lambda lines: len(lines) == 3 and lines[2].endswith("1 file"))
+        assert re.fullmatch(r"job 12  running 0:00:\d\d", shown[1]), shown
+        assert re.match(r"job 13  upload +━+.* 0\.2/1\.0 MB .*1 file$", shown[2]), shown
+        terminal.go_on()
+        terminal.read_until(lambda lines: lines[-1].endswith("2 files") and not lines[1].endswith("0:00:00"))
+        terminal.go_on()
+        shown, _ = terminal.end()
+        assert [line.removeprefix("1970-01-01 00:00:00 +0000  ") for line in shown] == ["job 12  running busybox"]
 
 
 def test_bars_come_and_go_many_times_without_touching_lines() -> None:
@@ -429,7 +453,7 @@ for job in range(5):
 """
     with Pty(body) as terminal:
         shown, _ = terminal.end()
-        assert shown == [f"00:00:00  {word} {job}" for job in range(5) for word in ("start", "middle")]
+        assert shown == [f"1970-01-01 00:00:00 +0000  {word} {job}" for job in range(5) for word in ("start", "middle")]
         assert terminal.shows_cursor()
 
 
@@ -447,7 +471,9 @@ for thread in threads: thread.join()
 """
     with Pty(body) as terminal:
         shown, _ = terminal.end()
-        assert sorted(shown) == sorted(f"00:00:00  line {job} {count}" for job in range(4) for count in range(40))
+        assert sorted(shown) == sorted(
+            f"1970-01-01 00:00:00 +0000  line {job} {count}" for job in range(4) for count in range(40)
+        )
 
 
 def test_ctrl_c_takes_the_bars_away_and_shows_the_cursor() -> None:
@@ -462,7 +488,7 @@ pause()
         with contextlib.suppress(BrokenPipeError):  # it has ended; else the signal came just before it began to wait
             terminal.go_on()
         shown, _ = terminal.end()
-        assert shown[0] == "00:00:00  hello"
+        assert shown[0] == "1970-01-01 00:00:00 +0000  hello"
         assert shown[-1] == "KeyboardInterrupt"
         assert not any("job 12" in line for line in shown)
         assert terminal.shows_cursor()
@@ -477,5 +503,5 @@ moved("13", "upload", 1)
 events.emit("hello")
 """
     with Pty(body) as terminal:
-        assert terminal.end()[0] == ["00:00:00  hello"]
+        assert terminal.end()[0] == ["1970-01-01 00:00:00 +0000  hello"]
         assert terminal.shows_cursor()
