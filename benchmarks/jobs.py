@@ -213,7 +213,7 @@ def site(place: Path, worker_settings: dict[str, str] | None = None, *, link_rat
         api = opened.enter_context(running_api(place / "api", **storage))
         given = {"api_url": api.url, "path_base": str(place / "base"), **_SETTINGS, **(worker_settings or {})}
         worker = opened.enter_context(command(["run"], {name.upper(): value for name, value in given.items()}, place))
-        worker.wait_for("taking jobs from")
+        worker.wait_for("asking http")
         yield Site(api, worker, Settings.model_validate(given), image, place)
 
 

@@ -70,7 +70,7 @@ def peak(bench: Bench) -> Iterator[Row]:
             "RESERVE_DISK": "0",
         }
         worker = opened.enter_context(command(["run"], settings, bench.disk))
-        worker.wait_for("taking jobs from")
+        worker.wait_for("asking http")
         _forget_peak(worker.pid)
         time.sleep(3)
         idle = _peak_mib(worker.pid)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
@@ -37,6 +40,7 @@ from jobfetcher.resources.budget import Budget, auto_slots, check_shares
 from jobfetcher.runner import BuildSpec, Rules, Runner
 from jobfetcher.self_test import FOLDER, SelfTest
 from jobfetcher.settings import Settings, docker_config
+from jobfetcher.show import machine_words
 from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
 from jobfetcher.sources.worker_api.client import Client, failure
 from jobfetcher.sources.worker_api.signing import read_keys, verify
@@ -71,7 +75,7 @@ def make_source(settings: Settings, emit: Emit) -> WorkerApi:
         ca_pem=trust.pem,
         proxy=settings.proxies,
     )
-    client.auth = make_auth(settings, client)
+    client.auth = make_auth(settings, client, emit)
     keys = settings.job_signing_keys
     return WorkerApi(
         client,
@@ -84,7 +88,7 @@ def make_source(settings: Settings, emit: Emit) -> WorkerApi:
     )
 
 
-def make_auth(settings: Settings, client: Client) -> Auth:
+def make_auth(settings: Settings, client: Client, emit: Emit) -> Auth:
     """A fixed token if one is set, else sign-in; every secret is kept out of the log from here on."""
     if settings.access_token is not None:
         redact(settings.access_token.get_secret_value())
@@ -108,13 +112,20 @@ def make_auth(settings: Settings, client: Client) -> Auth:
         reply = client.send("POST", url, (), headers, body)
         return reply.status, reply.body
 
+    username, tokens = settings.username, count()
+
+    def on_token(token: str) -> None:
+        redact(token)
+        if next(tokens) == 0:
+            emit("signed_in", message=f"signed in as {username}")
+
     return CognitoAuth(
-        settings.username,
+        username,
         settings.password.get_secret_value(),
         pool=find_pool,
         post=post,
         endpoint=settings.aws_endpoint_url,
-        on_token=redact,
+        on_token=on_token,
     )
 
 
@@ -136,6 +147,7 @@ def make_cache(settings: Settings, base: Base, emit: Emit) -> Cache | None:
 
 def make_transfer(settings: Settings, cache: Cache | None = None) -> PresignedTransfer:
     """Moves files by presigned requests. Close it when done."""
+    _check_encoding()
     trust = read_certificates(settings.ca_file)
     return PresignedTransfer(
         make_policy(settings),
@@ -234,6 +246,25 @@ def check_machine(settings: Settings, inventory: Inventory, base: Base, emit: Em
         )
 
 
+class Machine(NamedTuple):
+    """The engine, what it and this machine have, and the accounts of that."""
+
+    engine: EngineInfo
+    inventory: Inventory
+    budget: Budget
+
+
+def look_at_machine(
+    settings: Settings, engine: DockerEngine, inventory: Inventory, gpus: detect.GpuProbe
+) -> Machine:
+    """What jobs may have here now: for `run` and for `resources`, so that both say the same."""
+    info = engine.describe()
+    inventory = _engines_part(inventory, info)
+    budget = make_budget(settings, inventory, gpus)
+    budget.offer()  # takes the readings
+    return Machine(info, inventory, budget)
+
+
 def find_instance(host_base: str) -> str:
     """This worker's name on its engine: the same at every start, another for every PATH_BASE of the machine."""
     return hashlib.sha256(host_base.encode()).hexdigest()[:8]
@@ -248,7 +279,16 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
     os.umask(0o077)  # the journal, the lock and logs are nobody else's business
     if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < _LEAST_FILES:
         raise ConfigError(f"a worker needs {_LEAST_FILES} open files, and this one may have {files} (ulimit -n)")
+    _check_encoding()
     with ExitStack() as opened:
+        # First all that may be wrong with the settings: until they are accepted nothing is made, not even PATH_BASE.
+        finder = make_engine(settings, "", emit)
+        opened.callback(finder.close)
+        finder.check()
+        make_box(settings)
+        inventory = detect.detect(settings.gpus)
+        source = make_source(settings, emit)
+        opened.callback(source.close)
         base = opened.enter_context(Base(settings.path_base, reserve_mib=settings.reserve_disk))
         if base.filesystem.startswith("nfs"):  # FAULTS.md F7
             why = "a lock and a journal there are no safer than its server; PATH_BASE should be on a local disk"
@@ -256,9 +296,6 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         if base.is_noexec:
             why = "a job cannot run a program that it puts into /files; mount that disk with exec, or choose another"
             emit("noexec", level="warning", message=f"{base.path} is on a disk that is mounted noexec: {why}")
-        finder = make_engine(settings, "", emit)
-        opened.callback(finder.close)
-        finder.check()
         if settings.path_host_base is None:
             host_base = find_host_path(finder.api, str(base.path))
         else:
@@ -267,19 +304,16 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         opened.callback(engine.close)
         journal = Journal(base.path / "journal.db")
         opened.callback(journal.close)
-        source = make_source(settings, emit)
-        opened.callback(source.close)
         transfer = make_transfer(settings, make_cache(settings, base, emit))
         opened.callback(transfer.close)
-        info = engine.describe()
+        gpus = detect.GpuProbe(settings.gpus, emit)
+        info, inventory, budget = look_at_machine(settings, engine, inventory, gpus)
         if runs_inside(finder.api):
             base.also_watch_root()
         elif info.root_dir:  # not there where the engine runs in a machine of its own
             base.also_watch(Path(info.root_dir))
-        inventory = _engines_part(detect.detect(settings.gpus), info)
         check_machine(settings, inventory, base, emit)
-        gpus = detect.GpuProbe(settings.gpus, emit)
-        budget = make_budget(settings, inventory, gpus)
+        emit("machine", message=machine_words(info, budget.free(), budget.slots, base.path))
         self_test = make_self_test(settings, engine, inventory, base, host_base, gpus)
         runner = Runner(
             base=base,
@@ -311,6 +345,13 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             polling=polling,
             emit=emit,
         )
+
+
+def _check_encoding() -> None:
+    """Names of files come from servers and jobs as UTF-8 and must be that on disk, whatever LANG says. The command sees
+    to it (cli.main); who uses the package otherwise may not have."""
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise ConfigError(f"file names would be {encoding} here (LANG, LC_ALL) and not UTF-8; set PYTHONUTF8=1")
 
 
 def _engines_part(inventory: Inventory, engine: EngineInfo) -> Inventory:

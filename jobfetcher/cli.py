@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from jobfetcher.core.ports import Emit
     from jobfetcher.settings import Loaded, Settings
     from jobfetcher.telemetry.progress import ProgressBars
+
+#: Three signals end it within a second (FAULTS.md F4), also where a terminal or a disk takes nothing any more.
+_PART_S = 0.8
 
 app = typer.Typer(
     name="jobfetcher",
@@ -74,7 +79,8 @@ def run(
 ) -> None:
     """Take jobs and run them until told to stop.
 
-    Ctrl-C once: finish the jobs in hand, then exit. Twice: stop them and give them back. Three times: exit at once.
+    Ctrl-C once: finish the jobs in hand, then exit. Twice: stop them and give them back. Three times: exit at once,
+    saying what the next start does with each of them.
     With STOP_MODE=detach, once: exit and leave them running; the next start goes on with them. Twice: exit at once.
 
     Needs API_URL and either ACCESS_TOKEN or USERNAME and PASSWORD, from the environment or .env.
@@ -87,7 +93,7 @@ def run(
     with ExitStack() as opened:
         emit, bars = _telemetry(loaded.settings)
         opened.callback(bars.close)
-        raise typer.Exit(_guarded(lambda: _run(loaded.settings, once, exit_when_idle, emit, bars)))
+        raise typer.Exit(_guarded(lambda: _run(loaded, once, exit_when_idle, emit, bars)))
 
 
 @app.command()
@@ -166,8 +172,9 @@ def _guarded(command: Callable[[], int | None]) -> int:
         return _complain(error, 1)
 
 
-def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emit, bars: ProgressBars) -> int:
-    from jobfetcher import build
+def _run(loaded: Loaded, once: bool, exit_when_idle: float | None, emit: Emit, bars: ProgressBars) -> int:
+    from jobfetcher import build, refusals
+    from jobfetcher.core.errors import ConfigError, SourceRefused
     from jobfetcher.core.failpoints import ask_for
     from jobfetcher.settings import failpoint_request
     from jobfetcher.worker import Leaving, Polling, Worker
@@ -175,28 +182,60 @@ def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emi
     def enough(taken: int, idle_s: float) -> bool:
         return (once and taken > 0) or (exit_when_idle is not None and idle_s >= exit_when_idle)
 
+    def part(worker: Worker, code: int) -> None:
+        with suppress(Exception):
+            for sentence in worker.last_words():
+                emit("left_behind", level="warning", message=sentence)
+        bars.close(within_s=0.3)
+        os._exit(code)
+
+    def end(code: int) -> None:
+        time.sleep(_PART_S)
+        os._exit(code)
+
     def on_signal(worker: Worker) -> None:
         signals = 0
 
         def handle(number: int, _frame: object) -> None:
             nonlocal signals
             signals += 1
-            if signals > len(ways_out):
-                worker.say_goodbye()
-                bars.close(within_s=0.3)
+            gone.set()
+            if signals <= len(ways_out):
+                worker.leave(ways_out[signals - 1])
+                return
+            worker.say_goodbye()
+            try:
+                # In a thread: the main one may hold what this needs. The other one, should it get stuck.
+                threading.Thread(target=part, args=(worker, 128 + number), daemon=True).start()
+                threading.Thread(target=end, args=(128 + number,), daemon=True).start()
+            except RuntimeError:  # the limit of threads
                 os._exit(128 + number)
-            worker.leave(ways_out[signals - 1])
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handle)
 
+    settings = loaded.settings
+    gone = threading.Event()
     ways_out = [Leaving.DETACH] if settings.stop_mode == "detach" else [Leaving.DRAIN, Leaving.STOP_JOBS]
     _stand_firm()
     ask_for(failpoint_request())
     with build.worker(settings, Polling(settings.timeout_job, enough, exit_when_idle), emit) as worker:
         on_signal(worker)
-        emit("started", message=f"taking jobs from {settings.api_url}; {worker.summary}", path_base=settings.path_base)
-        worker.run()
+        emit("started", message=f"asking {settings.api_url} for jobs", path_base=settings.path_base)
+        try:
+            worker.run()
+        except ConfigError as error:
+            if not isinstance(error.__cause__, SourceRefused):
+                raise
+            wait_s = refusals.another(settings.path_base)
+            _complain(ConfigError(f"{error}; {_signs_in_with(loaded)}"), 2)
+            how = f"waiting {wait_s:g} s before leaving, so that restarts do not lock the account; Ctrl-C: leave now"
+            typer.echo(f"jobfetcher: {how}", err=True)
+            gone.wait(wait_s)
+            return 2
+        finally:
+            if worker.welcomed:
+                refusals.forget(settings.path_base)
         if worker.running:  # detached from a job in the middle of a call: the journal bears that
             emit("stopped", message="stopped; the next start goes on with the jobs in hand")
             bars.close(within_s=0.3)
@@ -205,6 +244,13 @@ def _run(settings: Settings, once: bool, exit_when_idle: float | None, emit: Emi
         emit("stopped", message="stopped" if worker.unfinished else f"stopped{left}")
         unanswered = not worker.welcomed and not worker.left_by_signal
         return 1 if unanswered or (once and worker.worker_faults) else 0
+
+
+def _signs_in_with(loaded: Loaded) -> str:
+    """Where that came from which was refused, for a person."""
+    if loaded.settings.access_token is not None:
+        return f"ACCESS_TOKEN is from {loaded.layers['access_token']}"
+    return f"PASSWORD is from {loaded.layers['password']}, USERNAME from {loaded.layers['username']}"
 
 
 def _stand_firm() -> None:
@@ -218,16 +264,25 @@ def _stand_firm() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, -5)
 
 
+def _silent(name: str, /, level: str = "info", **fields: object) -> None:
+    """For commands whose whole output is a table."""
+
+
 def _resources(as_json: bool, env_file: Path | None) -> int:
     from jobfetcher import build
     from jobfetcher.resources import detect
     from jobfetcher.show import print_json, print_table, resources_record, resources_rows
 
     settings = _load({}, env_file, server=False).settings
-    inventory = detect.detect(settings.gpus)
-    budget = build.make_budget(settings, inventory, detect.GpuProbe(settings.gpus, lambda *_, **__: None))
-    budget.offer()  # takes the readings
-    record = resources_record(inventory, budget.free(), budget.slots, detect.read_gpus(settings.gpus).problems)
+    with closing(build.make_engine(settings, "", _silent)) as engine:
+        engine.check()
+        gpus = detect.GpuProbe(settings.gpus, _silent)
+        machine = build.look_at_machine(settings, engine, detect.detect(settings.gpus), gpus)
+    problems = detect.read_gpus(settings.gpus).problems
+    budget = machine.budget
+    record = resources_record(
+        machine.inventory, budget.free(), budget.slots, problems, machine.engine, settings.path_base
+    )
     if as_json:
         print_json(record)
     else:
@@ -236,7 +291,13 @@ def _resources(as_json: bool, env_file: Path | None) -> int:
 
 
 def main() -> None:
-    """Entry point of the command `jobfetcher`."""
+    """Entry point of the command `jobfetcher`.
+
+    Names on disk are UTF-8, whatever LANG says: with a locale of another encoding the interpreter starts anew in its
+    UTF-8 mode, as the same process, for the encoding of file names is chosen once and for all when it starts.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - itself
     _hold_standard_streams()
     try:
         app()

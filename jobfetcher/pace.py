@@ -43,6 +43,7 @@ class Pace:
         self._clock = clock
         self._jitter = jitter
         self._lock = threading.Lock()
+        self._answered = False
         self._trouble: str | None = None
         self._failures = 0
         self._not_before = 0.0
@@ -84,6 +85,9 @@ class Pace:
         """The server answered and this machine is fit."""
         if self._trouble is not None:
             self._emit("polling_again", message="the server and this machine are fine again; taking jobs")
+        elif not self._answered:
+            self._emit("server_answers", message="the server answers; taking jobs")
+        self._answered = True
         self._trouble, self._failures = None, 0
 
     def ended(self, outcome: Outcome) -> bool:

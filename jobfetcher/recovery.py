@@ -19,7 +19,7 @@ from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Emit, Engine, JobSource, Lease
 from jobfetcher.core.run import Ending, Outcome
-from jobfetcher.journal import Journal, Record
+from jobfetcher.journal import MAX_RUNS, Journal, Record
 from jobfetcher.resources.budget import NOTHING, Budget, Reservation
 from jobfetcher.workspace import Base
 
@@ -56,6 +56,19 @@ def open_jobs(journal: Journal, source: JobSource, budget: Budget, emit: Emit, *
             with contextlib.suppress(WorkerFault):  # a full disk: the count stays
                 journal.acquit(one.lease.job_id)
     return found
+
+
+def next_start(record: Record) -> str:
+    """What the next start does with an open job that is left as it stands now, for a person."""
+    job = f"job {record.id}"
+    if record.outcome is not None:
+        return f"{job} has ended here; the next start sees to it that the server knows"
+    if record.phase is not Phase.RUNNING:
+        return f"{job} is left where it is ({record.phase.value.replace('_', ' ')}); the next start goes on with it"
+    if record.stopping:  # Runner._container
+        again = "runs it once more, from the beginning" if record.runs < MAX_RUNS else "gives it back"
+        return f"{job} was being stopped, and what it computed is lost; the next start {again}"
+    return f"{job} runs on in its container; the next start goes on with it"
 
 
 def _open(

@@ -291,7 +291,7 @@ class Runner:
         seconds: dict[str, float],
     ) -> Exit:
         """Steps 7 and 8: a genuine end of the container, in the journal. Raises WorkerFault for any other."""
-        with self._step(job.id, "run", "", seconds, f"running {clean(job.image, 120)} {_limits(share)}"):
+        with self._step(job.id, "run", "run", seconds, f"running {clean(job.image, 120)} {_limits(share)}"):
             container = self._container(job.id, record, spec, halt)
             pulse.enter(Phase.RUNNING)
             hold.begin()

@@ -566,7 +566,7 @@ def check_server(settings: Settings, looked_for: Path | None = None) -> None:
     if settings.access_token is None and settings.password is None:
         problems.append("ACCESS_TOKEN, or USERNAME and PASSWORD: one of the two must be set to sign in")
     if problems and looked_for is not None:
-        problems.append(f"there is no {looked_for}; settings come from such a file in the directory of the start")
+        problems[-1] += f" (no file {looked_for}, where settings are looked for, either)"
     if problems:
         raise ConfigError("\n".join(problems))
     host = settings.origin.host

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from pydantic import SecretStr
 
@@ -42,9 +44,36 @@ def _shown(name: str, value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def resources_record(inventory: Inventory, free: Offer, slots: int, problems: Sequence[str]) -> dict[str, Any]:
-    """What the machine has and what would be advertised, memory in MiB."""
+class Engine(Protocol):
+    """What is shown of a container engine."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def root_dir(self) -> str: ...
+
+
+def machine_words(engine: Engine, free: Offer, slots: int, base: Path) -> str:
+    """The same in one line, for the log of `run`."""
+    gpus = f"{len(free.gpus)} GPU" if free.gpus else "no GPU"
+    jobs = "1 job" if slots == 1 else f"{slots} jobs"
+    disks = ", ".join(f"{disk['free_mib'] / 1024:.1f} GiB free in {disk['path']}" for disk in _disks(base, engine))
+    return (
+        f"for jobs: {max(0, free.whole_cores)} cores, {max(0, free.memory_mib)} MiB, {gpus}, {jobs} at a time; {disks};"
+        f" engine: {clean(engine.name, 80)} {clean(engine.version, 40)}"
+    )
+
+
+def resources_record(
+    inventory: Inventory, free: Offer, slots: int, problems: Sequence[str], engine: Engine, base: Path
+) -> dict[str, Any]:
+    """What the machine has and what would be advertised, memory and disks in MiB. `base`: PATH_BASE."""
     return {
+        "engine": {"name": engine.name, "version": engine.version},
         "machine": {
             "cpu_cores": round(inventory.cpu_cores, 2),
             "memory_mib": inventory.memory_mib,
@@ -59,14 +88,29 @@ def resources_record(inventory: Inventory, free: Offer, slots: int, problems: Se
                 for gpu in free.gpus
             ],
         },
+        "disks": _disks(base, engine),
         "slots": slots,
         "notes": list(problems),
     }
 
 
+def _disks(base: Path, engine: Engine) -> list[dict[str, Any]]:
+    """The disk of PATH_BASE, which need not be there yet, and that of the engine, where it can be seen and is another;
+    sizes in MiB."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in (base, Path(engine.root_dir)) if engine.root_dir else (base,):
+        there = next((folder for folder in (path, *path.parents) if folder.exists()), None)
+        if there is None or (path != base and there != path):
+            continue
+        disk = shutil.disk_usage(there)
+        known = {"path": str(path), "size_mib": disk.total >> 20, "free_mib": disk.free >> 20}
+        found.setdefault(there.stat().st_dev, known)
+    return list(found.values())
+
+
 def resources_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The record as rows for people."""
-    machine, offer = record["machine"], record["offer"]
+    machine, offer, engine = record["machine"], record["offer"], record["engine"]
     rows = [
         {"resource": "CPU cores", "machine": f"{machine['cpu_cores']:g}", "offered": str(offer["cpu_cores"])},
         {"resource": "memory (MiB)", "machine": str(machine["memory_mib"]), "offered": str(offer["memory_mib"])},
@@ -76,6 +120,11 @@ def resources_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
         about = f"{gpu['memory_mib']} MiB, architecture {gpu['archi']}"
         rows.append({"resource": f"  {clean(gpu['model'], 80)}", "machine": gpu["uuid"], "offered": about})
     rows.append({"resource": "jobs side by side", "machine": "", "offered": str(record["slots"])})
+    for disk in record["disks"]:
+        name = f"disk of {clean(disk['path'], 200)} (MiB)"
+        rows.append({"resource": name, "machine": str(disk["size_mib"]), "offered": f"{disk['free_mib']} free"})
+    about = f"{clean(engine['name'], 80)} {clean(engine['version'], 40)}"
+    rows.append({"resource": "container engine", "machine": about, "offered": ""})
     rows += [{"resource": "note", "machine": clean(note, 300), "offered": ""} for note in record["notes"]]
     return rows
 

@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "build": {
         "certificates",
         "settings",
+        "show",
         "resources",
         "telemetry",
         "sources",
@@ -86,7 +87,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "steps": {"build", "outbox", "staging", "settings", "workspace"},
     "show": {"settings"},
-    "cli": {"build", "settings", "show", "telemetry", "resources", "worker"},
+    "refusals": set(),
+    "cli": {"build", "refusals", "settings", "show", "telemetry", "resources", "worker"},
     "__main__": {"cli"},
 }
 

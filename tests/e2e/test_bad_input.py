@@ -53,6 +53,11 @@ def complaint(lab: Lab, cwd: Path, **changes: str) -> str:
         ({"docker_host": "ssh://host"}, "ssh://host is not an engine on this machine"),
         ({"docker_host": "unix:///nowhere/docker.sock"}, "no container engine answers at unix:///nowhere/docker.sock"),
         ({"gpus": "GPU-none-such"}, "GPUS names GPU-none-such, not on this machine"),
+        ({"gpus": "1"}, "GPUS: takes UUIDs such as GPU-8f2c4f0e-... and no numbers; `nvidia-smi -L` lists them"),
+        ({"job_signing_keys": "/etc/hostname"}, "JOB_SIGNING_KEYS"),
+        ({"storage_allow": "minio.lab/bucket"}, "STORAGE_ALLOW: 'minio.lab/bucket' is neither a host nor a network"),
+        ({"ca_file": "/dev/null"}, "CA_FILE: /dev/null is empty"),
+        ({"https_proxy": "socks5://proxy.lab:1080"}, "HTTPS_PROXY: is no HTTP proxy"),
         ({"job_network": "host"}, "JOB_NETWORK=host would put jobs into another network namespace"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -61,6 +66,7 @@ def test_a_bad_setting_is_named_and_exits_2(lab: Lab, tmp_path: Path, changes: d
     job = lab.submit("true")
     assert said in complaint(lab, tmp_path, **changes)
     assert lab.server.state(job) == "queued"
+    assert not lab.base.exists()  # nothing is made before the settings are accepted
 
 
 @pytest.mark.fault("T23")

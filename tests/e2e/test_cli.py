@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,34 @@ def test_resources_says_what_would_be_offered(lab: Lab, tmp_path: Path) -> None:
     assert 0 < said["offer"]["memory_mib"] < said["machine"]["memory_mib"]
     assert said["offer"]["gpus"] == []
     assert said["slots"] == 1
+    assert said["engine"]["version"]
+    assert said["disks"][0]["path"] == str(lab.base)
+    assert 0 < said["disks"][0]["free_mib"] <= said["disks"][0]["size_mib"]
+    assert not lab.base.exists()
+    with command(["run", "--exit-when-idle", "0.3"], lab.env(), tmp_path) as run:
+        assert run.wait() == 0
+        (line,) = [line for line in run.errors.splitlines() if "for jobs: " in line]
+    assert f"for jobs: {said['offer']['cpu_cores']} cores, " in line  # both say the same
+    assert f", no GPU, 1 job at a time; {said['disks'][0]['free_mib'] / 1024:.0f}"[:36] in line
+    assert f"engine: {said['engine']['name']} {said['engine']['version']}" in line
+
+
+@pytest.mark.parametrize("arguments", [["resources"], ["resources", "--json"], ["run"]])
+def test_without_rights_to_the_engine_there_is_nothing_to_offer(lab: Lab, tmp_path: Path, arguments: list[str]) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    with command(arguments, lab.env(docker_host=f"unix://{folder}/docker.sock"), tmp_path) as run:
+        assert run.wait() == 2
+        assert run.output == ""
+        assert len(run.errors.splitlines()) == 1
+    assert not lab.base.exists()
+
+
+def test_log_lines_carry_date_and_zone(lab: Lab, tmp_path: Path) -> None:
+    with command(["run", "--exit-when-idle", "0.3"], lab.env() | {"TZ": "UTC-5:30"}, tmp_path) as run:
+        assert run.wait() == 0
+        for line in run.errors.splitlines():
+            assert datetime.strptime(line[:25], "%Y-%m-%d %H:%M:%S %z").utcoffset() == timedelta(hours=5, minutes=30)
 
 
 def test_config_says_every_setting_and_no_secret(lab: Lab, tmp_path: Path) -> None:

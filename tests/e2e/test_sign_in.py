@@ -5,6 +5,7 @@ so between worker and moto stands a relay that tells the mock API of every token
 """
 
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,11 +47,16 @@ def assert_untold(worker: Command, base: Path) -> None:
 
 
 def assert_refused(worker: Command) -> None:
-    """Assert that a person learns, in one last line, whose sign-in was refused and why."""
+    """Assert that a person learns, in the last two lines, whose sign-in was refused and why, which setting that was,
+    and how long this waits before it leaves."""
     assert worker.wait() == 2
-    last = worker.errors.splitlines()[-1]
-    assert last.startswith("jobfetcher: sign-in as 'lab-7' was refused: ")
-    assert "ncorrect username or password" in last
+    said, last = worker.errors.splitlines()[-2:]
+    assert said.startswith("jobfetcher: sign-in as 'lab-7' was refused: ")
+    assert "ncorrect username or password" in said
+    assert said.endswith("; PASSWORD is from environment (PASSWORD), USERNAME from environment (USERNAME)")
+    assert last == (
+        "jobfetcher: waiting 5 s before leaving, so that restarts do not lock the account; Ctrl-C: leave now"
+    )
     assert "Traceback" not in worker.errors
 
 
@@ -58,6 +64,10 @@ def test_a_password_buys_a_job(lab: Lab, tmp_path: Path) -> None:
     job = lab.submit("echo done")
     with command(["run", "--once"], lab.env(**account(lab)), tmp_path) as worker:
         assert worker.wait() == 0
+        # What is known is said when it is known: who is asked, that the password is good, that the server answers.
+        said = [f"asking {lab.server.url} for jobs", "signed in as lab-7", "the server answers; taking jobs", "claimed"]
+        places = [worker.errors.index(words) for words in said]
+        assert places == sorted(places)
     assert lab.ended(job) == ("finished", "")
     assert flows(lab.server) == ["USER_PASSWORD_AUTH"]
     assert {event["account"] for event in lab.server.events("update", job)} == {"lab-7"}
@@ -72,6 +82,29 @@ def test_a_wrong_password_is_one_clear_line_and_exit_code_2(lab: Lab, tmp_path: 
     assert flows(lab.server, 400) == ["USER_PASSWORD_AUTH"]
     assert lab.server.state(job) == "queued"
     assert_untold(worker, lab.base)
+
+
+def test_a_supervisor_that_starts_it_again_and_again_makes_ever_fewer_sign_ins(lab: Lab, tmp_path: Path) -> None:
+    """The wait is remembered, ends at once with a signal, and is forgotten when the password is good."""
+    good = account(lab)
+    (tmp_path / ".env").write_text(f"USERNAME=lab-7\nPASSWORD={WRONG}\n")
+    env = lab.env(**good)
+    del env["USERNAME"], env["PASSWORD"]
+    for wait_s in (5, 10, 20):
+        with command(["run"], env, tmp_path) as worker:
+            worker.wait_for(f"waiting {wait_s} s before leaving")
+            assert "; PASSWORD is from .env (PASSWORD), USERNAME from .env (USERNAME)\n" in worker.errors
+            worker.send(signal.SIGTERM)
+            assert worker.wait(3.0) == 2
+    assert len(flows(lab.server, 400)) == 3
+    job = lab.submit("true")
+    with command(["run", "--once"], lab.env(**good), tmp_path) as worker:
+        assert worker.wait() == 0
+    assert lab.server.state(job) == "finished"
+    with command(["run"], env, tmp_path) as worker:
+        worker.wait_for("waiting 5 s before leaving")
+        worker.send(signal.SIGTERM)
+        assert worker.wait(3.0) == 2
 
 
 @pytest.mark.parametrize("lab", [{"token_life_s": 10}], indirect=True)

@@ -114,7 +114,7 @@ def test_signals_at_any_moment_lose_no_job(lab: Lab, tmp_path: Path) -> None:
     sent = 0
     for _ in range(STARTS):
         with command(["run"], lab.env(max_jobs="2"), tmp_path) as run:
-            run.wait_for("taking jobs from")  # from then on signals are its own
+            run.wait_for("asking http")  # from then on signals are its own
             ends_at = time.monotonic() + dice.uniform(0.3, 2.5)
             while run.is_running and time.monotonic() < ends_at:
                 time.sleep(dice.uniform(0, 0.3))

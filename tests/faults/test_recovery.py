@@ -215,6 +215,8 @@ def test_three_signals_end_the_worker_at_once_and_the_next_start_has_the_job(lab
         wait_until(lambda: (lab.files(job) / "asked").exists(), "the job was asked to end", DEADLINE_S)
         first.send(signal.SIGTERM)
         assert first.wait(1.0) == 128 + signal.SIGTERM
+        told = f"job {job} was being stopped, and what it computed is lost; the next start runs it once more"
+        assert told in first.errors  # at the moment of the third signal
     [old] = lab.containers()
     with worker(lab, tmp_path) as second:
         second.wait_for("running it once more")

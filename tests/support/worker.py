@@ -38,7 +38,16 @@ _GRACE_S = 10.0  # until a worker that was told to stop has ended, and until its
 UNTIL_LET_GO = "until [ -e /files/go ]; do sleep 0.05; done"
 
 #: What may lie in PATH_BASE while no job is open.
-_OWN_FILES = {"lock", "journal.db", "journal.db-wal", "journal.db-shm", "journal.ballast", "jobs", "cache"}
+_OWN_FILES = {
+    "lock",
+    "journal.db",
+    "journal.db-wal",
+    "journal.db-shm",
+    "journal.ballast",
+    "jobs",
+    "cache",
+    "refused.json",
+}
 
 #: Settings that every worker of a lab has unless its test says otherwise, as `TESTS_WITH="PREFETCH=1 MAX_JOBS=3"`: the
 #: tests of faults hold with everything on as well (scripts/test).

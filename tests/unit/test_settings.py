@@ -394,11 +394,12 @@ def test_every_bad_value_has_its_line() -> None:
 
 
 def test_what_is_missing_is_named_at_once() -> None:
-    *lines, last = refused({}).splitlines()
+    lines = refused({}).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["API_URL", "ACCESS_TOKEN, or USERNAME and PASSWORD"]
-    assert last.startswith(f"there is no {Path.cwd() / '.env'};")  # where it was looked for
+    where = f"(no file {Path.cwd() / '.env'}, where settings are looked for, either)"
+    assert where in lines[-1]
     Path(".env").touch()
-    assert len(refused({}).splitlines()) == 2
+    assert where not in refused({})
     assert load(environ={}, server=False).settings.api_url == ""
 
 
