@@ -218,9 +218,10 @@ class Journal:
         """Record how the container ended and move to STAGING_OUT."""
         self._change(job_id, Phase.STAGING_OUT, exit=_text(exit))
 
-    def last_records(self, within_s: float) -> list[Record]:
+    def last_records(self, within_s: float = 0.4) -> list[Record]:
         """All records, which no other thread can change any more: for who ends the process at once and says what
-        becomes of each. Empty where the journal is busy for longer than `within_s` seconds."""
+        becomes of each, within a second (FAULTS.md F4). Empty where the journal is busy for longer than `within_s`
+        seconds."""
         if not self._lock.acquire(timeout=within_s):
             return []
         return self.records()

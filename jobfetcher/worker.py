@@ -52,9 +52,6 @@ _OPEN_PER_SLOT = 2
 #: Stray containers are looked for, and images tidied, this often; a stray must be as old (FAULTS.md E10).
 _RECONCILE_S = 300.0
 
-#: So long the journal is waited for when the process is about to end at once, in seconds (FAULTS.md F4: 1 s in all).
-_LAST_WORDS_S = 0.4
-
 #: FAULTS.md F2: detached within 5 s. A slot that is not out by then is cut off, which the journal bears.
 _DETACH_S = 4.0
 
@@ -168,7 +165,7 @@ class Worker:
 
     def last_words(self) -> list[str]:
         """What becomes of each job in hand, as sentences, when this process ends now; and that it must after this."""
-        return [recovery.next_start(record) for record in self._journal.last_records(_LAST_WORDS_S)]
+        return [recovery.next_start(record) for record in self._journal.last_records()]
 
     @property
     def left_by_signal(self) -> bool:
