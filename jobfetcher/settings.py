@@ -319,6 +319,10 @@ _KNOWN = frozenset(
     | {"AWS_ENDPOINT_URL_COGNITO_IDENTITY_PROVIDER", *_ALIASES.values(), *_CA_FILES}
 )
 
+#: Those that no other program has names like: `ftp_proxy` and AWS_ENDPOINT_URL_S3 are no slips of the finger.
+_OURS = _KNOWN - {name for name in _KNOWN if name.startswith(("AWS_", "DOCKER_")) or name.lower() in _SHARED}
+_OURS -= set(_CA_FILES)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -444,7 +448,8 @@ def _unknown(layers: Mapping[str, _Layer]) -> Iterator[str]:
             if name in _KNOWN or key in _NOT_SETTINGS:
                 continue
             is_others = layer == "environment" and not key.startswith(PREFIX)
-            like = difflib.get_close_matches(name.upper(), _KNOWN, 1, _NEAR if is_others else 0.6)
+            meant, least = (_OURS, _NEAR) if is_others else (_KNOWN, 0.6)
+            like = difflib.get_close_matches(name.upper(), meant, 1, least)
             if like or not is_others:
                 yield f"{layer}: {values.spelt[key]} is no setting" + (f"; is {like[0]} meant?" if like else "")
 

@@ -101,6 +101,21 @@ def test_an_expired_certificate_says_how_far_the_clock_is_off(
 
 
 @pytest.mark.fault("T20")
+def test_a_clock_that_is_behind_says_by_how_much(tmp_path: Path) -> None:
+    """The certificate begins in a month, and by the server's clock a month and a day have gone by."""
+    chain = Chain(tmp_path, begins_in_days=30)
+    with FileServer(tls=chain.server(whole=True)) as server:
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 31 * DAY))
+        server.always = Act(status=200, headers={"Date": date})
+        said = complaint(f"https://127.0.0.1:{server.port}", ca_file=str(chain.root))
+        assert "its certificate is not valid yet, by this machine's clock; set the clock" in said
+        assert "(it is 31 days behind the server's)" in said
+        server.always = Act(status=200, headers={"Date": "soon"})
+        said = complaint(f"https://127.0.0.1:{server.port}", ca_file=str(chain.root))
+        assert "set the clock: " in said  # a server that does not know the time is of no help
+
+
+@pytest.mark.fault("T20")
 def test_the_time_is_not_asked_of_somebody_else(authority: Authority, tmp_path: Path) -> None:
     """A certificate that is wrong in another way as well is nobody's word about the time."""
     (tmp_path / "other").mkdir()
@@ -219,7 +234,7 @@ def plain_server() -> Iterator[int]:
 class Chain:
     """An authority, an intermediate one, and a server's certificate that the latter issued."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, begins_in_days: int = -1) -> None:
         self._folder = folder
         keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(3)]
         names = [
@@ -234,8 +249,8 @@ class Chain:
                 .issuer_name(names[issuer])
                 .public_key(keys[number].public_key())
                 .serial_number(x509.random_serial_number())
-                .not_valid_before(now - datetime.timedelta(days=1))
-                .not_valid_after(now + datetime.timedelta(days=1))
+                .not_valid_before(now + datetime.timedelta(days=begins_in_days))
+                .not_valid_after(now + datetime.timedelta(days=begins_in_days + 10))
                 .add_extension(x509.BasicConstraints(ca=number < 2, path_length=None), critical=True)
                 .add_extension(
                     x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False

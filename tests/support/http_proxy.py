@@ -113,7 +113,6 @@ def _forward(client: socket.socket, server: socket.socket, head: str, rest: byte
     while left > 0 and (data := client.recv(65_536)):
         server.sendall(data)
         left -= len(data)
-    server.shutdown(socket.SHUT_WR)
     answer, body = _read_head(server)
     start, *headers = answer.split("\r\n")
     kept = [line for line in headers if not line.lower().startswith("connection:")]

@@ -620,7 +620,15 @@ def test_a_name_that_is_no_setting_is_told_with_the_one_it_resembles(tmp_path: P
     env_file = tmp_path / "worker.env"
     env_file.write_text("API_URL=https://jobs.example.org\nTIMEOUT_JBO=3\nTIMOUT_STATUS=20\nPASSWORD_FILE=\n")
     environ = {"JOBFETCHER_MAXJOBS": "2", "SHELL": "/bin/sh", "USER": "lab", "HOSTNAME": "pc", "ACESS_TOKEN": "t"}
-    environ |= {"ACCESS_TOKEN": "t", "LOGNAME": "lab", "PATH": "/bin", "HTTP_PROXY": "", "ALL_PROXY": "", "PROXIES": ""}
+    environ |= {
+        "ACCESS_TOKEN": "t",
+        "LOGNAME": "lab",
+        "PATH": "/bin",
+        "FTP_PROXY": "",
+        "AWS_ENDPOINT_URL_S3": "",
+        "ALL_PROXY": "",
+        "PROXIES": "",
+    }
     warnings = load(environ=environ, env_file=env_file).warnings
     assert warnings == (
         "environment: JOBFETCHER_MAXJOBS is no setting; is MAX_JOBS meant?",
