@@ -228,11 +228,11 @@ def _run(loaded: Loaded, once: bool, exit_when_idle: float | None, emit: Emit, b
             if not isinstance(error.__cause__, SourceRefused):
                 raise
             wait_s = refusals.another(settings.path_base)
-            _complain(ConfigError(f"{error}; {_signs_in_with(loaded)}"), 2)
+            why = f"{error}; {_signs_in_with(loaded)}"
             how = f"waiting {wait_s:g} s before leaving, so that restarts do not lock the account; Ctrl-C: leave now"
-            typer.echo(f"jobfetcher: {how}", err=True)
+            emit("refused", level="error", message=f"{why}; {how}")
             gone.wait(wait_s)
-            return 2
+            raise ConfigError(why) from error
         finally:
             if worker.welcomed:
                 refusals.forget(settings.path_base)
