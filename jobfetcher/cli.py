@@ -228,7 +228,7 @@ def _run(loaded: Loaded, once: bool, exit_when_idle: float | None, emit: Emit, b
             if not isinstance(error.__cause__, SourceRefused):
                 raise
             wait_s = refusals.another(settings.path_base)
-            why = f"{error}; {_signs_in_with(loaded)}"
+            why = f"{str(error).rstrip('.')}; {_signs_in_with(loaded)}"
             how = f"waiting {wait_s:g} s before leaving, so that restarts do not lock the account; Ctrl-C: leave now"
             emit("refused", level="error", message=f"{why}; {how}")
             gone.wait(wait_s)

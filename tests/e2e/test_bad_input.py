@@ -173,7 +173,10 @@ def test_credentials_that_are_refused_exit_2(lab: Lab, tmp_path: Path) -> None:
     signing_in = {"username": "worker", "aws_endpoint_url": lab.server.url}
     assert complaint(lab, tmp_path, access_token="wrong-token").startswith("the server refused ACCESS_TOKEN (401)")
     said = complaint(lab, tmp_path, password="wrong-password", **signing_in)
-    assert said == "sign-in as 'worker' was refused: Incorrect username or password."
+    assert said == (
+        "sign-in as 'worker' was refused: Incorrect username or password; PASSWORD is from environment (PASSWORD), "
+        "USERNAME from environment (USERNAME)"
+    )
     said = complaint(lab, tmp_path, access_token="guest-token")
     assert said.startswith("the server does not let this account do that")
     assert "group 'workers'" in said
