@@ -613,7 +613,8 @@ def test_two_hundred_bad_jobs_hold_up_a_good_one_for_less_than_five_minutes(benc
     # At the start, and after each five, with one that was taken while the fifth was told.
     assert 1 + 200 // 6 <= len(bench.engine.proved) <= 1 + 200 // 5
     told = bench.emit.named("many_failures")
-    assert [str(fields["message"]).split(";")[0] for fields in told] == ["5 jobs in a row ended badly"]
+    said = [str(fields["message"]).split(";")[0] for fields in told]
+    assert said in (["5 jobs in a row ended badly"], ["6 jobs in a row ended badly"])
     assert "has tested itself and is well" in str(told[0]["message"])
     assert bench.emit.named("not_polling") == []
 
