@@ -34,7 +34,7 @@ from benchmarks.frame import Bench, Row
 from jobfetcher.core.errors import SourceUnavailable
 from jobfetcher.heartbeat import beat_jitter, retry_pause_s
 from jobfetcher.pace import Pace
-from jobfetcher.sources.worker_api.client import retry_after
+from jobfetcher.sources.worker_api.reply import retry_after
 
 _WORKERS = 10_000
 _INTERVAL_S = 30.0

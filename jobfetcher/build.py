@@ -42,7 +42,8 @@ from jobfetcher.self_test import FOLDER, SelfTest
 from jobfetcher.settings import Settings, docker_config
 from jobfetcher.show import machine_words
 from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
-from jobfetcher.sources.worker_api.client import Client, failure
+from jobfetcher.sources.worker_api.client import Client
+from jobfetcher.sources.worker_api.reply import Reply, failure
 from jobfetcher.sources.worker_api.signing import read_keys, verify
 from jobfetcher.sources.worker_api.source import BEAT_WITHIN_S, Filter, WorkerApi
 from jobfetcher.telemetry.logs import redact
@@ -92,13 +93,14 @@ def make_auth(settings: Settings, client: Client, emit: Emit) -> Auth:
     """A fixed token if one is set, else sign-in; every secret is kept out of the log from here on."""
     if settings.access_token is not None:
         redact(settings.access_token.get_secret_value())
-        return StaticToken(settings.access_token.get_secret_value())
+        again = None if settings.access_token_path is None else settings.read_access_token
+        return StaticToken(settings.access_token.get_secret_value(), again, on_token=redact)
     assert settings.username is not None  # noqa: S101 - settings check that one of the two ways is there
     assert settings.password is not None  # noqa: S101
     redact(settings.password.get_secret_value())
 
     def find_pool() -> CognitoPool:
-        reply = client.send("GET", f"{client.base_url}/access_info")
+        reply = client.ask("/access_info")
         if reply.status != 200:
             raise failure(reply, "the question where to sign in (/access_info; is API_URL right?)")
         try:
@@ -108,9 +110,8 @@ def make_auth(settings: Settings, client: Client, emit: Emit) -> Auth:
                 f"{client.base_url}/access_info does not say where to sign in; is API_URL the address of a worker API?"
             ) from None
 
-    def post(url: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
-        reply = client.send("POST", url, (), headers, body)
-        return reply.status, reply.body
+    def post(url: str, headers: dict[str, str], body: bytes) -> Reply:
+        return client.send("POST", url, (), headers, body)
 
     username, tokens = settings.username, count()
 
@@ -254,9 +255,7 @@ class Machine(NamedTuple):
     budget: Budget
 
 
-def look_at_machine(
-    settings: Settings, engine: DockerEngine, inventory: Inventory, gpus: detect.GpuProbe
-) -> Machine:
+def look_at_machine(settings: Settings, engine: DockerEngine, inventory: Inventory, gpus: detect.GpuProbe) -> Machine:
     """What jobs may have here now: for `run` and for `resources`, so that both say the same."""
     info = engine.describe()
     inventory = _engines_part(inventory, info)

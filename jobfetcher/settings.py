@@ -21,7 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+)
 
 from jobfetcher.certificates import read_certificates
 from jobfetcher.core.errors import ConfigError
@@ -179,8 +188,12 @@ class Settings(BaseModel):
     )
     timeout_job: Seconds = _field(30.0, "How often to ask for a job when there was none, in seconds.")
     timeout_status: Seconds = _field(30.0, "How often to send a keep-alive for a running job, in seconds.", le=120)
-    groups: Words = _field((), "Take only jobs of these groups (comma-separated). Empty: as the server decides.")
-    older_than: Annotated[int, Field(ge=0)] = _field(0, "Take only jobs that have waited for this many seconds.")
+    groups: Words = _field(
+        (), "Groups (comma-separated) whose jobs are asked for first. A preference: any other job may come, too."
+    )
+    older_than: Annotated[int, Field(ge=0)] = _field(
+        0, "Take only jobs that have waited for this many seconds; servers heed it for jobs without an environment."
+    )
     gpus: Annotated[str, AfterValidator(_gpus)] = _field(
         "all", "GPUs to use: all, none, or a comma-separated list of UUIDs."
     )
@@ -293,6 +306,23 @@ class Settings(BaseModel):
         "info", "Least level that is logged."
     )
 
+    #: Where ACCESS_TOKEN was read from a file: it is read again when the server refuses it (FAULTS.md B24).
+    _access_token_path: Path | None = PrivateAttr(None)
+
+    @property
+    def access_token_path(self) -> Path | None:
+        """ACCESS_TOKEN_FILE, where the token came from there."""
+        return self._access_token_path
+
+    def read_access_token(self) -> str:
+        """What stands in ACCESS_TOKEN_FILE now. Raises ConfigError for what is no token."""
+        assert self._access_token_path is not None  # noqa: S101 - the caller has looked
+        token = _secret(self._access_token_path, "ACCESS_TOKEN_FILE")
+        try:
+            return _token(SecretStr(token)).get_secret_value()
+        except ValueError as error:
+            raise ConfigError(f"ACCESS_TOKEN_FILE: {self._access_token_path} {error}") from None
+
     @property
     def origin(self) -> Origin:
         """The API's origin."""
@@ -340,6 +370,7 @@ class _Found:
     value: str
     layer: str
     prefixed: bool
+    path: Path | None = None
 
 
 def load(
@@ -384,6 +415,8 @@ def load(
         given["path_base"] = environ.get("JOBFETCHER_DEFAULT_PATH_BASE") or user_data_dir("jobfetcher")
     looked_for = path.absolute() if in_file is None else None
     settings = _check(given, origin)
+    if (token := _find("access_token", layers)) is not None and origin["access_token"] == token.layer:
+        settings._access_token_path = token.path
     if server:
         check_server(settings, looked_for)
     layer_of = {name: origin.get(name, "default") for name in Settings.model_fields}
@@ -498,7 +531,7 @@ def _find(name: str, layers: Mapping[str, _Layer], only: str | None = None) -> _
             if name in SECRETS and values.get(f"{key}_FILE", "").strip():
                 path = Path(values[f"{key}_FILE"].strip())
                 layer = f"{layer} ({values.spelt[f'{key}_FILE']})"
-                return _Found(_secret(path, f"{key}_FILE"), layer, key.startswith(PREFIX))
+                return _Found(_secret(path, f"{key}_FILE"), layer, key.startswith(PREFIX), path)
     return None
 
 

@@ -4,6 +4,7 @@
      +- ConfigError          a setting or the machine's set-up is wrong           -> stop the worker, exit 2
      +- SourceError          the job source could not be spoken to
      |   +- SourceUnavailable    no answer, or not one we can use                 -> try again later
+     |   |   +- TooSoon              nothing was asked yet                        -> try again when it is time
      |   +- SourceRefused        our credentials were refused (401, 403)          -> try again later, say so
      +- UnreadableJob        a job was handed out that nobody could run           -> report it as failed
      +- JobFault             the job's own fault                                  -> report `error`
@@ -107,6 +108,13 @@ class SourceUnavailable(SourceError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.sent = sent
+
+
+class TooSoon(SourceUnavailable):
+    """Nothing was said, for something said before may still be on its way. It tells nothing about the source.
+
+    `retry_after_s`: when it can only have arrived.
+    """
 
 
 class SourceRefused(SourceError):

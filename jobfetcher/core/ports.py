@@ -54,9 +54,10 @@ class Lease(Protocol):
         ...
 
     def settle(self, outcome: Outcome) -> Standing:
-        """Tell the end, once: `finished` or `error`. Idempotent: if the source already has it, nothing is sent.
+        """Tell the end: `finished` or `error`. Once the source has accepted it, this lease says nothing more.
 
-        Raises SourceUnavailable or SourceRefused when it could not be told; call again later.
+        Raises SourceUnavailable or SourceRefused while it is not accepted, although it may have been heard: call again
+        until it is. TooSoon when nothing was sent because an earlier word may still be on its way.
         """
         ...
 

@@ -26,7 +26,8 @@ from jobfetcher.core.phases import Phase
 from jobfetcher.core.urls import UrlPolicy, parse_origin
 from jobfetcher.heartbeat import ASKED_MOST_S, RETRY_S, beating
 from jobfetcher.sources.worker_api.auth import StaticToken
-from jobfetcher.sources.worker_api.client import BODY_BYTES, Client, Reply, failure, is_definite
+from jobfetcher.sources.worker_api.client import BODY_BYTES, Client
+from jobfetcher.sources.worker_api.reply import Reply, failure, is_definite
 from jobfetcher.sources.worker_api.source import Filter, WorkerApi
 from jobfetcher.transfer.exchange import NetSettings
 from tests.support.file_server import Act, FileServer, Object

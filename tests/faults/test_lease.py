@@ -140,14 +140,14 @@ def test_after_a_crash_a_job_that_ended_without_us_is_lost(
 
 @pytest.mark.fault("A7")
 @pytest.mark.parametrize("ended", ["finished", "error"])
-def test_an_end_that_a_dead_process_told_is_not_told_again(
+def test_an_end_that_a_dead_process_told_is_told_again_for_no_state_proves_that_it_was_heard(
     api: ScriptedApi, source: WorkerApi, clock: Clock, ended: str
 ) -> None:
     lease = source.resume(api.url, SEVEN, cut_off=Phase.SETTLING)
     clock.now += 31
     api.then(state(ended))
     assert [lease.settle(FINISHED), lease.settle(FINISHED), lease.beat(Phase.STAGING_OUT)] == [Standing.KEEP] * 3
-    assert api.said == ["GET"]
+    assert api.said == ["GET", "finished"]
 
 
 @pytest.mark.fault("A7")

@@ -28,7 +28,8 @@ from jobfetcher.core.text import DETAILS_BYTES, clean, details
 from jobfetcher.core.urls import UrlPolicy, parse_origin
 from jobfetcher.engine import images
 from jobfetcher.engine.references import parse_reference
-from jobfetcher.sources.worker_api.client import Client, Params, Reply, failure, retry_after
+from jobfetcher.sources.worker_api.client import Client, Params
+from jobfetcher.sources.worker_api.reply import Reply, failure, retry_after
 from jobfetcher.sources.worker_api.source import Filter, WorkerApi
 from jobfetcher.telemetry import logs
 from jobfetcher.transfer import digests, replies

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jobfetcher.core.errors import JobfetcherError, SourceUnavailable
 from jobfetcher.core.job import Job, parse_file_ref, parse_job_id, parse_job_path
 from jobfetcher.core.text import clean
-from jobfetcher.sources.worker_api.client import BODY_BYTES, Reply
+from jobfetcher.sources.worker_api.client import BODY_BYTES
+from jobfetcher.sources.worker_api.reply import Reply
 from jobfetcher.sources.worker_api.wire import parse_specs
 from tests.fuzz.hostile import attempt, fuzz, texts, values
 

@@ -6,6 +6,7 @@ For what no well-behaved server does: slow bytes, huge bodies, broken JSON, redi
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 from collections import deque
@@ -39,8 +40,8 @@ class ScriptedApi:
     default: Answer = field(default_factory=lambda: reply(204))
 
     def then(self, *answers: Answer | int) -> None:
-        """Queue answers; a number is an answer without a body."""
-        self.answers += [reply(answer) if isinstance(answer, int) else answer for answer in answers]
+        """Queue answers; a number is one of the API's own."""
+        self.answers += [own(answer) if isinstance(answer, int) else answer for answer in answers]
 
     @property
     def said(self) -> list[str]:
@@ -55,6 +56,22 @@ def reply(status: int, body: bytes = b"", **headers: str) -> Answer:
         connection.sendall(head(status, len(body), **headers) + body)
 
     return answer
+
+
+def own(status: int, **headers: str) -> Answer:
+    """An answer as the API itself gives it: 204 without a body, a crash as plain text, else JSON with `detail`.
+
+    No 5xx but 500 is the API's: those others are a gateway's page.
+    """
+    if status == 204:
+        return reply(204, b"", **headers)
+    if status == 500:
+        return reply(500, b"Internal Server Error", content_type="text/plain; charset=utf-8", **headers)
+    phrase = HTTPStatus(status).phrase
+    if status > 500:
+        page = f"<html><head><title>{status} {phrase}</title></head><body>nginx</body></html>"
+        return reply(status, page.encode(), content_type="text/html", **headers)
+    return reply(status, json.dumps({"detail": phrase}).encode(), content_type="application/json", **headers)
 
 
 def head(status: int, length: int | None, **headers: str) -> bytes:

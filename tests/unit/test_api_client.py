@@ -17,6 +17,7 @@ from jobfetcher.core.errors import (
     SourceRefused,
     SourceUnavailable,
     Stopped,
+    TooSoon,
     UnreadableJob,
 )
 from jobfetcher.core.job import OutputKind, parse_file_ref, parse_job_id
@@ -26,7 +27,8 @@ from jobfetcher.core.ports import Standing
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.core.urls import Method, UrlPolicy, parse_origin
 from jobfetcher.sources.worker_api.auth import StaticToken
-from jobfetcher.sources.worker_api.client import BODY_BYTES, Client, retry_after
+from jobfetcher.sources.worker_api.client import BODY_BYTES, Client
+from jobfetcher.sources.worker_api.reply import ForeignAnswer, retry_after
 from jobfetcher.sources.worker_api.source import ApiLease, Filter, WorkerApi
 from tests.support.jobs import Emitted
 from tests.support.scripted_api import ScriptedApi, drip, hang_up, head, reply, scripted_api
@@ -150,9 +152,8 @@ def test_a_body_is_cut_off_at_four_mib(api: ScriptedApi, client: Client, length:
 )
 def test_what_is_no_sound_json_is_no_answer(api: ScriptedApi, client: Client, body: bytes) -> None:
     api.then(reply(200, body))
-    answer = client.request("GET", "/x")
     with pytest.raises(SourceUnavailable, match="not the JSON expected") as error:
-        answer.json()
+        client.request("GET", "/x").json()
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 400
 
@@ -162,10 +163,9 @@ def test_an_encoded_body_is_not_unpacked(api: ScriptedApi, client: Client) -> No
     import gzip
 
     api.then(reply(200, gzip.compress(b"{}" + b" " * 1000), content_encoding="gzip"))
-    answer = client.request("GET", "/x")
-    assert api.asked[0].headers["accept-encoding"] == "identity"
     with pytest.raises(SourceUnavailable):
-        answer.json()
+        client.request("GET", "/x")
+    assert api.asked[0].headers["accept-encoding"] == "identity"
 
 
 @pytest.mark.fault("T8")
@@ -230,25 +230,58 @@ class Renewing:
     """Two tokens: the first is refused."""
 
     def __init__(self) -> None:
-        self.renewed: list[str] = []
+        self.renewed: list[tuple[str, int]] = []
 
     def token(self) -> str:
         return "old"
 
-    def renew(self, refused: str) -> str:
-        self.renewed.append(refused)
+    def renew(self, refused: str, status: int = 401) -> str:
+        self.renewed.append((refused, status))
         return "new"
 
 
-@pytest.mark.fault("B4")
-def test_a_401_is_met_with_one_new_token_and_one_more_try(api: ScriptedApi, client: Client) -> None:
+@pytest.mark.fault("B4", "B24")
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_token_is_met_with_one_new_token_and_one_more_try(
+    api: ScriptedApi, client: Client, status: int
+) -> None:
     client.auth = auth = Renewing()
-    api.then(401, 204)
+    api.then(status, 204)
     assert client.request("PUT", "/x").status == 204
-    api.then(401, 401)
-    assert client.request("PUT", "/x").status == 401
+    api.then(status, status)
+    assert client.request("PUT", "/x").status == status
     assert [asked.headers["authorization"] for asked in api.asked] == ["Bearer old", "Bearer new"] * 2
-    assert auth.renewed == ["old", "old"]
+    assert auth.renewed == [("old", status)] * 2
+
+
+@pytest.mark.fault("B21", "B24")
+@pytest.mark.parametrize("status", [401, 403])
+def test_whoever_refuses_a_token_before_the_api_may_mean_the_token(
+    api: ScriptedApi, client: Client, status: int
+) -> None:
+    """A gateway that checks tokens itself says so in its own words, and a filter says 403 to everything."""
+    client.auth = Renewing()
+    api.then(reply(status, b'{"message": "Unauthorized"}', content_type="application/json"), 204)
+    assert client.request("PUT", "/x").status == 204
+    client.auth = StaticToken(TOKEN)
+    api.then(reply(status, b"<html>Blocked by your administrator</html>", content_type="text/html"))
+    with pytest.raises(ForeignAnswer, match=f"{status} .*text/html, it begins: Blocked by your administrator"):
+        client.request("PUT", "/x")
+
+
+def test_a_call_whose_token_cannot_be_had_was_not_sent(api: ScriptedApi, client: Client) -> None:
+    class Away:
+        def token(self) -> str:
+            raise SourceUnavailable("the sign-in service is away")
+
+        def renew(self, refused: str, status: int = 401) -> str:
+            raise SourceUnavailable("the sign-in service is away")
+
+    client.auth = Away()
+    with pytest.raises(SourceUnavailable) as error:
+        client.request("PUT", "/x")
+    assert not error.value.sent
+    assert api.asked == []
 
 
 # -- asking for jobs --------------------------------------------------------------------------------------------------
@@ -288,7 +321,8 @@ def test_a_question_whose_answer_was_lost_is_not_repeated(api: ScriptedApi, sour
         (200, b'"no"', "not an object"),
         (500, b"oops\x1b[2J", r"answered 500 .*oops\\x1b"),
         (429, b"", "answered 429"),
-        (418, b"", "makes no sense"),
+        (418, b'{"detail": "tea"}', "makes no sense"),
+        (418, b"tea", "something before it answered 418"),
     ],
 )
 def test_no_answer_is_not_no_job(api: ScriptedApi, source: WorkerApi, status: int, body: bytes, words: str) -> None:
@@ -368,10 +402,11 @@ def test_what_was_torn_or_names_no_job_is_asked_for_again(api: ScriptedApi, sour
 @pytest.mark.fault("B15")
 def test_a_huge_refusal_is_still_a_refusal(api: ScriptedApi, client: Client) -> None:
     api.then(reply(404, b"x" * (BODY_BYTES + 1)))
-    answer = client.request("PUT", "/jobs/7/status")
+    answer = client.send("PUT", f"{client.base_url}/jobs/7/status")
     assert answer.status == 404
     assert len(answer.words) == 300
     assert len(answer.body) < 200_000
+    assert not answer.is_own
 
 
 @pytest.mark.fault("T15")
@@ -439,14 +474,14 @@ def test_an_undecided_answer_asks_how_the_job_stands(api: ScriptedApi, lease: Ap
 def test_the_words_of_an_undecided_answer_are_logged_once_and_cleaned(
     api: ScriptedApi, lease: ApiLease, emit: Emitted
 ) -> None:
-    said = b"conflict\x1b[2J\n" + b"y" * 5000
+    said = b'{"detail": "conflict\\u001b[2J", "more": "\\n' + b"y" * 5000 + b'"}'
     for _ in range(3):
         api.then(reply(409, said), reply(200, b'"running"'))
         with pytest.raises(SourceUnavailable, match="answered 409"):
             lease.beat(Phase.RUNNING)
     [event] = emit.named("update_refused")
     message = str(event["message"])
-    assert r"conflict\x1b[2J\x0ay" in message
+    assert r"conflict\u001b[2J" in message
     assert len(message.encode()) <= 1024
     assert lease.beat(Phase.RUNNING) is Standing.KEEP  # heartbeats go on
     api.then(reply(409, said), reply(200, b'"running"'))
@@ -456,15 +491,12 @@ def test_the_words_of_an_undecided_answer_are_logged_once_and_cleaned(
 
 
 @pytest.mark.fault("B10")
-@pytest.mark.parametrize("status", [409, 412, 500])
-def test_an_end_that_was_heard_in_spite_of_its_answer_is_not_repeated(
+@pytest.mark.parametrize("status", [409, 412])
+def test_an_end_that_the_api_will_not_take_a_second_time_is_not_repeated(
     api: ScriptedApi, lease: ApiLease, status: int
 ) -> None:
     lease.beat(Phase.STAGING_OUT)
     api.then(status, reply(200, b'"finished"'))
-    if status == 500:  # one alone decides nothing
-        with pytest.raises(SourceUnavailable):
-            lease.settle(FINISHED)
     assert lease.settle(FINISHED) is Standing.KEEP
     assert lease.settle(FINISHED) is Standing.KEEP
     assert api.said == ["postprocessing", "finished", "GET"]
@@ -490,7 +522,7 @@ def test_an_end_without_words_whose_answer_was_lost_is_in_doubt(
     clock.now += 31
     api.then(reply(200, b'"error"'))
     assert lease.settle(FAILED) is Standing.KEEP
-    assert api.said == ["error", "error", "GET"]
+    assert api.said == ["error", "error", "GET", "error"]
 
 
 def test_an_update_that_a_gateway_gave_up_may_still_arrive(api: ScriptedApi, lease: ApiLease) -> None:
@@ -613,7 +645,7 @@ def test_beats_carry_no_details(api: ScriptedApi, lease: ApiLease) -> None:
 
 
 @pytest.mark.fault("A7")
-def test_after_a_lost_answer_the_server_is_asked_and_the_end_not_told_twice(
+def test_after_a_lost_answer_the_end_is_told_again_whatever_the_state_says(
     api: ScriptedApi, lease: ApiLease, clock: Clock
 ) -> None:
     lease.beat(Phase.STAGING_OUT)
@@ -625,8 +657,8 @@ def test_after_a_lost_answer_the_server_is_asked_and_the_end_not_told_twice(
     assert wait.value.retry_after_s == pytest.approx(30.0)
     clock.now += 31
     api.then(reply(200, b'"finished"'))
-    assert lease.settle(FINISHED) is Standing.KEEP
-    assert api.said == ["postprocessing", "finished", "GET"]
+    assert [lease.settle(FINISHED), lease.settle(FINISHED)] == [Standing.KEEP] * 2
+    assert api.said == ["postprocessing", "finished", "GET", "finished"]  # and nothing that would open it again (S6)
 
 
 @pytest.mark.parametrize("end", [FINISHED, FAILED])
@@ -682,14 +714,111 @@ def test_after_a_lost_request_the_end_is_told_again(api: ScriptedApi, lease: Api
     assert api.said == ["postprocessing", "finished", "GET", "finished"]
 
 
-@pytest.mark.fault("A7")
-def test_a_5xx_to_the_end_may_have_been_heard(api: ScriptedApi, lease: ApiLease) -> None:
-    api.then(502)
+@pytest.mark.fault("A7", "B23", "S19")
+@pytest.mark.parametrize("end", [FINISHED, FAILED])
+def test_an_end_that_was_committed_and_answered_500_is_told_until_it_is_accepted(
+    api: ScriptedApi, lease: ApiLease, clock: Clock, end: Outcome
+) -> None:
+    """The state says that it was heard, and the user's side never was told."""
+    lease.beat(Phase.STAGING_OUT)
+    word = "finished" if end is FINISHED else "error"
+    api.asked.clear()
+    waits = []
+    for number in range(12):
+        api.then(*([reply(200, f'"{word}"'.encode())] if number else []), 500)
+        if number:
+            api.then(reply(200, f'"{word}"'.encode()))  # the second 5xx in a row asks as well (S7)
+        with pytest.raises(SourceUnavailable, match="500") as error:
+            lease.settle(end)
+        asked = len(api.asked)
+        with pytest.raises(TooSoon) as rests:
+            lease.settle(end)
+        assert len(api.asked) == asked
+        assert error.value.retry_after_s == rests.value.retry_after_s
+        waits.append(rests.value.retry_after_s)
+        clock.now += rests.value.retry_after_s or 0
+    assert waits == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 300]  # S11: each repeat may be one more mail
+    api.then(reply(200, f'"{word}"'.encode()))
+    assert [lease.settle(end), lease.settle(end)] == [Standing.KEEP] * 2
+    assert set(api.said) == {"GET", word}
+    assert api.said.count(word) == 13
+
+
+@pytest.mark.fault("A7", "B23")
+def test_a_release_that_was_committed_and_answered_500_is_told_again(
+    api: ScriptedApi, lease: ApiLease, clock: Clock
+) -> None:
+    api.then(500)
+    with pytest.raises(SourceUnavailable):
+        lease.release("x")
+    clock.now += 2
+    api.then(reply(200, b'"queued"'), 204)
+    assert lease.release("x") is Standing.KEEP
+    assert api.said == ["queued", "GET", "queued"]
+
+
+@pytest.mark.fault("B8", "B23", "S7")
+def test_an_end_of_a_job_that_was_deleted_meanwhile_is_not_told_for_ever(
+    api: ScriptedApi, lease: ApiLease, clock: Clock
+) -> None:
+    lease.beat(Phase.STAGING_OUT)
+    api.then(500)
+    with pytest.raises(SourceUnavailable):
+        lease.settle(FINISHED)
+    clock.now += 2
+    api.then(404)
+    assert [lease.settle(FINISHED), lease.settle(FINISHED)] == [Standing.CANCEL] * 2
+    assert api.said == ["postprocessing", "finished", "GET"]
+
+
+@pytest.mark.fault("B18", "B23")
+def test_an_end_of_a_job_that_another_account_took_meanwhile_is_not_told_for_ever(
+    api: ScriptedApi, lease: ApiLease, clock: Clock
+) -> None:
+    lease.beat(Phase.STAGING_OUT)
+    api.then(hang_up)
+    with pytest.raises(SourceUnavailable):
+        lease.settle(FINISHED)
+    clock.now += 400
+    api.then(reply(200, b'"postprocessing"'), 404)
+    assert [lease.settle(FINISHED), lease.settle(FINISHED)] == [Standing.CANCEL] * 2
+    assert api.said == ["postprocessing", "finished", "GET", "postprocessing"]
+
+
+@pytest.mark.fault("S6")
+def test_no_heartbeat_follows_an_end_that_was_not_accepted(api: ScriptedApi, lease: ApiLease) -> None:
+    api.then(500)
     with pytest.raises(SourceUnavailable):
         lease.settle(FAILED)
+    assert lease.beat(Phase.RUNNING) is Standing.KEEP
+    assert api.said == ["error"]
+
+
+@pytest.mark.fault("A7", "S6")
+def test_an_end_to_which_a_gateway_gave_up_may_still_arrive(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+    api.then(502)
+    with pytest.raises(ForeignAnswer):
+        lease.settle(FAILED)
+    with pytest.raises(TooSoon, match="on its way"):
+        lease.settle(FAILED)
+    clock.now += 31
     api.then(reply(200, b'"error"'))
     assert lease.settle(FAILED) is Standing.KEEP
-    assert api.said == ["error", "GET"]
+    assert api.said == ["error", "GET", "error"]
+
+
+@pytest.mark.fault("B10", "B21")
+@pytest.mark.parametrize("status", [400, 403, 413, 414])
+def test_an_end_whose_words_a_filter_refuses_is_told_without_them(
+    api: ScriptedApi, lease: ApiLease, status: int
+) -> None:
+    """What a failed job printed last travels in the address, and may look like an attack."""
+    api.then(reply(status, b"<html>Request blocked</html>", content_type="text/html"), 204)
+    assert lease.settle(FAILED) is Standing.KEEP
+    assert [dict(asked.query) for asked in api.asked] == [
+        {"status": "error", "runtime_details": "exit code 3"},
+        {"status": "error"},
+    ]
 
 
 def test_a_refused_end_was_not_heard_and_is_told_again_at_once(api: ScriptedApi, lease: ApiLease) -> None:
@@ -742,15 +871,18 @@ def test_a_lease_from_an_earlier_process_asks_first(api: ScriptedApi, source: Wo
     lease = source.resume(api.url, SEVEN)
     assert api.asked == []
     api.then(reply(200, json.dumps(state).encode()))
-    assert lease.settle(FINISHED) is Standing.KEEP
-    assert api.said == ["GET"]
+    assert [lease.settle(FINISHED), lease.settle(FINISHED)] == [Standing.KEEP] * 2
+    assert api.said == ["GET", "finished"]
 
 
-def test_a_release_that_was_heard_is_not_repeated(api: ScriptedApi, source: WorkerApi) -> None:
+@pytest.mark.parametrize(("state", "said"), [("queued", ["GET", "queued"]), ("finished", ["GET"])])
+def test_a_release_is_repeated_unless_the_job_has_ended(
+    api: ScriptedApi, source: WorkerApi, state: str, said: list[str]
+) -> None:
     lease = source.resume(api.url, SEVEN)
-    api.then(reply(200, b'"queued"'))
+    api.then(reply(200, json.dumps(state).encode()))
     assert lease.release("restarted") is Standing.KEEP
-    assert api.said == ["GET"]
+    assert api.said == said
 
 
 @pytest.mark.parametrize("spelling", ["{0}/", "HTTP://127.0.0.1:{1}", "http://127.0.0.1.:{1}//"])

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from jobfetcher.core.errors import SourceRefused, SourceUnavailable
+from jobfetcher.core.errors import ConfigError, SourceRefused, SourceUnavailable
 from jobfetcher.sources.worker_api.auth import CognitoAuth, CognitoPool, StaticToken
+from jobfetcher.sources.worker_api.reply import Reply
 
 POOL = CognitoPool(client_id="client", region="eu-central-1")
 
@@ -25,20 +26,22 @@ class Service:
     asked: list[dict[str, Any]] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
     fault: Callable[[dict[str, Any]], tuple[int, bytes]] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     pools: int = 0
     told: list[str] = field(default_factory=list)
 
-    def post(self, url: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
+    def post(self, url: str, headers: dict[str, str], body: bytes) -> Reply:
         assert headers["X-Amz-Target"] == "AWSCognitoIdentityProviderService.InitiateAuth"
         question = json.loads(body)
         self.asked.append(question)
         self.urls.append(url)
         if self.fault is not None:
-            return self.fault(question)
+            status, answer = self.fault(question)
+            return Reply(status, answer, self.headers)
         result = {"IdToken": f"token-{len(self.asked)}", "ExpiresIn": self.life_s}
         if question["AuthFlow"] == "USER_PASSWORD_AUTH":
             result["RefreshToken"] = "refresh"
-        return 200, json.dumps({"AuthenticationResult": result}).encode()
+        return Reply(200, json.dumps({"AuthenticationResult": result}).encode(), {})
 
     def pool(self) -> CognitoPool:
         self.pools += 1
@@ -281,3 +284,118 @@ def test_a_fixed_token_has_no_successor() -> None:
     assert auth.token() == "fixed"
     with pytest.raises(SourceRefused, match="ACCESS_TOKEN"):
         auth.renew("fixed")
+
+
+# -- refused with 403, locked, rotated (B24) --------------------------------------------------------------------------
+
+
+@pytest.mark.fault("B24")
+def test_a_403_renews_a_token_once_and_not_the_one_that_came_of_it() -> None:
+    service = Service()
+    auth = service.auth()
+    first = auth.token()
+    second = auth.renew(first, 403)
+    assert second == "token-2"
+    for _ in range(29):  # the account is not in the group: that does not become better by signing in again and again
+        service.now += 10
+        with pytest.raises(SourceRefused, match="403"):
+            auth.renew(second, 403)
+    assert len(service.asked) == 2
+    service.now += 11
+    assert auth.renew(second, 403) == "token-3"  # it may have been let in meanwhile, which only a new token says
+    assert auth.renew(first, 403) == "token-3"
+
+
+@pytest.mark.fault("B24")
+def test_a_401_is_met_with_a_new_token_also_where_the_old_one_came_of_a_403() -> None:
+    service = Service()
+    auth = service.auth()
+    second = auth.renew(auth.token(), 403)
+    service.now += 31
+    assert auth.renew(second, 401) == "token-3"
+
+
+@pytest.mark.fault("B24")
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        (400, "NotAuthorizedException", "Password attempts exceeded"),
+        (400, "TooManyRequestsException", "Rate exceeded"),
+        (429, "TooManyRequestsException", "Rate exceeded"),
+        (400, "LimitExceededException", "Attempt limit exceeded, please try after some time"),
+        (400, "InternalErrorException", "no"),
+        (403, "ForbiddenException", "Request not allowed due to WAF block"),
+        (500, "NotAuthorizedException", "no"),
+    ],
+)
+def test_a_sign_in_that_is_locked_or_limited_is_waited_for(status: int, kind: str, words: str) -> None:
+    service = Service(fault=lambda question: (status, json.dumps({"__type": kind, "message": words}).encode()))
+    auth = service.auth()
+    with pytest.raises(SourceUnavailable, match=words):
+        auth.token()
+    for _ in range(29):
+        service.now += 1
+        with pytest.raises(SourceUnavailable):
+            auth.token()
+    assert len(service.asked) == 1
+    service.now += 32
+    service.fault = None
+    assert auth.token() == "token-2"
+
+
+@pytest.mark.fault("B24")
+def test_a_locked_account_is_asked_about_once_a_minute_and_keeps_its_token() -> None:
+    service = Service()
+    auth = service.auth()
+    auth.token()
+    service.now += 0.8 * 3600
+    locked = json.dumps({"__type": "NotAuthorizedException", "message": "Password attempts exceeded"}).encode()
+    service.fault = lambda question: (400, locked)
+    for _ in range(601):
+        assert auth.token() == "token-1"
+        service.now += 1
+    assert service.flows[1:3] == ["REFRESH_TOKEN_AUTH", "USER_PASSWORD_AUTH"]
+    assert 10 <= len(service.flows) - 2 <= 12
+
+
+@pytest.mark.fault("B21", "B24")
+@pytest.mark.parametrize("status", [200, 302, 401, 403, 404, 502])
+def test_a_page_instead_of_the_sign_in_service_refuses_nobody_and_is_named(status: int) -> None:
+    service = Service(fault=lambda question: (status, b"<html><title>Guest network</title>"))
+    service.headers = {"Content-Type": "text/html", "Location": "http://portal.example/"}
+    with pytest.raises(SourceUnavailable, match="sign-in service") as error:
+        service.auth().token()
+    for named in (str(status), "text/html", "Location http://portal.example/", "Guest network"):
+        assert named in str(error.value)
+
+
+@pytest.mark.fault("B22", "T10")
+def test_an_answer_that_is_nearly_a_token_is_not_shown() -> None:
+    service = Service(fault=lambda question: (200, b'{"AuthenticationResult": {"IdToken": "canary token"}}'))
+    with pytest.raises(SourceUnavailable) as error:
+        service.auth().token()
+    assert "canary" not in str(error.value)
+
+
+@pytest.mark.fault("B24")
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_file_is_read_again_when_its_token_is_refused(status: int) -> None:
+    found, told = ["old"], list[str]()
+
+    def read_again() -> str:
+        if not found[0]:
+            raise ConfigError("ACCESS_TOKEN_FILE: /run/token is empty")
+        return found[0]
+
+    auth = StaticToken("old", read_again, on_token=told.append)
+    for content, words in (("old", "still holds the same"), ("", "/run/token is empty")):
+        found[0] = content
+        with pytest.raises(SourceRefused, match=f"refused ACCESS_TOKEN \\({status}\\).*{words}"):
+            auth.renew("old", status)
+        assert auth.token() == "old"
+    found[0] = "new"
+    assert auth.renew("old", status) == auth.token() == "new"
+    assert auth.renew("old", status) == "new"  # another thread that noticed later
+    found[0] = "newer"
+    assert auth.renew("new", status) == "newer"
+    assert told == ["new", "newer"]

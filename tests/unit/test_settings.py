@@ -270,6 +270,28 @@ def test_a_secret_may_lie_in_a_file(tmp_path: Path) -> None:
     assert with_token.settings.access_token.get_secret_value() == "token"
 
 
+@pytest.mark.fault("B24")
+def test_the_file_of_a_token_is_known_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("old\n")
+    settings = load(environ=SIGN_IN | {"ACCESS_TOKEN_FILE": str(path)}).settings
+    assert settings.access_token_path == path
+    path.write_text("new\n")
+    assert settings.read_access_token() == "new"
+    for content, words in (("", "is empty"), ("a b\n", "has characters that no token has")):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=f"ACCESS_TOKEN_FILE: {path} {words}"):
+            settings.read_access_token()
+    assert load(environ=SIGN_IN | {"ACCESS_TOKEN": "fixed"}).settings.access_token_path is None
+    both = load(environ=SIGN_IN | {"ACCESS_TOKEN": "fixed", "ACCESS_TOKEN_FILE": str(path)}).settings
+    assert both.access_token_path is None
+
+
+@pytest.mark.fault("S21")
+def test_groups_are_told_to_be_a_preference() -> None:
+    assert "A preference: any other job may come, too." in str(Settings.model_fields["groups"].description)
+
+
 def test_a_secret_file_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     text = refused(SIGN_IN | {"USERNAME": "lab", "PASSWORD_FILE": str(missing)})

@@ -2,7 +2,8 @@
 
 Cognito's `InitiateAuth` is one JSON POST (PROTOCOL.md, Auth), so no SDK and no AWS credentials are needed. The token is
 renewed at 75 % of its life, by one thread while the others go on with the old one, which is kept until it is really
-refused (FAULTS.md B4, B5).
+refused (FAULTS.md B4, B5). Only Cognito's own words refuse a password: a lock for a while, and pages of those who stand
+before it, are waited for (B21, B24).
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jobfetcher.core.errors import SourceRefused, SourceUnavailable
+from jobfetcher.core.errors import ConfigError, SourceRefused, SourceUnavailable
 from jobfetcher.core.text import clean
+from jobfetcher.sources.worker_api.reply import Reply
 
 #: Renewed when this part of its life is over: late enough to be rare, early enough for retries before it ends.
 _RENEW_AT = 0.75
 
 #: At most one attempt in this many seconds when the sign-in service fails or the server keeps refusing new tokens.
 _PAUSE_S = 30.0
+
+#: A token that came of a 403 and is answered with 403 itself is no better than the one before: such a 403 is about the
+#: account. So long it is kept all the same; then an account that was let in meanwhile is seen (the token says so).
+_FORBIDDEN_S = 300.0
+
+#: FAULTS.md B24: a locked account is tried again after so many seconds. Cognito locks for one second after five wrong
+#: passwords, for twice as long after each further one, and for 15 minutes at most; a try meanwhile does not prolong it.
+_LOCKED_S = 60.0
+_LOCKED = "attempts exceeded"
 
 #: Cognito's words for "wrong name or password", as opposed to "try later".
 _REFUSALS = frozenset(
@@ -37,8 +48,8 @@ _REFUSALS = frozenset(
     }
 )
 
-#: Sends one POST: URL, headers, body -> status, body. Raises SourceUnavailable.
-Post = Callable[[str, dict[str, str], bytes], tuple[int, bytes]]
+#: Sends one POST: URL, headers, body. Raises SourceUnavailable.
+Post = Callable[[str, dict[str, str], bytes], Reply]
 
 
 class Auth(Protocol):
@@ -48,24 +59,47 @@ class Auth(Protocol):
         """The token to send. Raises SourceUnavailable or SourceRefused if there is none."""
         ...
 
-    def renew(self, refused: str) -> str:
-        """Another token than `refused`, which the server answered with 401. Raises as `token` does."""
+    def renew(self, refused: str, status: int = 401) -> str:
+        """Another token than `refused`, which was answered with 401 or 403. Raises as `token` does."""
         ...
 
 
 class StaticToken:
-    """A token that somebody else renews."""
+    """A token that somebody else renews. `read_again` reads the file that it came from (B24), and raises ConfigError;
+    `on_token` is told of a token that was found there, so that it can be kept out of logs."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(
+        self,
+        token: str,
+        read_again: Callable[[], str] | None = None,
+        *,
+        on_token: Callable[[str], None] | None = None,
+    ) -> None:
         self._token = token
+        self._read_again = read_again
+        self._on_token = on_token
+        self._lock = threading.Lock()
 
     def token(self) -> str:
         return self._token
 
-    def renew(self, refused: str) -> str:  # noqa: ARG002 - the seam's signature; a fixed token has no successor
-        raise SourceRefused(
-            "the server refused ACCESS_TOKEN (401); it has probably expired: set a new one, or USERNAME and PASSWORD"
-        )
+    def renew(self, refused: str, status: int = 401) -> str:
+        why = f"the server refused ACCESS_TOKEN ({status}); it has probably expired"
+        if self._read_again is None:
+            raise SourceRefused(f"{why}: set a new one, or USERNAME and PASSWORD")
+        with self._lock:
+            if self._token != refused:
+                return self._token  # another thread was quicker
+            try:
+                found = self._read_again()
+            except ConfigError as error:  # it is being replaced just now, perhaps
+                raise SourceRefused(f"{why}, and {error}") from None
+            if found == refused:
+                raise SourceRefused(f"{why}, and ACCESS_TOKEN_FILE still holds the same: put a new one there")
+            if self._on_token is not None:
+                self._on_token(found)
+            self._token = found
+            return found
 
 
 class CognitoPool(BaseModel):
@@ -120,6 +154,8 @@ class CognitoAuth:
         self._renew_from = 0.0
         self._not_before = 0.0
         self._last_error: SourceRefused | SourceUnavailable | None = None
+        #: The token that the last 403 brought, and until when it is not renewed for another one.
+        self._forbidden, self._forbidden_until = "", 0.0
 
     def token(self) -> str:
         token = self._token
@@ -140,11 +176,16 @@ class CognitoAuth:
         finally:
             self._lock.release()
 
-    def renew(self, refused: str) -> str:
+    def renew(self, refused: str, status: int = 401) -> str:
         with self._lock:
             if self._token is not None and self._token != refused:
                 return self._token  # another thread was quicker
-            return self._obtain(forced=True)
+            if status == 403 and refused == self._forbidden and self._clock() < self._forbidden_until:
+                raise SourceRefused("the server refuses a token that was renewed because of a 403 (403)")
+            token = self._obtain(forced=True)
+            if status == 403:
+                self._forbidden, self._forbidden_until = token, self._clock() + _FORBIDDEN_S
+            return token
 
     def _obtain(self, *, forced: bool) -> str:
         """Sign in or refresh. No new attempt for _PAUSE_S after a failure, or after one that a refused token forced."""
@@ -162,7 +203,9 @@ class CognitoAuth:
                 result = self._initiate(self._pool, refresh=False)
         except (SourceUnavailable, SourceRefused) as error:
             self._last_error = error
-            self._not_before = self._clock() + _PAUSE_S  # from its end: a service that hangs took half a minute
+            asked_s = error.retry_after_s if isinstance(error, SourceUnavailable) and error.retry_after_s else 0.0
+            # From its end: a service that hangs took half a minute.
+            self._not_before = self._clock() + max(_PAUSE_S, asked_s)
             raise
         assert result is not None  # noqa: S101 - refresh=False returns a result or raises
         self._last_error = None
@@ -181,7 +224,7 @@ class CognitoAuth:
             flow, parameters = "REFRESH_TOKEN_AUTH", {"REFRESH_TOKEN": self._refresh_token}
         else:
             flow, parameters = "USER_PASSWORD_AUTH", {"USERNAME": self._username, "PASSWORD": self._password}
-        status, body = self._post(
+        reply = self._post(
             self._endpoint or f"https://cognito-idp.{pool.region}.amazonaws.com/",
             {
                 "Content-Type": "application/x-amz-json-1.1",
@@ -189,28 +232,40 @@ class CognitoAuth:
             },
             json.dumps({"AuthFlow": flow, "ClientId": pool.client_id, "AuthParameters": parameters}).encode(),
         )
-        if status == 200:
-            return self._read(body)
-        kind, words = _error(body)
-        if kind in _REFUSALS or status in {401, 403}:
-            if flow == "REFRESH_TOKEN_AUTH":
-                self._refresh_token = None
-                return None
-            raise SourceRefused(f"sign-in as {clean(self._username, 80)!r} was refused: {words or kind or status}")
-        raise SourceUnavailable(f"the sign-in service answered {status} {kind}".rstrip())
+        if reply.status == 200:
+            return self._read(reply)
+        kind, words = _error(reply.body)
+        if kind not in _REFUSALS or not 400 <= reply.status < 500:
+            said = f"the sign-in service answered {reply.status} {kind}: {words}"
+            page = f"not the sign-in service but something before it answered: {reply.described}"
+            raise SourceUnavailable(said if kind else page, retry_after_s=reply.retry_after_s)
+        if refresh:
+            self._refresh_token = None
+            return None
+        if _LOCKED in words.lower():
+            raise SourceUnavailable(
+                f"sign-in as {clean(self._username, 80)!r} is locked for some minutes ({words}): somebody used a wrong "
+                "password too often; it is tried again",
+                retry_after_s=_LOCKED_S,
+            )
+        raise SourceRefused(f"sign-in as {clean(self._username, 80)!r} was refused: {words or kind}")
 
-    def _read(self, body: bytes) -> _Result:
+    def _read(self, reply: Reply) -> _Result:
         try:
-            reply = _Reply.model_validate_json(body)
+            read = _Reply.model_validate_json(reply.body)
         except ValidationError:
-            raise SourceUnavailable("the sign-in service sent an answer that cannot be read") from None
-        if reply.AuthenticationResult is None:
-            challenge = clean(reply.ChallengeName or "no token", 80)
+            # What is nearly right may have a token in it.
+            shown = "" if reply.body.lstrip().startswith((b"{", b"[")) else f": {reply.described}"
+            raise SourceUnavailable(f"the sign-in service sent an answer that cannot be read{shown}") from None
+        if read.AuthenticationResult is None and not read.ChallengeName:
+            raise SourceUnavailable("the sign-in service sent an answer without a token")
+        if read.AuthenticationResult is None:
+            challenge = clean(read.ChallengeName or "", 80)
             raise SourceRefused(
                 f"sign-in as {clean(self._username, 80)!r} needs a person first ({challenge}); "
                 "finish it in the web interface, then start again"
             )
-        return reply.AuthenticationResult
+        return read.AuthenticationResult
 
 
 def _error(body: bytes) -> tuple[str, str]:

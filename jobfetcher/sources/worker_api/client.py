@@ -2,108 +2,43 @@
 
 Knows HTTP and tokens, and no endpoint. Never follows a redirect and speaks to one origin only, so the token cannot
 leave for another host (FAULTS.md T8); nothing of the environment (proxies, netrc) is read here. Nothing is repeated
-here except once after a 401, which the server did not act upon (PROTOCOL.md S1).
+here except once after a 401 or 403, which the server did not act upon (PROTOCOL.md S1, FAULTS.md B24).
+
+What comes back from `request` and `ask` is the API's own word: pages of others end here (reply.py).
 """
 
 from __future__ import annotations
 
-import email.utils
-import json
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from urllib.parse import urlencode
 
 import httpcore
 import httpx
 
-from jobfetcher.core.errors import SourceError, SourceRefused, SourceUnavailable
+from jobfetcher.core.errors import SourceRefused, SourceUnavailable
 from jobfetcher.core.hosts import Proxies
 from jobfetcher.core.text import clean
 from jobfetcher.core.tls import apart, in_words, is_about_time
 from jobfetcher.core.urls import Origin, parse_origin
 from jobfetcher.sources.worker_api.auth import Auth
 from jobfetcher.sources.worker_api.deadline import NOT_SENT, TRANSPORT_ERRORS, DeadlineTransport, Proxy, deadline
+from jobfetcher.sources.worker_api.reply import WORDS_BYTES, Reply, UnusableAnswer, own
 
 #: DESIGN.md rule 9: connect 5 s, whole call 30 s, body 4 MiB.
 CONNECT_S, CALL_S, BODY_BYTES = 5.0, 30.0, 4 * 1024 * 1024
 
-#: FAULTS.md B15: 4 MiB of `[],` are 1.4 million objects. A job with MAX_FILES inputs has a fifth of this.
-_VALUES = 50_000
-
-#: Of an answer that is no success no more is read; and of any body, so much is kept for messages (B10).
-_ERROR_BYTES, _WORDS_BYTES = 65_536, 1024
-
 #: Clocks that are less apart, in seconds, agree.
 _CLOCK_S = 60.0
 
-#: FAULTS.md J8: worth another try later.
-_TRY_LATER = frozenset({408, 425, 429})
-
-#: FAULTS.md B11: a server may ask for at most this much patience.
-_RETRY_AFTER_MAX_S = 600.0
+#: Of an answer that is no success no more is read.
+_ERROR_BYTES = 65_536
 
 Params = Sequence[tuple[str, str]]
 
 _HEADERS = {"User-Agent": "jobfetcher", "Accept": "application/json", "Accept-Encoding": "identity"}
 _TIMEOUTS = {"timeout": httpx.Timeout(CALL_S, connect=CONNECT_S).as_dict()}
-
-
-class UnusableAnswer(SourceUnavailable):
-    """An answer that came whole, or would never end, and that nobody should act upon (FAULTS.md B15).
-
-    Unlike one that was torn on its way, the next one will be the same. `start` is its first KiB, `why` what is wrong.
-    """
-
-    def __init__(self, message: str, start: bytes, why: str) -> None:
-        super().__init__(message)
-        self.start = start
-        self.why = why
-
-
-class Reply(NamedTuple):
-    """Status, body and headers of an answer."""
-
-    status: int
-    body: bytes
-    headers: Mapping[str, str]
-
-    def json(self) -> Any:
-        """The body as JSON. Raises SourceUnavailable for what is none, and UnusableAnswer for what JSON permits and a
-        server has no reason for: duplicate keys, NaN, endless digits, absurd nesting, too many values."""
-        start = clean(self.body[:80].decode(errors="replace"), 80)
-        try:
-            if sum(map(self.body.count, (b",", b"[", b"{"))) > _VALUES:
-                raise ValueError("too many values")
-            return json.loads(self.body, object_pairs_hook=_distinct, parse_constant=_no_constant)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise SourceUnavailable(
-                f"the server's answer is not the JSON expected ({type(error).__name__}: it begins {start!r}); "
-                "is API_URL the address of a worker API?"
-            ) from None
-        except RecursionError:
-            why = "it is nested too deeply"
-        except ValueError as error:
-            why = clean(str(error), 120)
-        raise UnusableAnswer(
-            f"the server's answer is not the JSON expected ({why}: it begins {start!r})", self.body[:_WORDS_BYTES], why
-        )
-
-    @property
-    def words(self) -> str:
-        """The start of the body as one harmless line, for messages."""
-        return clean(self.body[:_WORDS_BYTES].decode(errors="replace"), 300)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return result
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 class Client:
@@ -128,20 +63,50 @@ class Client:
         # here, and costs a seventh of a call.
         self._transport = DeadlineTransport(ca_file=ca_file, ca_pem=ca_pem, proxies=proxies)
         self.auth: Auth | None = None
+        #: Whether the API ever took a call: until then its address may be wrong.
+        self._met = False
 
     def request(self, method: str, path: str, params: Params = (), *, within_s: float = CALL_S) -> Reply:
         """Send one authorised request to `path` (already percent-encoded) below the base URL.
 
-        Raises SourceUnavailable when there is no answer; any status is returned, 401 after one renewal of the token.
+        Returns what the API itself answers, whatever the status, 401 and 403 after one renewal of the token. Raises
+        SourceUnavailable when there is no answer, and ForeignAnswer for one that is not the API's own; SourceRefused
+        when there is no token to be had.
         """
         assert self.auth is not None  # noqa: S101 - set by build before the first request
         url = f"{self.base_url}{path}"
-        token = self.auth.token()
+        token = _before_sending(self.auth.token)
         reply = self.send(method, url, params, {"Authorization": f"Bearer {token}"}, within_s=within_s)
-        if reply.status != 401:
-            return reply
-        token = self.auth.renew(token)
-        return self.send(method, url, params, {"Authorization": f"Bearer {token}"}, within_s=within_s)
+        if reply.status in {401, 403} and (newer := self._renewed(token, reply)) is not None:
+            reply = self.send(method, url, params, {"Authorization": f"Bearer {newer}"}, within_s=within_s)
+        return self._own(reply, f"{method} {clean(path, 200)}")
+
+    def ask(self, path: str) -> Reply:
+        """GET `path` as anybody may, without a token. Returns and raises as `request` does."""
+        return self._own(self.send("GET", f"{self.base_url}{path}"), f"GET {path}")
+
+    def _renewed(self, refused: str, reply: Reply) -> str | None:
+        """A token to try again with after a 401 or 403, or None: then the answer stands as it is.
+
+        Whoever stands before the API may look at tokens, too, so it does not matter whose answer it is. But only the
+        API's own 401 says that there must be a new token: a 403 may be about the account, and a page about anything.
+        """
+        assert self.auth is not None  # noqa: S101 - as above
+        try:
+            return _before_sending(partial(self.auth.renew, refused, reply.status))
+        except SourceRefused:
+            if reply.status == 401 and reply.is_own:
+                raise
+        except SourceUnavailable:
+            if reply.is_own:
+                raise
+        return None
+
+    def _own(self, reply: Reply, what: str) -> Reply:
+        hint = "" if self._met else f"; is API_URL ({clean(self.base_url, 200)}) the address of a worker API?"
+        own(reply, what, hint)
+        self._met = self._met or reply.status < 300
+        return reply
 
     def send(
         self,
@@ -182,7 +147,7 @@ class Client:
             size = f"larger than {BODY_BYTES >> 20} MiB"
             raise UnusableAnswer(
                 f"the server's answer to {method} {request.url.path} is {size}; it was cut off",
-                bytes(body[:_WORDS_BYTES]),
+                bytes(body[:WORDS_BYTES]),
                 f"it is {size}",
             )
         return Reply(response.status_code, bytes(body), response.headers)
@@ -217,37 +182,10 @@ class Client:
         return f"{meaning}: {said}"
 
 
-def is_definite(reply: Reply) -> bool:
-    """Whether the server will say the same again: 4xx, but for those that pass or are about our token (J8)."""
-    return 400 <= reply.status < 500 and reply.status not in {401, 403} | _TRY_LATER
-
-
-def failure(reply: Reply, what: str) -> SourceError:
-    """The error that a reply nobody planned for stands for. `what` names the call for a person."""
-    if reply.status == 401:
-        return SourceRefused(f"the server refused our token for {what} (401): {reply.words}")
-    if reply.status == 403:
-        return SourceRefused(
-            f"the server does not let this account do that: {what} (403): is it in the group 'workers'?"
-        )
-    if reply.status in _TRY_LATER or reply.status >= 500:
-        return SourceUnavailable(
-            f"the server answered {reply.status} to {what}: {reply.words}",
-            retry_after_s=retry_after(reply.headers.get("retry-after")),
-        )
-    return SourceUnavailable(f"the server answered {reply.status} to {what}, which makes no sense here: {reply.words}")
-
-
-def retry_after(value: str | None, now: float | None = None) -> float | None:
-    """RFC 9110, 10.2.3: seconds or a date, as seconds from now within 0..600; None when absent or unreadable."""
-    if value is None:
-        return None
+def _before_sending(token: Callable[[], str]) -> str:
+    """A token. When there is none for now, the call that needs it was certainly not sent."""
     try:
-        seconds = float(max(0, min(int(value), int(_RETRY_AFTER_MAX_S))))  # as integers: 400 digits fit no float
-    except ValueError:
-        try:
-            moment = email.utils.parsedate_to_datetime(value).timestamp()
-        except (ValueError, TypeError, OverflowError):
-            return None
-        seconds = moment - (time.time() if now is None else now)
-    return min(max(seconds, 0.0), _RETRY_AFTER_MAX_S)
+        return token()
+    except SourceUnavailable as error:
+        error.sent = False
+        raise

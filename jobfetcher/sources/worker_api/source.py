@@ -1,4 +1,24 @@
-"""The worker API as a JobSource. Every oddity of the server (PROTOCOL.md, S1 to S18) is met here and nowhere else."""
+"""The worker API as a JobSource. Every oddity of the server (PROTOCOL.md, S1 to S24) is met here and nowhere else.
+
+How an end is told (`finished`, `error`, and `queued`, which gives the job back):
+
+1. An end counts as told when a PUT of it was accepted by the API itself, and by nothing else (S19, S20). The server
+   commits an update to its queue first and then tells the user's side. Where that fails it answers 500, its state says
+   `finished`, and the user's side never hears of it unless the end is told again: no state that is read back proves
+   anything. So after a 5xx, a time-out, a cut or a page the end is told again until it is accepted.
+2. `GET status` decides one thing, whether the job is still ours: 404 ends the story (S7). It is asked before an end is
+   repeated, and before the first one where the lease is older than 300 s (J4). After a state that is an end nothing
+   but the end is sent, for any other word would open the job again (S6).
+3. Nothing is sent while an update sent before can still be on its way, whether a heartbeat or an end: 30 s after one
+   without an answer, or that a gateway answered with 5xx, because the API behind it may still be at it.
+4. Where the API itself answers 5xx the pauses grow from 2 s to 5 min. Each repeat that it commits may append the
+   details once more and send one more mail (S11). That is accepted, because the user who never hears of a result has
+   lost it, and a second mail costs a look: with these pauses it is some 2,000 repeats in the seven days of the outbox.
+5. One answer is as final as an acceptance: a 4xx of the API's own to an end that its state shows already. A server that
+   checks transitions refuses a repeat for ever (B10).
+6. A process that died while it told the end may have been heard or not. Its successor waits as in 3, asks as in 2, and
+   tells it again, unless the journal says that the end was accepted (outbox.py).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +38,7 @@ from jobfetcher.core.errors import (
     SourceUnavailable,
     Stopped,
     StopReason,
+    TooSoon,
     UnreadableJob,
 )
 from jobfetcher.core.failpoints import failpoint
@@ -28,15 +49,8 @@ from jobfetcher.core.ports import Claim, Emit, Standing
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.core.text import clean, details
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy, canonical_url
-from jobfetcher.sources.worker_api.client import (
-    CALL_S,
-    Client,
-    Params,
-    Reply,
-    UnusableAnswer,
-    failure,
-    is_definite,
-)
+from jobfetcher.sources.worker_api.client import CALL_S, Client, Params
+from jobfetcher.sources.worker_api.reply import ForeignAnswer, Reply, UnusableAnswer, failure, is_definite
 from jobfetcher.sources.worker_api.wire import (
     ERROR,
     FINISHED,
@@ -61,6 +75,12 @@ IN_DOUBT_S = CALL_S
 #: FAULTS.md B10: what a server may answer to an update without saying whether the job is still ours.
 _UNDECIDED = frozenset({409, 410, 412, 422})
 
+#: What a filter before the API may answer to the words of an update, which travel in its address.
+_ABOUT_WORDS = frozenset({400, 403, 406, 413, 414, 431})
+
+#: Longest pause before an end is told again to an API that answers 5xx to it, in seconds.
+_REPEAT_CAP_S = 300.0
+
 #: PROTOCOL.md: a form is valid for 600 s; two minutes are kept for the upload that uses it last.
 FORM_S = 480.0
 
@@ -78,7 +98,7 @@ _ENDS = frozenset({FINISHED, ERROR})
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which jobs to ask for: only of these groups, only those that waited at least `older_than_s`."""
+    """Which jobs to ask for: of these groups first (S21), and only those that waited at least `older_than_s`."""
 
     groups: tuple[str, ...] = ()
     older_than_s: int = 0
@@ -266,14 +286,18 @@ class ApiLease:
         self._on_its_way_until = 0.0
         if cut_off is not None:
             self._on_its_way_until = clock() + (IN_DOUBT_S if cut_off is Phase.SETTLING else beat_within_s)
-        #: The end may have been heard although no answer came: the server is asked before it is told again.
+        #: The end may have been committed although it was not accepted: the server is asked before it is told again.
         self._end_in_doubt = cut_off is Phase.SETTLING or not self._alone
+        #: An end was sent: no heartbeat may follow it (S6). How often the API answered 5xx to it, and until when it
+        #: rests.
+        self._end_was_sent = False
+        self._end_refusals, self._end_rests_until = 0, 0.0
         self._settled = False
         self._forms = _Forms(clock)
 
     def beat(self, phase: Phase) -> Standing:
         with self._door:
-            if self._gone or self._settled:
+            if self._gone or self._settled or self._end_was_sent:
                 return self._gone or Standing.KEEP
             if self._alone and self._is_unsure():
                 return self._confirm(STATUS_OF_PHASE[phase])
@@ -376,8 +400,7 @@ class ApiLease:
         if isinstance(state, Standing):
             return state
         if state in _ENDS:
-            self._settled = True  # our own end, in doubt until now
-            return Standing.KEEP
+            return Standing.KEEP  # our own end, committed and perhaps not heard; a word would open the job again (S6)
         return self._update(later(word, self._heard), "", within_s=self._beat_within_s)
 
     def _look(self, *, within_s: float = CALL_S) -> str | Standing:
@@ -404,10 +427,10 @@ class ApiLease:
     def _update(self, word: str, why: str, *, within_s: float = CALL_S) -> Standing:
         """Send one status update; the door is held. Raises SourceError when it was not accepted."""
         sent_at = self._clock()
-        params = [("status", word)] + ([("runtime_details", details(why))] if why else [])
-        reply = self._put(params, within_s)
-        if reply.status == 422 and why:  # FAULTS.md B10: perhaps it chokes on our words
-            reply = self._put(params[:1], within_s)
+        try:
+            reply = self._put(word, why, within_s)
+        except ForeignAnswer as error:
+            return self._not_accepted(word, error, error.status if error.status >= 500 else 0, within_s)
         if 200 <= reply.status < 300:
             self._accepted_at, self._server_errors, self._undecided = sent_at, 0, 0
             self._heard = later(self._heard, word)
@@ -415,71 +438,104 @@ class ApiLease:
         if reply.status == 404:
             self._gone = Standing.CANCEL
             return self._gone
-        error = failure(reply, f"the update of job {self.job_id} to {word!r}")
-        self._server_errors = self._server_errors + 1 if reply.status >= 500 else 0
-        if reply.status in _UNDECIDED and reply.status != self._undecided:
+        refusal = failure(reply, f"the update of job {self.job_id} to {word!r}")
+        return self._not_accepted(word, refusal, reply.status, within_s)
+
+    def _not_accepted(self, word: str, error: SourceError, status: int, within_s: float) -> Standing:
+        """Raise `error`, unless the job's state says that it is over. `status` 0: one that tells nothing."""
+        self._server_errors = self._server_errors + 1 if status >= 500 else 0
+        if status in _UNDECIDED and status != self._undecided:
             self._emit("update_refused", level="warning", job=self.job_id, message=str(error))
-        self._undecided = reply.status if reply.status in _UNDECIDED else 0
-        # S7: after its first 404 was lost, or when the server's sweep met the deletion first, only 500 ever comes.
+        self._undecided = status if status in _UNDECIDED else 0
+        # S7: after its first 404 was lost, or when the server's sweep met the deletion first, only 500 ever comes; or
+        # the page that a gateway makes of it.
         if self._server_errors >= 2 or self._undecided:
             state = self._look(within_s=within_s)
             if isinstance(state, Standing):
                 return state
-            if state == word and word in {*_ENDS, QUEUED}:
-                return Standing.KEEP  # it was heard, whatever the answer says
+            if self._undecided and state == word and word in {*_ENDS, QUEUED}:
+                return Standing.KEEP  # B10: it will not take it a second time
         raise error
 
-    def _put(self, params: Params, within_s: float) -> Reply:
+    def _put(self, word: str, why: str, within_s: float) -> Reply:
+        """Send it, and once more without its words where they may be what is refused (B10)."""
+        bare = [("status", word)]
+        if not why:
+            return self._send(bare, within_s)
+        worded = [*bare, ("runtime_details", details(why))]
+        try:
+            reply = self._send(worded, within_s)
+        except ForeignAnswer as error:
+            if error.status not in _ABOUT_WORDS:
+                raise
+        else:
+            if reply.status != 422:
+                return reply
+        return self._send(bare, within_s)
+
+    def _send(self, params: Params, within_s: float) -> Reply:
         failpoint("before:send_update")
         try:
             reply = self._client.request("PUT", self._status_path, params, within_s=within_s)
         except SourceUnavailable as error:
-            if error.sent:
+            # A page with another status comes from who did not pass the request on. With 5xx a gateway gave up, and
+            # the server behind it may still take it.
+            if error.sent and not (isinstance(error, ForeignAnswer) and error.status < 500):
                 self._on_its_way_until = self._clock() + IN_DOUBT_S
             raise
-        if reply.status == 504:  # a gateway gave up; the server behind it may still take it
+        if reply.status == 504:
             self._on_its_way_until = self._clock() + IN_DOUBT_S
         failpoint("after:send_update")
         return reply
 
     def _end(self, word: str, why: str) -> Standing:
-        """The one update after which this job is never mentioned again.
-
-        It must arrive once, and nothing after it (S6, S11). An update that got no answer, or the last one of a process
-        that died, may still be on its way, a heartbeat as well as an earlier try of this one: nothing is sent before it
-        can only have arrived. And when the end may have been heard already, or the job may not be ours any more (lease
-        older than 300 s, or taken over from an earlier process), the server is asked first.
-        """
+        """The update after which this job is never mentioned again. How it is told: see the module."""
         with self._door:
             if self._gone or self._settled:
                 return self._gone or Standing.KEEP
-            now = self._clock()
-            if now < self._on_its_way_until:
-                left = self._on_its_way_until - now
-                raise SourceUnavailable(
-                    "waiting until no earlier update can be on its way any more", retry_after_s=left
-                )
-            unsure = self._is_unsure()
+            self._check_not_too_soon()
+            unsure, state = self._is_unsure(), ""
             if unsure or self._end_in_doubt:
-                state = self._look()
-                if isinstance(state, Standing):
-                    return state
-                if state in {*_ENDS, word}:
-                    self._settled = True
-                    return Standing.KEEP
-            if word == FINISHED and (unsure or self._heard != POSTPROCESSING):
+                found = self._look()
+                if isinstance(found, Standing):
+                    return found
+                state = found
+            if word == QUEUED and state in _ENDS:
+                self._settled = True  # somebody ended it: there is nothing left to give back
+                return Standing.KEEP
+            if word == FINISHED and state not in _ENDS and (unsure or self._heard != POSTPROCESSING):
                 # The server was away meanwhile. Its word also takes a job back that was put into the queue (S5).
                 standing = self._update(POSTPROCESSING, "")
                 if standing is not Standing.KEEP:
                     return standing
-            doubted, self._end_in_doubt = self._end_in_doubt, True
+            doubted, self._end_in_doubt, self._end_was_sent = self._end_in_doubt, True, True
             try:
                 standing = self._update(word, why)
             except SourceError as error:
                 self._end_in_doubt = doubted or (isinstance(error, SourceUnavailable) and error.sent)
+                self._rest_after(error)
                 raise
             self._settled = standing is Standing.KEEP
             return standing
+
+    def _check_not_too_soon(self) -> None:
+        """Raise TooSoon while an update may still be on its way, or an end that got 5xx rests."""
+        now = self._clock()
+        if now < self._on_its_way_until:
+            left_s = self._on_its_way_until - now
+            raise TooSoon("waiting until no earlier update can be on its way any more", retry_after_s=left_s)
+        if now < self._end_rests_until:
+            left_s = self._end_rests_until - now
+            raise TooSoon("waiting before the end is told again to a server that fails at it", retry_after_s=left_s)
+
+    def _rest_after(self, error: SourceError) -> None:
+        """Ever longer where it is the API itself that fails: it may have committed the end each time (S11)."""
+        if not isinstance(error, SourceUnavailable) or isinstance(error, ForeignAnswer) or not self._server_errors:
+            return
+        self._end_refusals += 1
+        pause_s = min(_REPEAT_CAP_S, 2.0 ** min(self._end_refusals, 10))
+        self._end_rests_until = self._clock() + pause_s
+        error.retry_after_s = max(pause_s, error.retry_after_s or 0.0)
 
     @property
     def _status_path(self) -> str:
