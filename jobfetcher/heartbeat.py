@@ -22,6 +22,7 @@ from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Emit, Lease, Standing
+from jobfetcher.outage import Outage
 
 #: Waits after the 1st, 2nd, ... failed attempt; the last one repeats. With a 10 s deadline per attempt some ten
 #: attempts fit into a lease of 300 s (FAULTS.md J3).
@@ -48,6 +49,7 @@ class Pulse:
         interval_s: float,
         silence_s: float | None,
         emit: Emit,
+        outage: Outage,
         clock: Callable[[], float],
         jitter: Callable[[], float],
     ) -> None:
@@ -56,6 +58,7 @@ class Pulse:
         self._interval_s = interval_s
         self._silence_s = silence_s
         self._emit = emit
+        self._outage = outage
         self._clock = clock
         self._jitter = jitter
         self._changed = threading.Condition()
@@ -95,14 +98,17 @@ class Pulse:
             except SourceError as error:
                 failures += 1
                 asked = error.retry_after_s if isinstance(error, SourceUnavailable) else None
-                due = self._clock() + retry_pause_s(failures, asked, self._interval_s, self._jitter())
+                pause_s = retry_pause_s(failures, asked, self._interval_s, self._jitter())
+                due = self._clock() + pause_s
+                job = self._lease.job_id
+                self._outage.failed(job, f"the keep-alive of job {job} is not delivered", error, pause_s)
                 if self._gives_up(self._clock() - heard_at):
                     self._halt.set(StopReason.SILENCE)
                 if failures == 1:
                     self._emit(
                         "heartbeat_failed",
-                        level="warning",
-                        job=self._lease.job_id,
+                        level="debug",
+                        job=job,
                         message=f"keep-alive not delivered, trying again: {error}",
                     )
                 if last_try:
@@ -120,7 +126,9 @@ class Pulse:
                 due = now + RETRY_S[0]
                 continue
             if failures:
-                self._emit("heartbeat_recovered", job=self._lease.job_id, message="keep-alive delivered again")
+                message = "keep-alive delivered again"
+                self._emit("heartbeat_recovered", level="debug", job=self._lease.job_id, message=message)
+            self._outage.answered(self._lease.job_id)
             failures, heard_at = 0, self._clock()
             with self._changed:
                 if self._unsaid and self._unsaid[0] is phase:
@@ -176,14 +184,25 @@ def beating(
     emit: Emit,
     phase: Phase = Phase.CLAIMED,
     silence_s: float | None = None,
+    outage: Outage | None = None,
     clock: Callable[[], float] = time.monotonic,
     jitter: Callable[[], float] = beat_jitter,
 ) -> Iterator[Pulse]:
     """Beat for `lease` while inside, beginning with `phase`; sets `halt` when the source says the job is not ours.
 
     `interval_s`: seconds between keep-alives. `silence_s`: a running job is halted when none was accepted for so long.
+    `outage` is told how they go.
     """
-    pulse = Pulse(lease, halt, interval_s=interval_s, silence_s=silence_s, emit=emit, clock=clock, jitter=jitter)
+    pulse = Pulse(
+        lease,
+        halt,
+        interval_s=interval_s,
+        silence_s=silence_s,
+        emit=emit,
+        outage=outage or Outage(emit, clock=clock),
+        clock=clock,
+        jitter=jitter,
+    )
     pulse.enter(phase)
     pulse.start()
     try:

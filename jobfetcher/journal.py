@@ -6,10 +6,10 @@ write-ahead log and synchronous=FULL: a commit that returned survives a power cu
 in groups, at most a second apart, because moving a file twice does no harm (names decide where it goes). A damaged
 file never stops the worker (FAULTS.md J1; how: journal_file.py).
 
-Three commits do not wait for the disk: those of `advance`, `started` and `forget`. They survive whatever ends this
+Four commits do not wait for the disk: `advance`, `started`, `accepted` and `forget`. They survive whatever ends this
 process, and a power cut from the next commit that does wait on (the log is in order). After a power cut the machine is
-in another boot, in which files and container of a job are looked at anew (FAULTS.md A10), and an end that was told is
-asked for before it is told again.
+in another boot, in which files and container of a job are looked at anew (FAULTS.md A10), and an end of which it is not
+on record that it was accepted is told again, which costs a second mail at most.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ _GROUP_S = 1.0
 _BALLAST_BYTES = 4 * 1024 * 1024
 
 Direction = Literal["in", "out"]
+
+#: The mark of an end that the source accepted: it lies beside those of files, under a direction that none of them has.
+_END = "end"
 
 _SHARE, _IMAGE, _EXIT, _OUTCOME = TypeAdapter(Share), TypeAdapter(Image), TypeAdapter(Exit), TypeAdapter(Outcome)
 
@@ -246,6 +249,14 @@ class Journal:
             self._change(job_id, Phase.SETTLING, outcome=_text(outcome), decided_at=float(self._wall()))
             return outcome
 
+    def accepted(self, job_id: JobId) -> None:
+        """Record that the source accepted the end: what is left to do is to clean up."""
+        self._write(journal_file.put(FileRow(job_id, _END, "accepted", 0, "", "")), durable=False)
+
+    def was_accepted(self, job_id: JobId) -> bool:
+        """Whether that is on record. A damaged mark is none: the end is told again (FAULTS.md A7)."""
+        return bool(self._marks(job_id, _END))
+
     def forget(self, job_id: JobId) -> None:
         """The source has heard the end and nothing of the job is left here."""
         self._write(("DELETE FROM job WHERE id = ?", (job_id,)), durable=False)
@@ -274,13 +285,13 @@ class Journal:
 
     def marked(self, job_id: JobId, direction: Direction) -> dict[str, Stored]:
         """The files of a job that reached their place, by name. One whose mark is damaged is not: it moves again."""
-        query = journal_file.select(FileRow, "WHERE job = ? AND direction = ?")
-        rows = [
-            FileRow(*values[:-1])
-            for values in self._select(query, job_id, direction)
-            if journal_file.is_whole(FileRow, values)
-        ]
+        rows = self._marks(job_id, direction)
         return {row.name: Stored(row.name, row.size, row.digest, row.etag) for row in rows}
+
+    def _marks(self, job_id: JobId, direction: str) -> list[FileRow]:
+        query = journal_file.select(FileRow, "WHERE job = ? AND direction = ?")
+        found = self._select(query, job_id, direction)
+        return [FileRow(*values[:-1]) for values in found if journal_file.is_whole(FileRow, values)]
 
     # -- what is on record ---------------------------------------------------------------------------------------------
 

@@ -3,10 +3,13 @@
 Used by runner and worker; `steps` uses `tell`. The journal is the store: an end is on disk before it is told, and its
 record stays until the source has heard it *and* container and directory are gone. What did not work is done again by
 `deliver`, in this process or the next, for seven days (FAULTS.md J9); then what is left goes to quarantine, loudly.
+That the source accepted the end is on disk as well before anything is removed: a process that dies while it cleans up
+has a successor that says nothing (A8), and one that dies before has one that tells the end again (A7).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import threading
@@ -21,6 +24,7 @@ from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, Engine, Lease, Standing
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.journal import Journal
+from jobfetcher.outage import Outage
 from jobfetcher.workspace import Base
 
 #: Tries to tell the end at once, 1, 2 and 4 s apart or as the source asks, before it is left to the outbox.
@@ -57,6 +61,8 @@ class Outbox:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base = base
+        #: Told how all calls of this worker go.
+        self.outage = Outage(emit, clock=clock)
         self._journal = journal
         self._engine = engine
         self._own = own
@@ -81,15 +87,21 @@ class Outbox:
         failpoint("after:settling")
         if outcome.ending is not Ending.FINISHED:
             self._stop_running(lease.job_id)
+
+        def failed(state: tenacity.RetryCallState) -> None:
+            if state.outcome is not None and isinstance(error := state.outcome.exception(), SourceError):
+                self._failed(lease.job_id, outcome, error, state.upcoming_sleep)
+
         patiently = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(SourceError),
             stop=tenacity.stop_after_attempt(_SETTLE_TRIES),
             wait=_as_asked,
             sleep=self._sleep,
+            before_sleep=failed,
             reraise=True,
         )
         try:
-            standing = patiently(tell, lease, outcome, worker_fault_is_error=self._worker_fault_is_error)
+            standing = patiently(self._tell, lease, outcome)
         except SourceError as error:
             self._not_heard(lease, outcome, error)
         else:
@@ -110,11 +122,24 @@ class Outbox:
         Until it is True the record stays in the journal, which is the outbox.
         """
         try:
-            standing = tell(lease, outcome, worker_fault_is_error=self._worker_fault_is_error)
+            standing = self._tell(lease, outcome)
         except SourceError as error:
             self._not_heard(lease, outcome, error)
             return self._given_up(lease.job_id, outcome)
         return self._heard(lease, outcome, standing)
+
+    def _tell(self, lease: Lease, outcome: Outcome) -> Standing:
+        """Tell it, unless an earlier process did and was heard; note that it was. Raises SourceError."""
+        job_id = lease.job_id
+        with contextlib.suppress(WorkerFault):  # a journal that cannot be read: told once more
+            if self._journal.was_accepted(job_id):
+                return Standing.KEEP
+        standing = tell(lease, outcome, worker_fault_is_error=self._worker_fault_is_error)
+        if outcome.ending is not Ending.DROPPED:
+            self.outage.answered(job_id)
+            with contextlib.suppress(WorkerFault):  # a full disk: if this process dies now, it is told once more
+                self._journal.accepted(job_id)
+        return standing
 
     @property
     def waiting(self) -> list[JobId]:
@@ -123,11 +148,14 @@ class Outbox:
             return sorted(self._open)
 
     def due_in_s(self) -> float:
-        """Seconds until `flush` has something to do; infinite while nothing waits."""
-        return max(0.0, self._due - self._clock()) if self.waiting else math.inf
+        """Seconds until `flush` has something to do; infinite while nothing waits and the source answers."""
+        deliver_s = max(0.0, self._due - self._clock()) if self.waiting else math.inf
+        remind_s = self.outage.due_in_s()
+        return deliver_s if remind_s is None else min(deliver_s, max(1.0, remind_s))
 
     def flush(self, *, now: bool = False) -> None:
-        """Deliver what waits, at growing intervals or `now`. For one thread."""
+        """Deliver what waits, at growing intervals or `now`, and remind of a source that is away. For one thread."""
+        self.outage.remind()
         with self._lock:
             waiting = list(self._open.values())
         if not waiting or (not now and self._clock() < self._due):
@@ -147,11 +175,17 @@ class Outbox:
     def _closed(self, job_id: JobId) -> None:
         with self._lock:
             self._open.pop(job_id, None)
+        self.outage.forget(job_id)
 
     def _not_heard(self, lease: Lease, outcome: Outcome, error: SourceError) -> None:
-        level = self._still_open(lease, outcome)
+        self._still_open(lease, outcome)
+        self._failed(lease.job_id, outcome, error, max(2.0, getattr(error, "retry_after_s", None) or 0.0))
         message = f"the end ({outcome.ending.value}) is not delivered yet: {error}"
-        self._emit("settle_failed", level=level, job=lease.job_id, message=message)
+        self._emit("settle_failed", level="debug", job=lease.job_id, message=message)
+
+    def _failed(self, job_id: JobId, outcome: Outcome, error: SourceError, again_in_s: float) -> None:
+        what = f"the end ({outcome.ending.value}) of job {job_id} is not delivered yet"
+        self.outage.failed(job_id, what, error, again_in_s)
 
     def _given_up(self, job_id: JobId, outcome: Outcome) -> bool:
         """Whether the end has waited for too long: then what is left of the job is put aside for a person to see."""

@@ -3,7 +3,8 @@
 Used by the worker, in its main thread; `ended` comes from the slots. Jobs that end badly never hold up those of others
 for long, for they may all be one user's: five in a row make this machine test itself (`self_test`), and as long as it
 passes, jobs are taken at the usual pace, at most one a second (FAULTS.md T23). Waits are spread, so that a thousand
-workers do not come back together (J8), and every trouble is said once, not once per try (J10).
+workers do not come back together (J8), and every trouble is said once, not once per try (J10); of a server that is away
+`outage` tells.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from jobfetcher.core.errors import EXPECTED, JobfetcherError, SourceError, SourceUnavailable
 from jobfetcher.core.ports import Emit
 from jobfetcher.core.run import Ending, Outcome
+from jobfetcher.outage import Outage
 
 #: FAULTS.md J8: longest pause between two polls of a server that does not answer.
 _CAP_S = 300.0
@@ -25,6 +27,9 @@ _CAP_S = 300.0
 #: and until a job ends well, so many seconds lie between a bad end and the next job.
 _BAD_ENDS, _BAD_WITHIN_S = 5, 600.0
 _BAD_PAUSE_S = 1.0
+
+#: Under which name the questions for jobs are known to `outage`.
+_POLLING = "polling"
 
 
 class Pace:
@@ -37,14 +42,17 @@ class Pace:
         *,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = lambda: random.uniform(0.9, 1.1),  # noqa: S311 - spreads load only
+        outage: Outage | None = None,
     ) -> None:
         self.interval_s = interval_s
         self._emit = emit
+        self._outage = outage or Outage(emit, clock=clock)
         self._clock = clock
         self._jitter = jitter
         self._lock = threading.Lock()
         self._answered = False
         self._trouble: str | None = None
+        self._trouble_is_here = False  # and not the server's
         self._failures = 0
         self._not_before = 0.0
         #: When jobs ended badly since the last good end or test, and how many have since the last good end.
@@ -71,20 +79,27 @@ class Pace:
         message = str(error)
         if message != self._trouble:
             self._trouble = message
-            self._emit("not_polling", level="error", message=f"no job can be taken: {message}")
+            level = "debug" if isinstance(error, SourceError) else "error"  # of the server `outage` tells
+            self._emit("not_polling", level=level, message=f"no job can be taken: {message}")
         # Never before the server wants it, never at once (`Retry-After: 0` must not make a busy loop), and never just
         # when it wants it: with a date, or after one answer to many at once, that is the same moment for all.
         asked_s = error.retry_after_s if isinstance(error, SourceUnavailable) and error.retry_after_s else 0.0
         cap_s = min(_CAP_S, self.interval_s * 2.0 ** min(self._failures, 10))
         wait_s = asked_s + random.uniform(min(1.0, cap_s), cap_s)  # noqa: S311 - spreads load only
         if isinstance(error, SourceError):
+            self._outage.failed(_POLLING, "no job can be taken", error, wait_s)
             self._wait_until(self._clock() + wait_s)  # a job that ends meanwhile makes the server no better
+            self._trouble_is_here = False
+        else:
+            self._trouble_is_here = True
         return wait_s
 
     def well(self) -> None:
         """The server answered and this machine is fit."""
+        self._outage.answered(_POLLING)
         if self._trouble is not None:
-            self._emit("polling_again", message="the server and this machine are fine again; taking jobs")
+            level = "info" if self._trouble_is_here else "debug"
+            self._emit("polling_again", level=level, message="the server and this machine are fine again; taking jobs")
         elif not self._answered:
             self._emit("server_answers", message="the server answers; taking jobs")
         self._answered = True

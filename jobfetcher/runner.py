@@ -161,6 +161,7 @@ class Runner:
             phase=_said(self._record(lease.job_id)),
             interval_s=self._rules.beat_interval_s,
             silence_s=self._rules.stop_after_silence_s,
+            outage=self.outbox.outage,
             emit=self._emit,
         ) as pulse:
             yield pulse

@@ -122,7 +122,7 @@ class Worker:
         self._polling = polling
         self._emit = emit
         self._clock = clock
-        self._pace = Pace(polling.interval_s, emit, clock=clock, jitter=jitter)
+        self._pace = Pace(polling.interval_s, emit, clock=clock, jitter=jitter, outage=runner.outbox.outage)
         self._slots: dict[JobId, _Slot] = {}
         self._outbox = runner.outbox
         self._taken, self._reconcile_due = 0, 0.0

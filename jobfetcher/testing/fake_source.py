@@ -28,6 +28,8 @@ class Said:
     #: What the next updates are answered with; KEEP once it is empty. An exception is raised instead.
     answers: deque[Standing | SourceError] = field(default_factory=deque)
     gone: Standing | None = None
+    #: How often an end was told again that had been accepted.
+    repeats: int = 0
 
 
 class FakeSource:
@@ -92,6 +94,7 @@ class FakeLease:
         self.token = token
         self._source = source
         self._said = said
+        self._ended = False  # an end of this lease was accepted
         self._door = threading.Lock()
 
     def beat(self, phase: Phase) -> Standing:
@@ -120,6 +123,8 @@ class FakeLease:
                 if said.gone is not None:
                     return said.gone
                 if word in TERMINAL and said.words and said.words[-1] in TERMINAL:
+                    said.repeats += not self._ended  # by a lease that does not know
+                    self._ended = True
                     return Standing.KEEP
                 answer = said.answers.popleft() if said.answers else Standing.KEEP
                 if isinstance(answer, SourceError):
@@ -129,6 +134,7 @@ class FakeLease:
                     return answer
                 said.words.append(_not_back(said.words, word))
                 said.details.append(details)
+                self._ended = word in TERMINAL
                 return Standing.KEEP
             finally:
                 self._source.changed.notify_all()

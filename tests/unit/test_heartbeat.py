@@ -161,8 +161,10 @@ def test_a_failed_beat_is_repeated_and_told_once(error: SourceUnavailable | Sour
         pulse.enter(Phase.RUNNING)
         assert source.wait_for(lambda: said(source) == ["claimed", "running"])
         assert halt.reason is None  # neither an outage nor a refusal stops a job (S16)
-    assert emit.levels("heartbeat_failed") == ["warning"]
-    assert len(emit.named("heartbeat_recovered")) == 1
+    assert emit.levels("server_away") == ["warning"]
+    assert f"the keep-alive of job 7 is not delivered: {error}; trying again" in str(emit.named("server_away")[0])
+    assert len(emit.named("server_back")) == 1
+    assert len(emit.named("heartbeat_failed")) == len(emit.named("heartbeat_recovered")) == 1
 
 
 def test_ten_tries_fit_into_a_lease() -> None:

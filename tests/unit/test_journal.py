@@ -380,6 +380,28 @@ def seen_from_outside(path: Path) -> int:
         return int(other.execute("SELECT count(*) FROM file").fetchone()[0])
 
 
+@pytest.mark.fault("A7", "A8")
+def test_that_an_end_was_accepted_is_on_record_until_the_job_is_forgotten(tmp_path: Path, journal: Journal) -> None:
+    journal.claim(SEVEN, "t", make_job())
+    journal.claim(EIGHT, "t", make_job("8"))
+    journal.settling(SEVEN, Outcome())
+    assert not journal.was_accepted(SEVEN)
+    journal.accepted(SEVEN)
+    journal.accepted(SEVEN)
+    assert journal.was_accepted(SEVEN)
+    assert not journal.was_accepted(EIGHT)
+    assert journal.marked(SEVEN, "in") == journal.marked(SEVEN, "out") == {}
+    with closing(Journal(tmp_path / "journal.db")) as another:
+        assert another.was_accepted(SEVEN)
+    journal.forget(SEVEN)
+    assert not journal.was_accepted(SEVEN)
+    journal.claim(SEVEN, "t", make_job())  # handed out again
+    assert not journal.was_accepted(SEVEN)
+    journal.forget(EIGHT)
+    with pytest.raises(WorkerFault):
+        journal.accepted(EIGHT)
+
+
 def test_marks_are_committed_in_groups(tmp_path: Path, journal: Journal) -> None:
     path = tmp_path / "journal.db"
     journal.claim(SEVEN, "t", make_job())

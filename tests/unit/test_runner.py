@@ -28,7 +28,7 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Inventory
 from jobfetcher.core.phases import Phase
-from jobfetcher.core.ports import Standing
+from jobfetcher.core.ports import Lease, Standing
 from jobfetcher.core.run import Ending, Exit, Outcome, RunSpec
 from jobfetcher.engine.run_spec import BoxPolicy, build_run_spec
 from jobfetcher.journal import Journal
@@ -99,6 +99,13 @@ class Bench:
         outcome = self.runner.run(lease, job, self.hold, self.halt)
         assert outcome is not None, "only a detached job has none"
         return outcome
+
+    def claimed(self) -> Lease:
+        """The lease of a job that is on record, of which nothing was done yet."""
+        self.source.put(job := make_job())
+        lease = self.source.resume("t", job.id)
+        self.journal.claim(job.id, lease.token, job)
+        return lease
 
     def in_thread(self, job: Job | None = None) -> Callable[[], Outcome]:
         """Run beside the test; call the result to wait for the outcome."""
@@ -828,10 +835,46 @@ def test_an_undeliverable_end_stays_on_record_with_its_files_and_is_told_later(b
     for _ in range(50):
         if bench.runner.outbox.deliver(lease, outcome):
             break
-    assert bench.emit.levels("settle_failed").count("warning") == 1  # J10: once, not per try
+    assert bench.emit.levels("server_away") == ["warning"]  # J10: once, not per try
+    assert "the end (finished) of job 7 is not delivered yet: down" in str(bench.emit.named("server_away")[0])
+    assert set(bench.emit.levels("settle_failed")) == {"debug"}
     bench.source.said[SEVEN].answers.clear()
     assert bench.runner.outbox.deliver(lease, outcome)
     assert bench.words.count("finished") == 1
+    assert len(bench.emit.named("server_back")) == 1
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("A8")
+def test_an_end_that_was_accepted_is_not_told_again_by_the_next_process(bench: Bench) -> None:
+    """The first one died, or could not, while it cleaned up."""
+    bench.runner = bench.make_runner(
+        bench.rules, engine=Failing(bench.engine, "find", WorkerFault(WorkerReason.ENGINE, "down"))
+    )
+    outcome = Outcome(Ending.JOB_FAILED, JobReason.EXIT_CODE, "exit code 3")
+    lease = bench.claimed()
+    bench.runner.outbox.settle(lease, outcome)
+    assert bench.words[-1] == "error"
+    [record] = bench.journal.records()
+    assert bench.journal.was_accepted(SEVEN)
+    bench.runner = bench.make_runner(bench.rules)
+    again = bench.source.resume("t", SEVEN, cut_off=record.phase)
+    assert record.outcome is not None
+    bench.runner.outbox.settle(again, record.outcome)
+    assert bench.source.said[SEVEN].repeats == 0
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("A7")
+def test_an_end_of_which_nothing_is_on_record_is_told_again_by_the_next_process(bench: Bench) -> None:
+    lease = bench.claimed()
+    outcome = Outcome(Ending.JOB_FAILED, JobReason.EXIT_CODE, "exit code 3")
+    bench.journal.settling(SEVEN, outcome)
+    lease.settle(outcome)  # and here it dies
+    again = bench.source.resume("t", SEVEN, cut_off=Phase.SETTLING)
+    bench.runner.outbox.settle(again, outcome)
+    assert bench.source.said[SEVEN].repeats == 1
+    assert bench.words.count("error") == 1
     assert bench.nothing_is_left()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -655,8 +656,11 @@ def test_a_server_that_does_not_answer_is_asked_ever_more_rarely_and_told_once(b
     assert all(1.0 <= wait <= 300.0 for wait in waits)
     assert max(waits[:1]) <= 60.0
     assert len(set(waits)) > 20  # spread, so that a thousand workers do not come back together
-    assert bench.emit.levels("not_polling") == ["error"]
-    assert len(bench.emit.named("polling_again")) == 1
+    first, *reminders = bench.emit.named("server_away")
+    assert str(first["message"]).startswith("no job can be taken: down; trying again in ")
+    assert all(str(event["message"]).startswith("for ") for event in reminders)
+    assert len(bench.emit.named("server_back")) == 1
+    assert set(bench.emit.levels("not_polling")) == {"debug"}
     assert bench.ends("1") == ["finished"]
 
 
@@ -665,8 +669,18 @@ def test_a_server_that_does_not_answer_is_asked_ever_more_rarely_and_told_once(b
 def test_retry_after_is_honoured_and_never_makes_a_busy_loop(bench: Bench, asked_s: float | None, least: float) -> None:
     bench.source.replies += [SourceUnavailable("busy", retry_after_s=asked_s)] * 5
     bench.put(make_job("1"))
+    asked_at: list[float] = []
+    real = bench.source.fetch
+
+    def fetch(offer: Offer, wait_s: float) -> Claim | None:
+        asked_at.append(bench.budget.clock())
+        return real(offer, wait_s)
+
+    bench.source.fetch = fetch  # type: ignore[method-assign]  # what is measured is when it is asked
     bench.worker.run()
-    assert all(wait >= least for wait in bench.budget.waits[:5])
+    pauses = [after - before for before, after in itertools.pairwise(asked_at[:6])]
+    assert len(pauses) == 5
+    assert all(pause >= least for pause in pauses)
 
 
 @pytest.mark.fault("B11")
