@@ -1,15 +1,24 @@
-"""Progress on its way to the observers: throttled, so that a thousand small files do not become a thousand events."""
+"""Progress on its way to the observers: throttled, so that a thousand small files do not become a thousand events.
+
+And what keeps files from moving: said once for a job and a reason, however many files and tries it concerns (FAULTS.md
+C21, J10).
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, PullProgress
+from jobfetcher.core.text import clean, unnumbered
 from jobfetcher.staging import Progress
 
 #: Progress is told at most this often, in seconds.
 _EVERY_S = 0.2
+
+#: A job with a thousand odd files needs no thousand lines.
+_MOST_NOTICES = 5
 
 
 def file_progress(emit: Emit, job_id: JobId, step: str, clock: Callable[[], float]) -> Progress:
@@ -28,7 +37,75 @@ def file_progress(emit: Emit, job_id: JobId, step: str, clock: Callable[[], floa
                 files_total=progress.files_total,
             )
 
-    return Progress(changed=changed)
+    return Progress(changed=changed, troubles=FileTroubles(emit, job_id, step, clock))
+
+
+class FileTroubles:
+    """Says which files of a job have to be tried again, why, and until when; and that it is over.
+
+    One line at WARN for each reason, which names the first file that it concerns, and one at INFO when no file waits
+    any more. `wall` is the wall clock, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        emit: Emit,
+        job_id: JobId,
+        step: str,
+        clock: Callable[[], float],
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._emit, self._job_id, self._step, self._clock, self._wall = emit, job_id, step, clock, wall
+        self._waiting: set[str] = set()
+        self._said: set[str] = set()
+        self._noticed = 0
+        self._since = 0.0
+
+    def retrying(self, name: str, why: str, for_s: float | None) -> None:
+        """A file is tried again, for `for_s` seconds more at most; None: for as long as the job is held."""
+        if not self._waiting:
+            self._since = self._clock()
+            self._said.clear()
+        self._waiting.add(name)
+        reason = unnumbered(why.replace(name, ""))
+        if reason in self._said:
+            return
+        self._said.add(reason)
+        until = "as long as the job is held"
+        if for_s is not None:
+            until = f"until {_time(self._wall() + for_s)} ({_span(for_s)})"
+        self._warn("transfer_retrying", name, f"has to wait: {clean(why, 500)}; it is tried again {until}")
+
+    def recovered(self, name: str) -> None:
+        """A file goes on."""
+        if name not in self._waiting:
+            return
+        self._waiting.discard(name)
+        if not self._waiting:
+            message = f"the {self._step} goes on after {_span(self._clock() - self._since)}"
+            self._emit("transfer_recovered", job=self._job_id, step=self._step, file=clean(name), message=message)
+
+    def noticed(self, name: str, what: str) -> None:
+        """Something else about a file; of many only the first few are said."""
+        self._noticed += 1
+        if self._noticed <= _MOST_NOTICES:
+            self._warn("transfer_noticed", name, clean(what, 500))
+
+    def _warn(self, event: str, name: str, what: str) -> None:
+        message = f"{self._step} of {clean(name, 120)}: {what}"
+        self._emit(event, level="warning", job=self._job_id, step=self._step, file=clean(name), message=message)
+
+
+def _time(wall_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(wall_s))
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(seconds, 0):.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 72 * 3600 else f"{seconds / 86_400:.0f} days"
 
 
 def pull_progress(emit: Emit, job_id: JobId, clock: Callable[[], float]) -> PullProgress:

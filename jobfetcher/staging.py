@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from jobfetcher import tree
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
@@ -29,15 +30,27 @@ OWN_FOLDER = "jobfetcher"
 _NAMED = 5
 
 
+class Troubles(Protocol):
+    """What is told of single files, by name; see `core.ports.Watch`."""
+
+    def retrying(self, name: str, why: str, for_s: float | None) -> None: ...
+
+    def recovered(self, name: str) -> None: ...
+
+    def noticed(self, name: str, what: str) -> None: ...
+
+
 @dataclass(slots=True)
 class Progress:
-    """How far a batch came. `changed` is called after every change, often; it must be quick."""
+    """How far a batch came. `changed` is called after every change, often; it must be quick. `troubles`: who is told
+    where a file has to be tried again."""
 
     files: int = 0
     files_total: int | None = None
     moved: int = 0
     bytes_total: int | None = None
     changed: Callable[[Progress], None] = lambda progress: None  # noqa: ARG005 - the callback's signature
+    troubles: Troubles | None = None
 
 
 @dataclass(slots=True)
@@ -100,6 +113,18 @@ class _Watch:
         self._done(item, stored)
         self._progress.files += 1
         self._progress.changed(self._progress)
+
+    def retrying(self, item: Download | Upload, why: str, for_s: float | None) -> None:
+        if self._progress.troubles is not None:
+            self._progress.troubles.retrying(item.name, why, for_s)
+
+    def recovered(self, item: Download | Upload) -> None:
+        if self._progress.troubles is not None:
+            self._progress.troubles.recovered(item.name)
+
+    def noticed(self, item: Download | Upload, what: str) -> None:
+        if self._progress.troubles is not None:
+            self._progress.troubles.noticed(item.name, what)
 
 
 def stage_in(

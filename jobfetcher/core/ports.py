@@ -148,6 +148,19 @@ class Watch(Protocol):
         """`item` is whole and verified. Raising here aborts the transfer."""
         ...
 
+    def retrying(self, item: Download | Upload, why: str, for_s: float | None) -> None:
+        """`item` has to be tried again, for a reason that is new to it, for `for_s` seconds more at most; None: for as
+        long as the job is held. Not told for what the next try mends at once."""
+        ...
+
+    def recovered(self, item: Download | Upload) -> None:
+        """What `retrying` told of `item` is over, since it goes on or is done."""
+        ...
+
+    def noticed(self, item: Download | Upload, what: str) -> None:
+        """Something about `item`, for people, that keeps it from nothing."""
+        ...
+
 
 class Transfer(Protocol):
     """How bytes move. Batches, concurrent, memory bounded whatever the sizes and the number of items.

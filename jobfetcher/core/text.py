@@ -6,6 +6,7 @@ one line and nothing can drive a terminal.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 #: Categories that are never shown raw: Cc control, Cf format (bidi, zero width), Cs surrogate, Zl/Zp line separators.
@@ -29,6 +30,15 @@ def clean(text: str, limit: int = 1000) -> str:
             shown.append(f"\\u{ord(char):04x}")
     line = "".join(shown)
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+#: Not those that say what was answered.
+_NUMBER = re.compile(r"(?<!HTTP )\d+")
+
+
+def unnumbered(text: str) -> str:
+    """`text` with its numbers made alike: sizes and durations differ from try to try, and that is no news (J10)."""
+    return _NUMBER.sub("0", text)
 
 
 def details(text: str) -> str:

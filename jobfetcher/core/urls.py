@@ -8,6 +8,7 @@ resolution, by whoever connects (T7): a name is only a name. Pure: nothing here 
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,19 @@ from urllib.parse import urlsplit
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.hosts import host_patterns
+from jobfetcher.core.text import clean
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")  # RFC 9110, token
 _PRINTABLE = re.compile(r"[\x20-\x7e\t]{0,8192}")
 _URL = re.compile(r"[\x21-\x5b\x5d-\x7e]{1,16384}")  # printable ASCII without space and backslash
 _HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")
+_AUTHORITY = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:)?//[^/?#]*")
+
+#: What no URL may hold and yet servers write into one (RFC 3986, 2): a space, non-ASCII, a percent sign of its own.
+#: Control characters and backslashes are not among it: they are no part of a name, and are refused.
+_RAW = re.compile(r"[ \x80-\U0010ffff]+|%(?![0-9A-Fa-f]{2})")
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 #: Headers a signed request may carry. Authorization is decided by origin (T8), the rest is S3, GCS and Azure practice.
 _HEADERS = frozenset({"content-type", "content-disposition", "content-encoding", "content-md5", "cache-control"})
@@ -74,16 +83,41 @@ def parse_origin(url: str) -> Origin:
     if not _HOST.fullmatch(host):
         raise ValueError("has no valid host name")
     port = parts.port  # raises ValueError itself when out of range
-    return Origin(parts.scheme, host, port if port is not None else (443 if parts.scheme == "https" else 80))
+    return Origin(parts.scheme, host, port if port is not None else _DEFAULT_PORTS[parts.scheme])
+
+
+def origin_text(origin: Origin) -> str:
+    """The origin as the beginning of a URL, without the port that its scheme has anyway."""
+    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    port = "" if origin.port == _DEFAULT_PORTS[origin.scheme] else f":{origin.port}"
+    return f"{origin.scheme}://{host}{port}"
+
+
+def percent_encoded(url: str) -> str:
+    """`url` with what no URL may hold percent-encoded in its path and query (FAULTS.md C19); all else stays as it is.
+
+    A server on a local disk makes its links from decoded addresses (PROTOCOL.md): a name with a space comes out raw,
+    while `%20`, `#` and `?` mean what they say. The host is left alone: one that is not ASCII is refused.
+    """
+    if url.isascii() and " " not in url and "%" not in url:
+        return url
+    found = _AUTHORITY.match(url)
+    authority = found[0] if found else ""
+    try:
+        return authority + _RAW.sub(_encoded, url[len(authority) :])
+    except UnicodeEncodeError:  # half a character: the one who asks for it refuses it
+        return url
+
+
+def _encoded(found: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogateescape"))
 
 
 def canonical_url(url: str) -> str:
     """An absolute http(s) URL as every spelling of it is: scheme and host in lower case, without the port that is the
     scheme's own, without slashes at its end. Raises ValueError as `parse_origin` does."""
     origin = parse_origin(url)
-    host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    port = "" if origin.port == {"http": 80, "https": 443}[origin.scheme] else f":{origin.port}"
-    return f"{origin.scheme}://{host}{port}{urlsplit(url).path.rstrip('/')}"
+    return f"{origin_text(origin)}{urlsplit(url).path.rstrip('/')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +139,24 @@ class UrlPolicy:
             elif pattern.covers(ip) and (not _is_special(ip) or pattern.network.is_link_local):
                 return True
         return False
+
+    def tidy(self, url: str) -> str:
+        """`url` as it can be asked: raw characters encoded, and a link to the API's own host as safe as the API is.
+
+        Behind a TLS terminator a server believes that it speaks http, and writes so into links to itself, with its own
+        port or none. Another port is another service, and stays what it is (FAULTS.md C19).
+        """
+        url = percent_encoded(url)
+        if self.api.scheme != "https" or url[:5].lower() != "http:":
+            return url
+        try:
+            origin = parse_origin(url)
+        except ValueError:
+            return url
+        if origin.host != self.api.host or origin.port not in {80, self.api.port}:
+            return url
+        found = _AUTHORITY.match(url)
+        return origin_text(self.api) + url[len(found[0]) if found else 0 :]
 
     def check_url(self, url: str) -> Origin:
         """The origin of a URL that a server handed out, or the reason for refusing it."""
@@ -160,6 +212,7 @@ class UrlPolicy:
         url = raw.get("url")
         if not isinstance(url, str):
             raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out a file request without a URL")
+        url = self.tidy(url)
         origin = self.check_url(url)
         ignored = [str(key)[:40] for key in raw if key not in {"method", "url", "headers", "data"}]
 
@@ -173,10 +226,12 @@ class UrlPolicy:
 
         fields: list[tuple[str, str]] = []
         data = raw.get("data") or {}
-        for name, value in data.items() if isinstance(data, Mapping) else ():
-            if not isinstance(name, str) or not isinstance(value, str) or name == "file" or len(value) > _MAX_FIELD:
-                raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out an upload form with an unusable field")
-            fields.append((name, value))
+        if not isinstance(data, Mapping):
+            ignored.append("data that is no object")
+            data = {}
+        for name, value in data.items():
+            if value is not None:
+                fields.append((name, _field_text(name, value)))
         if len(fields) > _MAX_FIELDS:
             raise JobFault(JobReason.UNSAFE_REQUEST, "the server handed out an upload form with too many fields")
         return SignedRequest(method, url, tuple(headers), tuple(fields), tuple(ignored))
@@ -190,6 +245,25 @@ class UrlPolicy:
         if lower == "authorization":
             return origin == self.api
         return lower in _HEADERS or lower.startswith(_HEADER_PREFIXES)
+
+
+def _field_text(name: object, value: object) -> str:
+    """A form's field as text (FAULTS.md C20): numbers and booleans as JSON writes them. Raises JobFault, naming it."""
+    if isinstance(value, bool | int | float):
+        value = json.dumps(value)
+    if isinstance(name, str) and name != "file" and isinstance(value, str) and len(value) <= _MAX_FIELD:
+        return value
+    why = "is too long" if isinstance(value, str) else f"is neither text nor a number but {_kind(value)}"
+    if name == "file":
+        why = "has the name of the file's own part"
+    raise JobFault(
+        JobReason.UNSAFE_REQUEST,
+        f"the server handed out an upload form whose field {clean(str(name), 60)!r} {why}",
+    )
+
+
+def _kind(value: object) -> str:
+    return "an object" if isinstance(value, Mapping) else "a list"
 
 
 #: IPv6 addresses whose last 32 bits are the IPv4 address that the packet ends up at: IPv4-compatible (RFC 4291),

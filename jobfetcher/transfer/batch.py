@@ -73,6 +73,7 @@ class Batch(Generic[Item]):
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.news: deque[tuple[Item, Story[Stored]]] = deque()
         self.progress: deque[tuple[int, int]] = deque()
+        self.words: deque[Callable[[Watch], None]] = deque()
         self.why_lost = ""
         self._tell, self._threads = tell, threads
         self._stories: dict[Story[Stored], Item] = {}
@@ -138,6 +139,18 @@ class Batch(Generic[Item]):
     def moved(self, size: int) -> None:
         """Count bytes that came or went."""
         self._moved += size
+
+    def trouble(self, item: Item, why: str, for_s: float | None) -> None:
+        """Have the watch told that `item` is tried again, or that this is over (no reason)."""
+        self._say(lambda watch: watch.retrying(item, why, for_s) if why else watch.recovered(item))
+
+    def notice(self, item: Item, what: str) -> None:
+        """Have the watch told something about `item`."""
+        self._say(lambda watch: watch.noticed(item, what))
+
+    def _say(self, say: Callable[[Watch], None]) -> None:
+        self.words.append(say)
+        self.bell.put(None)
 
     def hashers(self) -> ThreadPoolExecutor:
         """Threads for hashing."""
@@ -348,6 +361,8 @@ def run(
                     raise supply.failure
                 while batch.progress:
                     _tell(batch.progress.popleft(), watch)
+                while batch.words:
+                    batch.words.popleft()(watch)
                 done = 0
                 for item, story in _drain(batch):
                     done += 1
@@ -363,6 +378,8 @@ def run(
             if supply.failure is not None:  # it may have come while the last ones were reported
                 raise supply.failure
             _tell(batch.take_progress(), watch)
+            while batch.words:
+                batch.words.popleft()(watch)
     finally:
         if supply is not None:
             supply.close()

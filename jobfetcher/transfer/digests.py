@@ -76,10 +76,13 @@ class Expected:
     sums: dict[Algorithm, str]
 
     @classmethod
-    def of(cls, reply: Reply) -> Self:
-        """Read from a 200, whose checksums are those of the whole object (those of a 206 may be a part's)."""
+    def of(cls, reply: Reply, *, etag_is_md5: bool = True) -> Self:
+        """Read from a 200, whose checksums are those of the whole object (those of a 206 may be a part's).
+
+        `etag_is_md5`: false where this store's ETags are known to be none, whatever they look like.
+        """
         sums: dict[Algorithm, str] = {}
-        if (md5 := etag_md5(reply.headers)) is not None:
+        if etag_is_md5 and (md5 := etag_md5(reply.headers)) is not None:
             sums["md5"] = md5
         for header, (name, size) in _SUM_HEADERS.items():
             if header not in reply.headers:
@@ -131,6 +134,16 @@ class Digests:
             if (is_ := self._hashers[name].hexdigest()) != should:
                 return f"its {name} is {is_}, the storage says {should}"
         return ""
+
+    def beside_etag(self, expected: Expected) -> str:
+        """The MD5 of the bytes where nothing but the ETag says another one (FAULTS.md C22); else empty."""
+        md5 = expected.sums.get("md5", "")
+        if not md5 or expected.etag.strip('"').lower() != md5:
+            return ""
+        others = {name: digest for name, digest in expected.sums.items() if name != "md5"}
+        if any(self._hashers[name].hexdigest() != should for name, should in others.items()):
+            return ""
+        return self._hashers["md5"].hexdigest()
 
     @property
     def digest(self) -> str:

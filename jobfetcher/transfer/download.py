@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from jobfetcher.core.errors import JobFault, JobReason
+from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.ports import Download
 from jobfetcher.core.run import Stored
 from jobfetcher.core.urls import Method, SignedRequest
@@ -19,6 +19,7 @@ from jobfetcher.transfer.exchange import Reply, Stale
 from jobfetcher.transfer.flights import ALONE, Flight, Flights, Landing
 from jobfetcher.transfer.part import Discard, NoRanges, Part, Piece
 from jobfetcher.transfer.patience import Patience, Rules, TryAgain, check_age
+from jobfetcher.transfer.proof import Proof, dropped, is_s3
 from jobfetcher.transfer.ranges import Attempt, Crew
 from jobfetcher.transfer.story import Aside, Tale
 from jobfetcher.transfer.wire import Wire
@@ -32,10 +33,10 @@ _TELL_COPIED = 8 * 1024 * 1024
 #: A URL is good for 600 s (PROTOCOL.md); one that has waited so long for a connection is signed anew.
 _STALE_S = 480.0
 
-#: New URLs without a new byte before we believe that the storage means it (C1).
-_MAX_RENEWALS = 20
+#: New URLs are refused for so long before we believe that the storage means it (C1, C18).
+_REFUSED_S = 600.0
 
-#: Whole files that do not have their checksum before the object itself must be wrong (C3).
+#: Whole files that do not have their checksum before the object itself must be wrong (C3), or its ETag (C22).
 _MAX_DAMAGED = 3
 
 #: Fewer new bytes than this do not renew the budget, else a server that trickles could hold us for ever (T23).
@@ -57,7 +58,7 @@ def fetch(
 
     `flights`: what is on its way into `cache`.
     """
-    patience = Patience(rules, budget_s, f"input {item.name}")
+    patience = Patience(rules, budget_s, f"input {item.name}", partial(batch.trouble, item))
     part = Part(item.part, item.name, batch, batch.hashers)
     crew = Crew(part, batch, wire, ranges)
     flight = ALONE
@@ -71,7 +72,7 @@ def fetch(
             entry, flight = yield from _kept(cache, request, flights, batch, patience)
             crew.heard = partial(_end_unless_kept, flight, part, cache)
         renew = False
-        renewals = damaged = 0
+        damaged: list[str] = []
         while True:
             if renew:
                 flight.end()
@@ -109,17 +110,19 @@ def fetch(
                         crew.fewer()
                         part.join()
                         continue
-                    if part.best > attempt.before:
-                        renewals = 0
                     if part.best - attempt.before >= _PROGRESS:
                         patience.progressed()
+                    elif part.best > attempt.before:
+                        patience.over()
                     yield from patience.again(str(failure), failure.retry_after_s)
                     continue
 
             if part.is_whole:
                 digests = yield from _hashed(part)
                 wrong = "" if part.expected is None else digests.mismatch(part.expected)
+                wrong = wrong and _unless_etag(wrong, part, digests, damaged, batch, item, wire.proof)
                 if not wrong:
+                    patience.over()
                     stored = part.stored(digests)
                     if cache is not None:
                         yield Aside(partial(cache.keep, request, item.part, stored, check=batch.check))
@@ -129,12 +132,13 @@ def fetch(
                 if part.is_scattered:
                     crew.most = 1  # it may be the ranges that are wrong: once more without any, before it counts
                 else:
-                    damaged += 1
+                    assert part.expected is not None  # noqa: S101 - something was found wrong
+                    damaged.append(digests.beside_etag(part.expected))
                 part.restart()
-                if damaged >= _MAX_DAMAGED:
+                if len(damaged) >= _MAX_DAMAGED:
                     part.remove()
                     raise JobFault(
-                        JobReason.INPUT_CORRUPT, f"input {item.name} arrived damaged {damaged} times: {wrong}"
+                        JobReason.INPUT_CORRUPT, f"input {item.name} arrived damaged {len(damaged)} times: {wrong}"
                     )
             elif reply is None or _is_file(reply):
                 continue  # a piece of it; others are on their way
@@ -156,22 +160,56 @@ def fetch(
             elif part.is_scattered and not replies.is_refused(reply):
                 crew.most = 1  # the URL has given the file before, so it is the ranges: once more, all of it at once
                 part.restart()
-            elif replies.is_missing(reply):
-                raise JobFault(
-                    JobReason.INPUT_MISSING, f"input {item.name} not found in storage: {replies.words(reply)}"
-                )
             else:
-                renewals += 1
                 renew = True
-                if renewals > (_MAX_RENEWALS if replies.is_refused(reply) else 1):
-                    raise JobFault(
-                        JobReason.INPUT_MISSING,
-                        f"input {item.name} cannot be had: the storage refuses it with {replies.words(reply)}",
-                    )
+                yield from _refused(item, request, reply, wire.proof, patience)
     finally:
         flight.end()
         crew.stop()
         part.close()
+
+
+def _refused(item: Download, request: SignedRequest, reply: Reply, proof: Proof, patience: Patience) -> Tale[None]:
+    """Wait until a new URL may do better, or raise why none will. A page of somebody before the store is an outage."""
+    words = replies.words(reply)
+    if replies.is_missing(reply):
+        missing = JobFault(JobReason.INPUT_MISSING, f"input {item.name} not found in storage: {words}")
+        if proof.is_missing(request, reply):
+            raise missing
+        if not is_s3(request) and not proof.is_apis(reply):
+            # A plain server may say it with a page, and so may a portal: one lasts.
+            yield from patience.refused(str(missing), _REFUSED_S, missing)
+            return
+    if not proof.is_own(request, reply):
+        yield from patience.again(f"{reply.origin} answers {words}, which is not the storage's own word")
+        return
+    why = f"the storage refuses it with {words}{replies.clock_hint(reply)}{dropped(request)}"
+    fault: JobFault | WorkerFault = JobFault(JobReason.INPUT_MISSING, f"input {item.name} cannot be had: {why}")
+    if reply.status < 400:  # a redirect that leads nowhere: the server signed for another place than the store's
+        fault = WorkerFault(WorkerReason.STORAGE, str(fault))
+    elif replies.final_reason(reply) is not None:
+        raise fault
+    yield from patience.refused(f"input {item.name}: {why}", _REFUSED_S, fault, replies.retry_after_s(reply))
+
+
+def _unless_etag(
+    wrong: str, part: Part, digests: Digests, damaged: list[str], batch: Batch[Download], item: Download, proof: Proof
+) -> str:
+    """What is wrong with the file; empty where its bytes came alike three times and only the ETag says otherwise: then
+    it is the ETag that is no MD5 (FAULTS.md C22)."""
+    expected = part.expected
+    if expected is None or len(damaged) < _MAX_DAMAGED - 1 or part.is_scattered:
+        return wrong
+    md5 = digests.beside_etag(expected)
+    if not md5 or any(before != md5 for before in damaged):
+        return wrong
+    proof.etag_was_no_md5(part.origin)
+    batch.notice(
+        item,
+        f"it came {_MAX_DAMAGED} times with the same bytes (md5 {md5}), so the storage's ETag {expected.etag} is no "
+        "checksum of it; taken as it is",
+    )
+    return ""
 
 
 def _kept(
@@ -231,6 +269,8 @@ def _check_reply(reply: Reply, piece: Piece, part: Part, entry: Entry | None) ->
         pass
     elif replies.is_later(reply):
         raise TryAgain(f"the storage answers {replies.words(reply)}", replies.retry_after_s(reply))
+    elif reply.status in replies.REDIRECTS:
+        pass  # without an address: a refusal
     elif reply.status == 416 or reply.status < 400:
         raise Discard(f"the storage answers {replies.words(reply)}")
 

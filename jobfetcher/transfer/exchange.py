@@ -95,11 +95,13 @@ def _chosen(proxies: Proxies, origin: str) -> str | None:
 
 @dataclass(slots=True)
 class Reply:
-    """What came back. Header names in lower case, the first of equal names; `words` is a body that was not sunk."""
+    """What came back from `origin`. Header names in lower case, the first of equal names; `words` is a body that was
+    not sunk."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     words: bytes = b""
+    origin: str = ""
 
 
 class Body(Protocol):
@@ -181,7 +183,7 @@ class Exchange:
         self.method, self.origin, self.target, self.headers, self.body = method, origin, target, headers, body
         self.on_start = on_start
         self._check_address, self._on_reply = check_address, on_reply
-        self.reply = Reply()
+        self.reply = Reply(origin=origin)
         self.error: BaseException | None = None
         self.code, self.failure = 0, ""
         self.age = 0

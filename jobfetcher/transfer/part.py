@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import time
 from collections.abc import Callable
@@ -44,8 +45,9 @@ _SMALL = 256 * 1024
 _NOTE_EVERY_S = 1.0
 _MAX_NOTE = 65_536
 
-#: `aws-chunked` is how some clients sent the object; stores that repeat it send plain bytes all the same.
-_PLAIN = frozenset({"", "identity", "aws-chunked"})
+#: Codings that pack bytes (RFC 9110, 8.4.1, and the IANA's list). Stores repeat whatever a client once said of an
+#: object: `aws-chunked`, `utf-8`, `binary` or `none` change no byte, so with them the bytes are as they are stored.
+_PACKED = frozenset({"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"})
 
 _NO_DIGESTS = Digests(frozenset())
 
@@ -119,8 +121,9 @@ class Part:
     """One part file; `close` it. It is opened with the first byte that is written, so that waiting costs no descriptor.
 
     `have` counts the bytes that are there; `best` is the most there ever were, so that bytes fetched twice count as no
-    progress. `takes_ranges`: the server says, or has shown, that it answers with parts; `is_scattered`: the bytes are
-    not, or were not, all at the start. Raises WorkerFault(DISK) when the file cannot be written, and takes it away.
+    progress. `origin` is whose they are. `takes_ranges`: the server says, or has shown, that it answers with parts;
+    `is_scattered`: the bytes are not, or were not, all at the start. Raises WorkerFault(DISK) when the file
+    cannot be written, and takes it away.
     """
 
     def __init__(self, path: Path, name: str, tally: Tally, hashers: Callable[[], ThreadPoolExecutor]) -> None:
@@ -128,6 +131,7 @@ class Part:
         self.pieces = [Piece(0, 0, None)]
         self.expected: Expected | None = None
         self.takes_ranges = False
+        self.origin = ""
         self._path, self._name, self._tally, self._hashers = str(path), name, tally, hashers
         self._note = f"{path}.etag"
         self._fd = -1
@@ -230,22 +234,24 @@ class Part:
         last = "" if piece.end is None or piece.end == self.expected.size else str(piece.end - 1)
         return [f"Range: bytes={piece.at}-{last}", f"If-Range: {self.expected.etag}"]
 
-    def accept(self, piece: Piece, reply: Reply, *, alone: bool) -> Sink | None:
-        """Where the body of `reply` goes; None if it is not the file. `alone`: no other exchange fills a piece."""
+    def accept(self, piece: Piece, reply: Reply, *, alone: bool, etag_is_md5: bool = True) -> Sink | None:
+        """Where the body of `reply` goes; None if it is not the file. `alone`: no other exchange fills a piece.
+        `etag_is_md5`: see `Expected.of`."""
         if reply.status not in {200, 206}:
             return None
-        encoding = reply.headers.get("content-encoding", "").strip().lower()
-        if encoding not in _PLAIN:
+        encoding = reply.headers.get("content-encoding", "").lower()
+        if encoding and not _PACKED.isdisjoint(re.split(r"[\s,;]+", encoding)):
             raise JobFault(
                 JobReason.INPUT_CORRUPT,
                 f"input {self._name} is stored with Content-Encoding {clean(encoding, 40)}, which this worker does not "
-                "unpack; store it without",
+                "unpack; store it again without this header (then its bytes stay packed) or unpacked",
             )
+        self.origin = reply.origin
         if reply.status == 206:
             self._go_on(piece, reply, alone=alone)
             self.takes_ranges = True
         elif alone:
-            self._begin(piece, Expected.of(reply))
+            self._begin(piece, Expected.of(reply, etag_is_md5=etag_is_md5))
             self.takes_ranges = reply.headers.get("accept-ranges", "").lower() == "bytes"
         else:
             self._refuse_whole(reply)

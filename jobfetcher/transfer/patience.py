@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
-from jobfetcher.core.errors import SourceRefused, SourceUnavailable, WorkerFault, WorkerReason
-from jobfetcher.core.text import clean
+from jobfetcher.core.errors import JobFault, SourceRefused, SourceUnavailable, WorkerFault, WorkerReason
+from jobfetcher.core.text import clean, unnumbered
 from jobfetcher.core.urls import SignedRequest
 from jobfetcher.transfer.exchange import Stale
 from jobfetcher.transfer.story import Aside, Pause, Tale
@@ -53,17 +53,38 @@ def check_age(rules: Rules, signed_at: float, most_s: float) -> None:
         raise Stale
 
 
-class Patience:
-    """What is left of it for one file. `what` names the file for people."""
+def _unheard(_why: str, _for_s: float | None) -> None:
+    pass
 
-    def __init__(self, rules: Rules, budget_s: float, what: str) -> None:
-        self._rules, self._budget_s, self._what = rules, budget_s, what
-        self._failures = 0
+
+class Patience:
+    """What is left of it for one file. `what` names the file for people.
+
+    `tell(why, for_s)` is called where the file has to wait for a reason that is new, with how many seconds it is tried
+    again at most (None: as long as the job is held), and with an empty reason when that is over (FAULTS.md C21). A cut
+    that is mended at once is no news.
+    """
+
+    def __init__(
+        self, rules: Rules, budget_s: float, what: str, tell: Callable[[str, float | None], None] = _unheard
+    ) -> None:
+        self._rules, self._budget_s, self._what, self._tell = rules, budget_s, what, tell
+        self._failures = self._refusals = 0
         self._since = rules.clock()
+        self._refused_since: float | None = None
+        self._told = ""
 
     def progressed(self) -> None:
         """Something was reached: the budget and the fast tries begin anew."""
         self._failures, self._since = 0, self._rules.clock()
+        self.over()
+
+    def over(self) -> None:
+        """What was in the way is not any more."""
+        self._refusals, self._refused_since = 0, None
+        if self._told:
+            self._told = ""
+            self._tell("", None)
 
     def again(self, why: str, retry_after_s: float | None = None) -> Tale[None]:
         """Wait until the next try is due, or raise WorkerFault when the budget is spent."""
@@ -71,9 +92,28 @@ class Patience:
         if spent > self._budget_s:
             raise WorkerFault(
                 WorkerReason.STORAGE,
-                f"{self._what} could not be moved for {spent / 3600:.1f} hours, given up: {clean(why, 300)}",
+                f"{self._what} could not be moved for {spent / 3600:.1f} hours, given up: {clean(why, 400)}",
             )
-        yield from self._pause(retry_after_s)
+        yield from self._pause(retry_after_s, why, self._budget_s - spent)
+
+    def refused(
+        self, why: str, most_s: float, fault: JobFault | WorkerFault, retry_after_s: float | None = None
+    ) -> Tale[None]:
+        """Wait until a request that was refused is due to be signed and sent anew; the first time at once.
+
+        Refusals are timed, not counted (FAULTS.md C18): rights are given, clocks come right and quotas are raised while
+        minutes pass. Raises `fault` when that has gone on for `most_s`.
+        """
+        now = self._rules.clock()
+        if self._refused_since is None:
+            self._refused_since = now
+            return
+        spent = now - self._refused_since
+        if spent > most_s:
+            raise fault
+        backoff = min(_CAP_S, 2.0 ** min(self._refusals, 10))
+        self._refusals += 1
+        yield from self._wait(max(self._rules.dice() * backoff, retry_after_s or 0.0), why, most_s - spent)
 
     def signed(
         self, sign: Callable[[], SignedRequest], first: SignedRequest | BaseException | None = None
@@ -91,17 +131,26 @@ class Patience:
                 request: SignedRequest = first or (yield Aside(sign))
             except (SourceUnavailable, SourceRefused) as error:
                 first = None
-                yield from self._pause(getattr(error, "retry_after_s", None))
+                yield from self._pause(getattr(error, "retry_after_s", None), f"no link to be had: {error}", None)
             else:
-                self._since += self._rules.clock() - began
+                passed = self._rules.clock() - began
+                self._since += passed
+                if self._refused_since is not None:
+                    self._refused_since += passed
                 return request
 
-    def _pause(self, retry_after_s: float | None) -> Tale[None]:
+    def _pause(self, retry_after_s: float | None, why: str, for_s: float | None) -> Tale[None]:
         self._failures += 1
         backoff = min(_CAP_S, 2.0 ** min(self._failures - _FAST_TRIES, 10)) if self._failures > _FAST_TRIES else 0.0
-        delay = max(self._rules.dice() * backoff, retry_after_s or 0.0)
-        if delay:
-            yield Pause(self._rules.pause(delay))
+        yield from self._wait(max(self._rules.dice() * backoff, retry_after_s or 0.0), why, for_s)
+
+    def _wait(self, delay_s: float, why: str, for_s: float | None) -> Tale[None]:
+        if not delay_s:
+            return
+        if (news := unnumbered(why)) != self._told:
+            self._told = news
+            self._tell(why, for_s)
+        yield Pause(self._rules.pause(delay_s))
 
 
 def _throw(error: BaseException) -> NoReturn:

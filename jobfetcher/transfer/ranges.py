@@ -19,6 +19,7 @@ from jobfetcher.core.urls import SignedRequest
 from jobfetcher.transfer.exchange import Exchange, Reply, Sink
 from jobfetcher.transfer.multi import Timer
 from jobfetcher.transfer.part import Part, Piece
+from jobfetcher.transfer.proof import looking
 from jobfetcher.transfer.story import Resume, Story, Teller
 from jobfetcher.transfer.wire import Wire
 
@@ -167,7 +168,7 @@ class Crew:
 
         def on_reply(exchange: Exchange, reply: Reply) -> Sink | None:
             self._origin = exchange.origin
-            sink = self._part.accept(piece, reply, alone=len(self._active) == 1)
+            sink = self._accept(request, piece, reply)
             if sink is not None and self.heard is not None:
                 self.heard()
             if reply.status == 200:  # the file begins anew, and so does the measuring
@@ -183,6 +184,17 @@ class Crew:
             partial(self._on_end, attempt),
         )
         attempt.story.step()
+
+    def _accept(self, request: SignedRequest, piece: Piece, reply: Reply) -> Sink | None:
+        """Where the bytes of a reply go, if they are the store's."""
+        if reply.status not in {200, 206}:
+            return None
+        proof = self._wire.proof
+        doubt = proof.check_brought(request, reply)  # before the part believes its headers
+        sink = self._part.accept(
+            piece, reply, alone=len(self._active) == 1, etag_is_md5=proof.etag_is_md5(reply.origin)
+        )
+        return looking(sink, reply) if doubt and sink is not None else sink
 
     def _on_end(self, attempt: Attempt, _story: Story[Reply]) -> None:
         if attempt.dropped:

@@ -5,12 +5,14 @@ Everything here comes from outside (FAULTS.md T22): it is matched against a gram
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
+from jobfetcher.core.errors import JobReason
 from jobfetcher.core.text import clean
 from jobfetcher.transfer.exchange import Reply
 
@@ -25,7 +27,22 @@ _LENGTH = re.compile(r"\d{1,18}")
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})", re.IGNORECASE)
 _STRONG_ETAG = re.compile(r'"[!#-~]{1,200}"')  # RFC 9110, 8.8.3, without what is not ASCII
-_XML = re.compile(rb"<(Code|Message)>([^<]{1,300})")
+_XML = re.compile(rb"<(Code|Message|Endpoint)>([^<]{1,300})")
+
+#: RFC 9110, 15.4: the answer lies elsewhere.
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+#: Codes of S3 and its kin that no patience changes: this object cannot be stored under this name, or there is no room
+#: for it (FAULTS.md C18). Those of quotas end so in MinIO, Ceph and others.
+_FINAL = frozenset({"KeyTooLong", "KeyTooLongError", "EntityTooSmall", "InvalidObjectName", "XMinioInvalidObjectName"})
+_FULL = frozenset({"EntityTooLarge"})
+_QUOTA = "QuotaExceeded"
+
+_HTML = ("text/html", "application/xhtml+xml")
+_PAGE = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:<!--.{0,200}?-->\s*)?<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL
+)
+_ERROR = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]{0,200}>\s*)?<Error[\s>]")
 
 
 class ContentRange(NamedTuple):
@@ -85,10 +102,67 @@ def code(reply: Reply) -> str:
 
 
 def words(reply: Reply) -> str:
-    """What the store said, for people: at most 200 characters, harmless, never the whole body (FAULTS.md T7)."""
+    """What the store said, for people: at most 260 characters, harmless, never the whole body (FAULTS.md T7).
+
+    A store that moved a bucket names its endpoint; of a redirect the host is named, of a page that it is one.
+    """
     said = _xml(reply)
     text = ": ".join(said[key] for key in (b"Code", b"Message") if key in said)
-    return f"HTTP {reply.status}" + (f" ({clean(text, 200)})" if text else "")
+    if b"Endpoint" in said:
+        text += f"; its endpoint is {said[b'Endpoint']}"
+    elif not text and is_page(reply):
+        text = "a web page"
+    if reply.status in REDIRECTS and (location := reply.headers.get("location")):
+        text += f"{'; ' if text else ''}redirects to {location.partition('?')[0]}"
+    return f"HTTP {reply.status}" + (f" ({clean(text, 250)})" if text else "")
+
+
+def is_page(reply: Reply) -> bool:
+    """Whether it is written for people's browsers. An answer without a body is none, whatever type it says: some
+    stores call the empty answer to a PUT HTML."""
+    is_html = reply.headers.get("content-type", "").lower().startswith(_HTML)
+    if reply.words:
+        return is_html or begins_as_page(reply.words)
+    return is_html and reply.headers.get("content-length") != "0" and reply.status != 204
+
+
+def begins_as_page(body: bytes) -> bool:
+    """Whether a body begins as HTML does."""
+    return _PAGE.match(body) is not None
+
+
+def is_error(body: bytes) -> bool:
+    """Whether a body is an error document of S3's, which comes with 200 as well where something failed late."""
+    return _ERROR.match(body) is not None
+
+
+def is_json(reply: Reply) -> bool:
+    """Whether the body is JSON, by what it says and by what it is."""
+    if not reply.headers.get("content-type", "").lower().startswith("application/json"):
+        return False
+    try:
+        json.loads(reply.words)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def final_reason(reply: Reply) -> JobReason | None:
+    """Why an object can never be stored as it is, if the store says so; None where it may yet be."""
+    said = code(reply)
+    if said in _FINAL:
+        return JobReason.BAD_OUTPUT
+    too_much = reply.status == 413 or (reply.status < 500 and (said in _FULL or said.endswith(_QUOTA)))
+    return JobReason.OUTPUT_TOO_LARGE if too_much else None
+
+
+def clock_hint(reply: Reply) -> str:
+    """A wrong clock is the usual reason where a fresh signature is refused for its time (C10)."""
+    skew = skew_s(reply)
+    if code(reply) != "RequestTimeTooSkewed" or skew is None:
+        return ""
+    where = "ahead of" if skew > 0 else "behind"
+    return f"; check the clock of this machine: it is {abs(skew):.0f} s {where} the storage's"
 
 
 def is_later(reply: Reply) -> bool:

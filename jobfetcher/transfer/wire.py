@@ -18,15 +18,15 @@ from jobfetcher.core.errors import WorkerFault, WorkerReason
 from jobfetcher.core.hosts import NO_PROXIES, Proxies
 from jobfetcher.core.text import clean
 from jobfetcher.core.tls import in_words
-from jobfetcher.core.urls import Method, Origin, SignedRequest, UrlPolicy
+from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy, origin_text, percent_encoded
 from jobfetcher.transfer.exchange import Body, Exchange, NotHttp, Reply, Sink
 from jobfetcher.transfer.guard import AddressGuard
 from jobfetcher.transfer.patience import TryAgain
+from jobfetcher.transfer.proof import Proof
+from jobfetcher.transfer.replies import REDIRECTS
 from jobfetcher.transfer.story import Aside, Tale
 
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_HOPS = 3
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 #: So many authorities are remembered as checked.
 _MOST_ORIGINS = 256
@@ -58,10 +58,12 @@ class Wire:
     """Requests that follow the policy. Raises TryAgain for what may pass, WorkerFault or JobFault for what does not.
 
     `proxies`: which origins are asked through one; there the name is checked, since the address is the proxy's.
+    `proof`: what tells the stores that are asked from pages that others answer with.
     """
 
     def __init__(self, policy: UrlPolicy, guard: AddressGuard, *, proxies: Proxies = NO_PROXIES) -> None:
         self._policy, self._guard, self._proxies = policy, guard, proxies
+        self.proof = Proof(origin_text(policy.api))
         self._places: dict[str, _Place] = {}
 
     def get(
@@ -93,7 +95,7 @@ class Wire:
             yield exchange
             _check(exchange, place)
             reply = exchange.reply
-            if reply.status not in _REDIRECTS:
+            if reply.status not in REDIRECTS or not reply.headers.get("location"):
                 return reply
             url, headers = self._next(url, reply), []
         raise WorkerFault(WorkerReason.STORAGE, f"the storage redirects more than {_MAX_HOPS} times")
@@ -106,8 +108,8 @@ class Wire:
         on_start: Callable[[], None],
         since: float | None = None,
     ) -> Tale[Reply]:
-        """Send `body` by PUT or POST; a redirect is refused, the file would go where nobody signed for. `on_start` and
-        `since`: see `get`."""
+        """Send `body` by PUT or POST; a redirect is not followed, the file would go where nobody signed for. `on_start`
+        and `since`: see `get`."""
         headers = _lines(request) if request.headers else []
         if content_type is not None:
             headers = [line for line in headers if not line.lower().startswith("content-type:")]
@@ -126,9 +128,7 @@ class Wire:
             since=since,
         )
         yield exchange
-        _check(exchange, place)
-        if exchange.reply.status in _REDIRECTS:
-            raise WorkerFault(WorkerReason.STORAGE, "the storage redirects an upload, which is never followed")
+        _check(exchange, place, is_upload=True)
         return exchange.reply
 
     def _look_up(self, place: _Place) -> Tale[None]:
@@ -153,15 +153,16 @@ class Wire:
                 self._places.clear()
             proxied = self._proxies.choose(*origin) is not None
             check_address = _anything if proxied else partial(self._guard.check, origin.host, port=origin.port)
-            place = _Place(origin.host, _authority(origin), check_address, origin.port, proxied)
+            place = _Place(origin.host, origin_text(origin), check_address, origin.port, proxied)
             self._places[authority] = place
         target = url[len(authority) :].partition("#")[0]
         return place, target if target.startswith("/") else f"/{target}"
 
     def _next(self, url: str, reply: Reply) -> str:
         """Where a redirect leads, as a URL that may be asked."""
+        said = reply.headers["location"].encode("latin-1").decode(errors="surrogateescape")  # as it came, byte for byte
         try:
-            target = urljoin(url, reply.headers.get("location", ""))
+            target = self._policy.tidy(urljoin(url, percent_encoded(said)))
         except ValueError:
             target = ""
         origin = self._policy.check_url(target)
@@ -176,15 +177,19 @@ def _anything(_: str) -> None:
     """The address is the proxy's, which the machine's owner named."""
 
 
-def _check(exchange: Exchange, place: _Place) -> None:
-    """Raise what went wrong with it, if it matters."""
+def _check(exchange: Exchange, place: _Place, *, is_upload: bool = False) -> None:
+    """Raise what went wrong with it, if it matters.
+
+    A certificate that is not the store's may be a portal's, which leaves. An input can be had elsewhere, so the job is
+    given back at once; an output is in no other place, so it waits.
+    """
     if isinstance(exchange.error, NotHttp):
         raise TryAgain(f"{place.host}: {exchange.error}")
     if exchange.error is not None:
         raise exchange.error
     if exchange.code and exchange.reply.status < 400:  # an error's status is enough, even if its words were cut
         failure = f"{place.host}: {in_words(exchange.failure) or clean(exchange.failure, 200)}"
-        if exchange.code in _HOPELESS:
+        if exchange.code in _HOPELESS and not (is_upload and exchange.code == pycurl.E_PEER_FAILED_VERIFICATION):
             raise WorkerFault(WorkerReason.STORAGE, f"the storage cannot be trusted or asked: {failure}")
         raise TryAgain(failure)
 
@@ -197,11 +202,3 @@ def _lines(request: SignedRequest) -> list[str]:
 def _is_plain(url: str) -> bool:
     """Whether all characters are ones that `UrlPolicy.check_url` lets pass, and not too many."""
     return len(url) <= 16_384 and url.isascii() and url.isprintable() and " " not in url and "\\" not in url
-
-
-def _authority(origin: Origin) -> str:
-    """The origin written as it was checked, so that libcurl cannot read another host into it. Path and query go byte
-    for byte, since a signature may cover them as they are."""
-    host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    port = "" if origin.port == _DEFAULT_PORTS[origin.scheme] else f":{origin.port}"
-    return f"{origin.scheme}://{host}{port}"

@@ -304,12 +304,13 @@ def test_a_warm_connection_carries_nothing_from_one_upload_to_the_next(
 ) -> None:
     (tmp_path / "long").write_bytes(CANARY.encode() * 50_000)
     (tmp_path / "short").write_bytes(b"short")
-    server.script("/up", Act(status=403), Act(status=403), Act(status=403))  # the end, after the body has gone
+    final = b"<Error><Code>KeyTooLongError</Code><Message>too long</Message></Error>"
+    server.script("/up", Act(status=400, body=final))  # the end, after the body has gone
     key = (("key", "${filename}"),)
     first = SignedRequest(method, server.url("/up"), (("x-amz-meta-a", CANARY),), (*key, ("policy", CANARY)))
     second = SignedRequest(method, server.url("/up"), fields=key)
     with closing(transfer(max_host_connections=1)) as moving:
-        with pytest.raises(WorkerFault, match="is refused by the storage"):
+        with pytest.raises(JobFault, match="the storage refuses it"):
             moving.upload([produced(tmp_path / "long", lambda _: first)], Recorder())
         moving.upload([produced(tmp_path / "short", lambda _: second)], Recorder())
     *refused, stored = server.seen
@@ -373,7 +374,9 @@ def test_an_upload_is_never_redirected(server: FileServer, tmp_path: Path, metho
     with FileServer() as other:
         server.script("/up", Act(status=307, headers={"Location": other.url("/up")}))
         request = SignedRequest(method, server.url("/up"))
-        with closing(transfer()) as moving, pytest.raises(WorkerFault, match="redirects an upload") as caught:
+        server.always = server.scripts["/up"][0]  # a portal's redirect may go away, so it is tried again for a while
+        made = transfer(upload_budget_s=120)
+        with closing(made) as moving, pytest.raises(WorkerFault, match="redirects an upload") as caught:
             moving.upload([produced(path, lambda _: request)], Recorder())
         assert other.connections == 0
     assert caught.value.reason is WorkerReason.STORAGE
@@ -390,7 +393,7 @@ def test_a_signed_path_is_asked_for_byte_by_byte(server: FileServer, tmp_path: P
 
 
 @pytest.mark.fault("T16")
-@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "gzip, identity", "x" * 5000])
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "gzip, identity", "GZIP", "zstd, aws-chunked", "x-gzip"])
 def test_a_compressed_reply_is_refused(server: FileServer, tmp_path: Path, encoding: str) -> None:
     bomb = gzip.compress(bytes(20 * 2**20))
     server.objects["/in"] = Object(bomb)

@@ -40,6 +40,9 @@ class Recorder:
         self.expected = 0
         self.stored: list[Stored] = []
         self.threads: set[threading.Thread] = set()
+        self.retries: list[tuple[str, str, float | None]] = []
+        self.over: list[str] = []
+        self.notices: list[tuple[str, str]] = []
         self._on_done = on_done
 
     def expect(self, size: int) -> None:
@@ -55,6 +58,18 @@ class Recorder:
         assert item.name == stored.name
         self._on_done(stored)
         self.stored.append(stored)
+
+    def retrying(self, item: Download | Upload, why: str, for_s: float | None) -> None:
+        self.threads.add(threading.current_thread())
+        self.retries.append((item.name, why, for_s))
+
+    def recovered(self, item: Download | Upload) -> None:
+        self.threads.add(threading.current_thread())
+        self.over.append(item.name)
+
+    def noticed(self, item: Download | Upload, what: str) -> None:
+        self.threads.add(threading.current_thread())
+        self.notices.append((item.name, what))
 
     @property
     def names(self) -> set[str]:
