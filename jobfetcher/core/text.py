@@ -33,7 +33,7 @@ def clean(text: str, limit: int = 1000) -> str:
 
 
 #: Not those that say what was answered.
-_NUMBER = re.compile(r"(?<!HTTP )\d+")
+_NUMBER = re.compile(r"(?<![0-9])(?<!HTTP )[0-9]+")
 
 
 def unnumbered(text: str) -> str:

@@ -113,7 +113,7 @@ def fetch(
                     if part.best - attempt.before >= _PROGRESS:
                         patience.progressed()
                     elif part.best > attempt.before:
-                        patience.over()
+                        patience.accepted()
                     yield from patience.again(str(failure), failure.retry_after_s)
                     continue
 

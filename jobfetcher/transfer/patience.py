@@ -79,9 +79,13 @@ class Patience:
         self._failures, self._since = 0, self._rules.clock()
         self.over()
 
+    def accepted(self) -> None:
+        """A request brought something, so that the next refusal is a first one again (FAULTS.md C1)."""
+        self._refusals, self._refused_since = 0, None
+
     def over(self) -> None:
         """What was in the way is not any more."""
-        self._refusals, self._refused_since = 0, None
+        self.accepted()
         if self._told:
             self._told = ""
             self._tell("", None)

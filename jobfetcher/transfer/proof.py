@@ -55,7 +55,7 @@ class Proof:
         words, headers = reply.words, reply.headers
         if words and (replies.is_page(reply) or replies.is_error(words)):
             return f"{_from(reply)} answers {replies.words(reply)} to a file, which is no store's word that it has it"
-        if headers.get("etag") or "x-amz-request-id" in headers:
+        if headers.get("etag") or headers.get("x-amz-request-id"):
             self._learn(reply, sent=True)
             return ""
         if reply.origin == self._api:
@@ -72,16 +72,15 @@ class Proof:
     def check_brought(self, request: SignedRequest, reply: Reply) -> bool:
         """Raise TryAgain unless the head of a 200 or 206 may be the store's. True: its first bytes tell (`looking`)."""
         headers = reply.headers
+        etag, modified = headers.get("etag"), headers.get("last-modified")
         is_html = replies.is_page(reply)
-        shown = self._shows_id(reply)
-        if not is_html and (headers.get("etag") or (shown and "xml" not in headers.get("content-type", ""))):
+        if etag and not is_html:
             self._learn(reply, sent=False)
             return False
-        modified = headers.get("last-modified")
+        shown = self._shows_id(reply)
         if is_html:
-            known = self._ids.get(reply.origin)
-            said = headers.get("etag") or modified
-            if shown or (said and not known and _is_asked(request, reply)):
+            said = (etag or modified) and reply.origin not in self._ids and _is_asked(request, reply)
+            if shown or said:
                 return False
             raise TryAgain(f"{_from(reply)} answers {replies.words(reply)} with a web page instead of the file")
         if reply.origin == self._api or modified or shown:
@@ -124,7 +123,7 @@ class Proof:
 
     def _shows_id(self, reply: Reply) -> bool:
         """Whether it carries an id of S3's, or one that this origin is known to send."""
-        if "x-amz-request-id" in reply.headers:
+        if reply.headers.get("x-amz-request-id"):
             return True
         known = self._ids.get(reply.origin)
         return known is not None and not known.isdisjoint(reply.headers)
@@ -137,7 +136,8 @@ class Proof:
             self._ids.clear()
         self._proven.add((reply.origin, sent))
         ids = frozenset(name for name in reply.headers if _ID.fullmatch(name))
-        self._ids[reply.origin] = self._ids.get(reply.origin, frozenset()) | ids
+        if ids:
+            self._ids[reply.origin] = self._ids.get(reply.origin, frozenset()) | ids
 
 
 def is_s3(request: SignedRequest) -> bool:

@@ -1081,6 +1081,12 @@ class _Peak:
     def done(self, item: object, stored: object) -> None:
         self.moved(0)
 
+    def retrying(self, item: object, why: str, for_s: float | None) -> None: ...
+
+    def recovered(self, item: object) -> None: ...
+
+    def noticed(self, item: object, what: str) -> None: ...
+
     @property
     def growth_mib(self) -> float:
         return self.most / 2**20

@@ -265,6 +265,12 @@ def test_other_keys_are_dropped_and_named(extra: dict[str, object]) -> None:
         GOOD | {"url": ["https://s3.example"]},
         GOOD | {"url": "file:///etc/passwd"},
         GOOD | {"data": {"file": "x"}},
+        GOOD | {"url": "https://s3.example /key"},
+        GOOD | {"url": " https://s3.example/key"},
+        GOOD | {"url": "https://s3.example/a\tb"},
+        GOOD | {"url": "https://s3.example/a\\b"},
+        GOOD | {"url": "https://s3.\u00fc.example/a"},
+        GOOD | {"url": "https://s3.example/\ud800"},
         GOOD | {"data": {"a": ["b"]}},
         GOOD | {"data": {"a": "x" * 70_000}},
         GOOD | {"data": {f"f{number}": "x" for number in range(65)}},
@@ -324,3 +330,75 @@ def test_a_header_that_may_not_go_along_is_dropped(name: str, value: object) -> 
 def test_authorization_goes_to_the_apis_origin_only(url: str, goes: bool) -> None:
     request = PUBLIC.parse_request(GOOD | {"url": url, "headers": {"Authorization": "Bearer canary"}})
     assert bool(request.headers) is goes
+
+
+@pytest.mark.fault("C19")
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("https://s3.example/a b.txt", "https://s3.example/a%20b.txt"),
+        ("https://s3.example/gr\u00f6\u00dfe.txt?a=\u00fc b", "https://s3.example/gr%C3%B6%C3%9Fe.txt?a=%C3%BC%20b"),
+        ("https://s3.example/a%20b+c#d?e", "https://s3.example/a%20b+c#d?e"),
+        ("https://s3.example/100% a%zz", "https://s3.example/100%25%20a%25zz"),
+        ("https://s3.example/\u202egnp.exe ", "https://s3.example/%E2%80%AEgnp.exe%20"),
+        (STORE, STORE),
+        (f"{STORE}?X-Amz-Signature=a%2Fb==&q={{1}}|^`", f"{STORE}?X-Amz-Signature=a%2Fb==&q={{1}}|^`"),
+    ],
+    ids=lambda url: ascii(url)[:50],
+)
+def test_a_raw_address_is_encoded_where_no_url_may_hold_it(given: str, asked: str) -> None:
+    assert PUBLIC.parse_request(GOOD | {"url": given}).url == asked
+    assert PUBLIC.tidy(asked) == asked  # encoded once, it stays
+
+
+@pytest.mark.fault("C19", "T20")
+@pytest.mark.parametrize(
+    ("api", "given", "asked"),
+    [
+        ("https://api.example", "http://api.example/files/1", "https://api.example/files/1"),
+        ("https://api.example", "HTTP://API.Example:80/files/1?a=b", "https://api.example/files/1?a=b"),
+        ("https://api.example:8443", "http://api.example:8443/f", "https://api.example:8443/f"),
+        ("https://api.example:8443", "http://api.example/f", "https://api.example:8443/f"),
+        ("https://[2001:db8::1]:8443", "http://[2001:db8::1]/f", "https://[2001:db8::1]:8443/f"),
+        ("http://api.example", "http://api.example/f", "http://api.example/f"),
+        ("https://api.example", "https://api.example/f", "https://api.example/f"),
+    ],
+)
+def test_a_link_to_the_apis_own_host_is_as_safe_as_the_api(api: str, given: str, asked: str) -> None:
+    """Behind a TLS terminator a local-disk server writes http into links to itself; the token goes along."""
+    policy = UrlPolicy(api=parse_origin(api))
+    request = policy.parse_request(GOOD | {"url": given, "headers": {"Authorization": "Bearer canary"}})
+    assert request.url == asked
+    assert request.headers == (("Authorization", "Bearer canary"),)
+
+
+@pytest.mark.fault("C19", "T20")
+@pytest.mark.parametrize("url", ["http://api.example:9000/f", "http://api.example.evil/f", "http://api.example@evil/f"])
+def test_another_port_or_host_is_not_upgraded(url: str) -> None:
+    with pytest.raises((WorkerFault, JobFault)):
+        PUBLIC.parse_request(GOOD | {"url": url})
+
+
+@pytest.mark.fault("C20")
+@pytest.mark.parametrize(
+    ("value", "text"), [("a", "a"), (201, "201"), (0, "0"), (True, "true"), (False, "false"), (1.5, "1.5"), ("", "")]
+)
+def test_a_form_field_is_any_scalar(value: object, text: str) -> None:
+    request = PUBLIC.parse_request(GOOD | {"method": "post", "data": {"a": value, "b": None}})
+    assert request.fields == (("a", text),)
+
+
+@pytest.mark.fault("C20")
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"tags": ["b"]}, "field 'tags' is neither text nor a number but a list"),
+        ({"tags": {"b": 1}}, "field 'tags' is neither text nor a number but an object"),
+        ({"policy": "x" * 70_000}, "field 'policy' is too long"),
+        ({"file": "x"}, "field 'file' has the name of the file's own part"),
+    ],
+    ids=str,
+)
+def test_a_form_field_that_cannot_be_used_is_named(fields: dict[str, object], why: str) -> None:
+    with pytest.raises(JobFault, match=why):
+        PUBLIC.parse_request(GOOD | {"method": "post", "data": fields})
