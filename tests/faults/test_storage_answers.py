@@ -280,6 +280,19 @@ def test_a_page_with_an_etag_is_none_of_a_store_that_is_known_to_say_more(
     assert len(server.seen) == 2
 
 
+@pytest.mark.fault("C16")
+def test_a_plain_store_has_files_without_an_etag_but_no_empty_answers(
+    server: FileServer, moving: Transfer, tmp_path: Path
+) -> None:
+    fetch(moving, tmp_path, get(server.url("/in")))
+    server.script("/in", Act(headers=NO_IDS), page(body=b"", kind=None))
+    fetch(moving, tmp_path, get(server.url("/in")))
+    assert len(server.seen) == 2
+    fetch(moving, tmp_path, get(server.url("/in")))
+    assert (tmp_path / "in.part").read_bytes() == CONTENT
+    assert len(server.seen) == 4
+
+
 # --- C18: refusals
 
 
