@@ -119,22 +119,31 @@ class Pace:
             self._bad_ends.append(now)
             if self._bad_row >= _BAD_ENDS:
                 self._not_before = max(self._not_before, now + _BAD_PAUSE_S)
-            return sum(now - moment < _BAD_WITHIN_S for moment in self._bad_ends) >= _BAD_ENDS
+            return self._recent() >= _BAD_ENDS
+
+    def is_doubtful(self, in_hand: int) -> bool:
+        """Whether this machine must test itself before it takes another job: with `in_hand` jobs that may end badly as
+        well, more of them would be spoilt by a broken machine than T23 allows."""
+        with self._lock:
+            bad = self._recent()
+            return bad > 0 and bad + in_hand >= _BAD_ENDS
 
     def tested(self) -> None:
         """This machine tested itself and is well: if bad ends were the reason, people are told, once in a row."""
         with self._lock:
-            doubted = len(self._bad_ends) == _BAD_ENDS and self._clock() - self._bad_ends[0] < _BAD_WITHIN_S
-            if doubted:
-                self._bad_ends.clear()
-            tell, self._told = doubted and not self._told, self._told or doubted
+            self._bad_ends.clear()
             row = self._bad_row
+            tell, self._told = row >= _BAD_ENDS and not self._told, self._told or row >= _BAD_ENDS
         if tell:
             message = (
                 f"{row} jobs in a row ended badly; this machine has tested itself and is well, so it goes on at its "
                 "usual pace"
             )
             self._emit("many_failures", level="warning", message=message)
+
+    def _recent(self) -> int:
+        now = self._clock()
+        return sum(now - moment < _BAD_WITHIN_S for moment in self._bad_ends)
 
     def _wait_until(self, moment: float) -> None:
         with self._lock:

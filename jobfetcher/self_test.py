@@ -89,14 +89,14 @@ class SelfTest:
         """Test before the next job is taken."""
         self._asked = True
 
-    def check(self, *, busy: bool) -> bool:
-        """Test this machine if that is due; whether it was, and passed. `busy`: jobs are in hand.
+    def check(self, *, busy: bool, asked: bool = False) -> bool:
+        """Test this machine if that is due; whether it was, and passed. `busy`: jobs are in hand; `asked`: see `ask`.
 
         Raises ConfigError naming a setting that is wrong, or WorkerFault saying why no job could run here. It is due
         again then.
         """
         now = self._clock()
-        if self._asked or (not busy and now - self._tested_at >= IDLE_S):
+        if asked or self._asked or (not busy and now - self._tested_at >= IDLE_S):
             self._asked = False  # first: who asks during the test does not ask in vain
             try:
                 with self._lock, self._folder() as folder:

