@@ -14,6 +14,7 @@ import pytest
 
 from tests.fault_rows import Table
 from tests.support import services
+from tests.support.podman import PrivatePodman, private_podman
 from tests.without import RULES
 
 # As where CI is set: a machine that stands still for a moment is no example of anything.
@@ -69,6 +70,20 @@ def base_python(engine: docker.APIClient) -> str:
 def worker_image(engine: docker.APIClient) -> str:
     """The reference of the worker's own image, built from this checkout."""
     return services.worker_image(engine)
+
+
+@pytest.fixture(scope="session")
+def podman() -> Iterator[PrivatePodman]:
+    """A rootful Podman. A test that stops its service starts it again."""
+    with private_podman() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def rootless_podman() -> Iterator[PrivatePodman]:
+    """A Podman of a user of its own. A test that stops its service starts it again."""
+    with private_podman(rootless=True) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

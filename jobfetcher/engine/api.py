@@ -71,11 +71,15 @@ class Unreachable(WorkerFault):
 
 
 class Version(NamedTuple):
-    """What an engine says of itself once: the version of its API, its architecture and operating system."""
+    """What an engine says of itself once: the version of its API, its architecture and operating system.
+
+    `podman`: the version of Podman, if the engine is that; else nothing.
+    """
 
     api: str
     architecture: str
     system: str
+    podman: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,9 @@ class EngineApi:
         """What the engine said of itself when it was first asked. For use inside `calling`."""
         if (version := self._version) is None:
             said = self._exchange("GET", "/version", self.look_up_s).json()
-            version = self._version = Version(str(said["ApiVersion"]), str(said["Arch"]), str(said.get("Os")))
+            parts = {str(part.get("Name")): str(part.get("Version")) for part in said.get("Components") or ()}
+            podman = parts.get("Podman Engine", "")
+            version = self._version = Version(str(said["ApiVersion"]), str(said["Arch"]), str(said.get("Os")), podman)
         return version
 
     def inspect(self, container: str) -> Mapping[str, Any] | None:
@@ -167,10 +173,13 @@ class EngineApi:
         with self.calling(doing), closing(self.new_line()) as line:
             yield line
 
-    def new_line(self) -> Line:
-        """A connection made now, for questions to one engine process. For use inside `calling`; close it."""
+    def new_line(self, kind: type[Line] | None = None) -> Line:
+        """A connection made now, for questions to one engine process. For use inside `calling`; close it.
+
+        `kind`: how it waits for an end (`flavour`); None: the engine's own way.
+        """
         version = self.version.api
-        return Line(self.line(self.look_up_s), version, self.look_up_s)
+        return (kind or Line)(self.line(self.look_up_s), version, self.look_up_s)
 
     def ask(
         self,

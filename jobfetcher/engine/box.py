@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobfetcher.core.run import RunSpec
-from jobfetcher.engine.printed import FILE_BYTES, FILES
+from jobfetcher.engine.flavour import DOCKER, Flavour
 from jobfetcher.engine.run_spec import BASE_CAPABILITIES
 from jobfetcher.engine.volumes import MOUNT_POINT
 
 _MIB = 1024 * 1024
 
 
-def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
-    """The container of a job. `network_mode` is `none`, or the name or id of a network."""
+def box(spec: RunSpec, network_mode: str, flavour: Flavour = DOCKER) -> dict[str, Any]:
+    """The container of a job. `network_mode` is `none`, or the name or id of a network; `flavour` is the engine's."""
     memory = spec.memory_mib * _MIB
     config: dict[str, Any] = {
         "Image": spec.image_id,
@@ -37,8 +37,7 @@ def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
             "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],  # a core dump can be as large as the memory
             "Init": spec.init,  # reaps zombies and passes TERM on (FAULTS.md E9)
             "NetworkMode": network_mode,
-            # At most 30 MB on disk, however much a job prints (FAULTS.md D4); `printed` reckons with it.
-            "LogConfig": {"Type": "local", "Config": {"max-size": f"{FILE_BYTES >> 20}m", "max-file": str(FILES)}},
+            "LogConfig": dict(flavour.log),  # bounded, however much a job prints (FAULTS.md D4)
             "ReadonlyRootfs": spec.read_only,
         },
     }
@@ -49,8 +48,8 @@ def box(spec: RunSpec, network_mode: str) -> dict[str, Any]:
     if spec.runtime is not None:
         config["HostConfig"]["Runtime"] = spec.runtime
     if spec.gpu_uuids:
-        config["HostConfig"]["DeviceRequests"] = [{"DeviceIDs": list(spec.gpu_uuids), "Capabilities": [["gpu"]]}]
-    return config
+        config["HostConfig"]["DeviceRequests"] = [flavour.device_request(spec.gpu_uuids)]
+    return flavour.fitted(config)
 
 
 def chown_box(

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -35,10 +36,22 @@ from jobfetcher.core.ports import Emit, PullProgress
 from jobfetcher.core.run import Exit, Image, RunSpec
 from jobfetcher.core.text import clean
 from jobfetcher.engine import proof, vouch
-from jobfetcher.engine.api import DEFAULT_URL, LOOK_UP_S, WORK_S, EngineApi, Line, NotFound, Refused, Unreachable
+from jobfetcher.engine.api import (
+    DEFAULT_URL,
+    LOOK_UP_S,
+    WORK_S,
+    EngineApi,
+    Line,
+    NotFound,
+    Refused,
+    Unreachable,
+    Version,
+)
 from jobfetcher.engine.box import box, chown_box
+from jobfetcher.engine.flavour import Flavour, docker_flavour, podman_flavour
 from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
+from jobfetcher.engine.polling import runs
 from jobfetcher.engine.printed import Frames, missing, time_of
 from jobfetcher.engine.run_spec import LABEL_ATTEMPT, LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK, BoxPolicy
 from jobfetcher.engine.sayings import (
@@ -75,6 +88,9 @@ _LOOK_S, _LOOK_MAX_S = 2.0, 60.0
 #: What an engine itself says for an exit code that it does not know.
 _UNKNOWN_CODE = 255
 
+#: The exit code of a program that was ended by KILL.
+_KILLED = 128 + signal.SIGKILL
+
 #: How long giving back the files of one job may take, in seconds: generous, since a job may leave a million.
 _OWN_TIMEOUT_S = 600.0
 
@@ -95,7 +111,8 @@ _CONTAINER_GONE = re.compile(r"no such container|no container with (?:name|id)",
 #: Of a helper of ours the owner chooses nothing.
 _HELPER = BoxPolicy(network=None)
 
-_ICC = "com.docker.network.bridge.enable_icc"
+#: What an engine says when a name is taken: Docker with 409, Podman with 500.
+_NAME_TAKEN = re.compile(r"\bname\b.* (?:is )?already in use", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,20 +162,33 @@ class DockerEngine:
         self._network_lock = threading.Lock()
         self._helpers: set[str] = set()
         self._has_shell = ""
-        self._namespaces: tuple[bool, bool] | None = None
         self._proofs: set[str] = set()
+        self._flavour: tuple[Version, Flavour] | None = None
 
     def check(self) -> None:
         """Raise ConfigError or WorkerFault unless an engine answers here that can run jobs."""
         self.api.check()
+        self.flavour()
+
+    def flavour(self) -> Flavour:
+        """How this engine is spoken to: asked once, and again of an engine that took its place. Raises WorkerFault."""
+        with self.api.calling("describe itself"):
+            version = self.api.version
+            if self._flavour is None or self._flavour[0] is not version:
+                if version.podman:
+                    found = podman_flavour(version.podman, self.api.ask("GET", "/libpod/info").json())
+                else:
+                    found = docker_flavour(self.api.ask("GET", "/info").json())
+                self._flavour = version, found
+            return self._flavour[1]
 
     def describe(self) -> EngineInfo:
         """What the engine is. Raises WorkerFault when it does not answer."""
         with self.api.calling("describe itself"):
             version, info = self.api.ask("GET", "/version").json(), self.api.ask("GET", "/info").json()
-        platform = version.get("Platform") or {}
+        platform, flavour = version.get("Platform") or {}, self.flavour()
         return EngineInfo(
-            name=str(platform.get("Name") or "Docker Engine"),
+            name=flavour.kind or str(platform.get("Name") or "Docker Engine"),
             version=str(version["Version"]),
             api_version=str(version["ApiVersion"]),
             architecture=str(version["Arch"]),
@@ -182,13 +212,16 @@ class DockerEngine:
 
         A program that the image does not have is found by docker-init, after the start: see `DockerContainer.wait`.
         """
-        config = box(spec, self._network_mode(spec.network))
+        flavour = self.flavour()
+        if spec.gpu_uuids and not flavour.gives_gpus:
+            raise WorkerFault(WorkerReason.GPU, f"{flavour.name} hands out no GPU")
+        config = box(spec, self._network_mode(spec.network), flavour)
         container, ours = self._persist(lambda: self._create(spec, config))
         try:
             if spec.volumes:
                 self._refuse_links(container, spec.volumes)
             if ours:
-                container.watch()
+                container.watch(flavour.told_before_start)
             if before_start is not None:
                 before_start(container.id)
             tries = itertools.count()
@@ -252,16 +285,17 @@ class DockerEngine:
     def _own(self, image_id: str, host_path: str) -> str:
         """Why it could not be done with that image; nothing when it is done."""
         name = f"jobfetcher-{self.instance}-own-{uuid.uuid4().hex[:12]}"
-        rootless, remapped = self._user_namespaces()
+        flavour = self.flavour()
         config = chown_box(
             image_id,
             host_path,
             # An engine without root rights shows its own user's files as root's: to any other they would be given away.
-            "0:0" if rootless else f"{os.getuid()}:{os.getgid()}",
+            "0:0" if flavour.rootless else f"{os.getuid()}:{os.getgid()}",
             {LABEL_INSTANCE: self.instance},
             target=f"/jobfetcher-{uuid.uuid4().hex}",
-            host_users=remapped,
+            host_users=flavour.remapped,
         )
+        config = flavour.fitted(config)
         self._helpers.add(name)
         try:
             with self.api.calling("create a helper"):
@@ -295,7 +329,8 @@ class DockerEngine:
         self._proofs.add(name)
         try:
             network_mode = self._network_mode(spec.network)
-            seen = proof.prove(self.api, spec, lambda spec: box(spec, network_mode), folder)
+            flavour = self.flavour()
+            seen = proof.prove(self.api, spec, lambda spec: box(spec, network_mode, flavour), folder)
             self._proofs.discard(name)
             return seen
         except Unreachable:
@@ -315,15 +350,6 @@ class DockerEngine:
         smallest = sorted(named, key=lambda image: int(image.get("Size") or 0))
         tried = {image_id, self._has_shell}
         yield from [str(image["Id"]) for image in smallest if image["Id"] not in tried][:_OTHER_IMAGES]
-
-    def _user_namespaces(self) -> tuple[bool, bool]:
-        """Whether the engine runs without root rights, and whether its containers have other users (userns-remap)."""
-        if self._namespaces is None:  # an engine runs other programs to answer /info
-            with self.api.calling("say what it is"):
-                options = self.api.ask("GET", "/info").json().get("SecurityOptions") or ()
-            names = {str(option).split(",")[0] for option in options}
-            self._namespaces = "name=rootless" in names, "name=userns" in names
-        return self._namespaces
 
     def _persist(self, call: Callable[[], T]) -> T:
         """Repeat a call that is safe to repeat, while the engine's answer is lost."""
@@ -348,7 +374,7 @@ class DockerEngine:
                 why = "its image was removed from this machine before the job could start"
                 raise WorkerFault(WorkerReason.INTERRUPTED, why) from error
             except Refused as error:
-                if error.status != http.client.CONFLICT:
+                if error.status != http.client.CONFLICT and not _NAME_TAKEN.search(error.said):
                     raise start_fault(error.said, spec) from error
                 created = None
         failpoint("after:create")
@@ -419,13 +445,16 @@ class DockerEngine:
     def _network_mode(self, network: str | None) -> str:
         if network is None:
             return "none"
-        return self._own_network() if network == OWN_NETWORK else network
+        if network != OWN_NETWORK:
+            return network
+        return self.flavour().own_network or self._own_network()
 
     def _own_network(self) -> str:
         """The id of the bridge network for jobs, made when there is none. Containers on it do not see each other.
 
         By id, because two workers that make it at the same moment may make two of that name; both take the older one.
         """
+        options = self.flavour().network_options
         with self._network_lock, self.api.calling("make the network for jobs"):
 
             def find() -> list[Mapping[str, Any]]:
@@ -433,15 +462,15 @@ class DockerEngine:
                 return [network for network in networks if network["Name"] == OWN_NETWORK]
 
             if not (found := find()):
-                wanted = {"Name": OWN_NETWORK, "Driver": "bridge", "Options": {_ICC: "false"}, "CheckDuplicate": True}
+                wanted = {"Name": OWN_NETWORK, "Driver": "bridge", "Options": dict(options), "CheckDuplicate": True}
                 try:
                     self.api.ask("POST", "/networks/create", timeout_s=self.api.work_s, body=wanted)
-                except Refused as error:
-                    if error.status != http.client.CONFLICT:  # another worker was faster
+                    found = find()
+                except Refused:
+                    if not (found := find()):  # else another worker was faster
                         raise
-                found = find()
             oldest = min(found, key=lambda network: (network["Created"], network["Id"]), default=None)
-        if oldest is None or (oldest.get("Options") or {}).get(_ICC) != "false":
+        if oldest is None or not options.items() <= (oldest.get("Options") or {}).items():
             raise WorkerFault(
                 WorkerReason.ENGINE,
                 f"the network {OWN_NETWORK} lets containers see each other; remove it "
@@ -520,12 +549,15 @@ class DockerContainer:
             if end or clock() >= deadline:
                 return end
 
-    def watch(self) -> None:
+    def watch(self, told_before_start: bool) -> None:
         """Before its start: have the engine say when it ends, which no later question can tell so surely (`vouch`).
 
-        Where that fails, `wait` asks as it does for a container that an earlier process started.
+        Where that fails, `wait` asks as it does for a container that an earlier process started; `told_before_start`:
+        whether this engine can do that (`flavour`).
         """
         self._watched = True
+        if not told_before_start:
+            return
         with contextlib.suppress(WorkerFault), self._api.calling("watch a container"):
             self._listen("next-exit", self._api.new_line())
 
@@ -567,13 +599,13 @@ class DockerContainer:
     def _line_if_running(self) -> Line | None:
         if self._seen_end is not None:
             return None
-        line = self._api.new_line()
+        line = self._api.new_line(self._engine.flavour().line)
         try:
             state = self._state(line)
         except BaseException:
             line.close()
             raise
-        if not state["Running"] or self._is_another_run(state):
+        if not runs(state) or self._is_another_run(state):
             line.close()
             return None
         try:
@@ -588,8 +620,10 @@ class DockerContainer:
             # What the wait told comes first: the record is set to 0 while a container is started again.
             code = int(state["ExitCode"]) if self._seen_end is None else self._seen_end
             memory, genuine = self._vouched(line, state, code)
-        looks = _RESTART_LOOKS if memory.signalled and not self._stopped else 0
-        while looks and not self._runs_again(state):  # the signal may have been the first half of a `docker restart`
+        # The signal may have been the first half of a `docker restart`, or of a `podman rm --force`.
+        killed = code == _KILLED and not state.get("OOMKilled") and self._engine.flavour().seen_killed_when_removed
+        looks = _RESTART_LOOKS if (memory.signalled or killed) and not self._stopped else 0
+        while looks and not self._runs_again(state):
             looks -= 1
             self._engine.sleep(_RESTART_PAUSE_S)
             with self._api.one_line("say whether a container was started again") as line:
@@ -618,8 +652,16 @@ class DockerContainer:
         genuine = partial(vouch.genuine, code=code, present=self._present, by_us=self._stopped)
         # Until a moment in the past, which ends the answer, while a moment that is 0 leaves nothing out of it (moby,
         # daemon/events/events.go). An engine that reads it otherwise answers with nothing, and the second part decides.
-        own = line.events(since="0", until="0", filters=json.dumps({**vouch.FILTERS, "container": [self._id]}))
-        memory = vouch.Memory.of(own, self._id)
+        flavour = self._engine.flavour()
+        filters = json.dumps({**flavour.remembered_filters, "container": [self._id]})
+        try:
+            memory = vouch.Memory.of(line.events(**flavour.remembered, filters=filters), self._id)
+        except Refused:  # it is told to keep no events, which others than Docker can be
+            if flavour.ends_containers:
+                raise
+            memory = vouch.Memory()
+        if not flavour.ends_containers:
+            return memory, genuine(memory, older=True)
         sure = genuine(memory, older=False)
         if sure or not genuine(memory, older=True):  # the engine's age would change nothing
             return memory, sure
@@ -644,7 +686,7 @@ class DockerContainer:
 
     def _runs_again(self, state: Mapping[str, Any]) -> bool:
         """Of a container whose end was seen: whether a person started it again (FAULTS.md E11)."""
-        return bool(state["Running"]) or self._is_another_run(state)
+        return runs(state) or self._is_another_run(state)
 
     def _is_another_run(self, state: Mapping[str, Any]) -> bool:
         return self._started not in {None, state["StartedAt"]}
@@ -684,7 +726,11 @@ class DockerContainer:
         except WorkerFault as fault:
             failed = fault
         found = self._api.inspect(self._id)  # whatever was answered: an engine may give up on a process that cannot die
-        if found is not None and found["State"]["Running"]:
+        if failed and found is not None and found["State"]["Paused"]:  # Podman stops nothing that is paused
+            self._unpause()
+            self._stop(grace_s)
+            found = self._api.inspect(self._id)
+        if found is not None and runs(found["State"]):
             why = f"the container {found['Name'].removeprefix('/')} was told to end and still runs"
             raise WorkerFault(WorkerReason.ENGINE, f"{why}: {failed}" if failed else why) from failed
 
@@ -700,6 +746,10 @@ class DockerContainer:
                 )
             except NotFound:
                 return
+
+    def _unpause(self) -> None:
+        with self._api.calling("unpause a container"), contextlib.suppress(NotFound):
+            self._api.ask("POST", f"/containers/{self._id}/unpause", timeout_s=self._api.work_s)
 
     def save_logs(self, path: Path) -> None:
         """See `Container.save_logs`. Gone: an empty file. Raises WorkerFault(ENGINE or DISK)."""

@@ -52,6 +52,10 @@ from typing import Any
 FILTERS: Mapping[str, list[str]] = {"type": ["container"], "event": ["create", "start", "kill", "die"]}
 
 
+#: Events that say of a container that somebody ended it through the engine. Docker has `kill` for all of them.
+_SIGNALS = {"kill", "stop", "restart"}
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """What an engine process remembers of one container's run.
@@ -81,7 +85,7 @@ class Memory:
         return Memory(
             ended="die" in own,
             api_before=created_before,
-            signalled="kill" in own,
+            signalled=not _SIGNALS.isdisjoint(own),
             again=own.count("die") > 1 or own.count("start") > 1,
         )
 

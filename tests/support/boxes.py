@@ -1,5 +1,6 @@
 """What the engine's tests share: an engine (real or fake), an image on it, a job directory, specs made from them."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -10,6 +11,7 @@ from uuid import uuid4
 
 import docker
 
+from demo.busybox_image import IMAGE
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Gpu, Share
@@ -19,6 +21,7 @@ from jobfetcher.engine.docker import DockerEngine
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
 from jobfetcher.engine.run_spec import BoxPolicy, build_run_spec
 from jobfetcher.testing.fake_engine import FakeContainer, FakeEngine
+from tests.support.podman import PrivatePodman
 
 LOCAL = ImagePolicy(pull=PullPolicy.NEVER)
 NO_NETWORK = BoxPolicy(network=None)
@@ -150,3 +153,13 @@ def docker_bench(busybox: str, files: Path, **options: Any) -> Iterator[DockerBe
             for image in client.images(filters={"label": f"{_MADE}={instance}"}):
                 client.remove_image(image["Id"], force=True)
         engine.close()
+
+
+@contextmanager
+def podman_bench(podman: PrivatePodman, **options: Any) -> Iterator[DockerBench]:
+    """`docker_bench` on a Podman of the tests' own, with a job directory of the user whose Podman it is."""
+    files = podman.shared / f"files-{uuid4().hex[:8]}"
+    files.mkdir()
+    os.chown(files, podman.uid, podman.gid)
+    with docker_bench(IMAGE, files, url=podman.url, **options) as bench:
+        yield bench
