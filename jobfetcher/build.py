@@ -29,6 +29,7 @@ from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.core.urls import UrlPolicy
 from jobfetcher.engine.api import DEFAULT_URL
 from jobfetcher.engine.docker import DockerEngine, EngineInfo
+from jobfetcher.engine.flavour import Flavour
 from jobfetcher.engine.host_path import check_host_path, find_host_path, runs_inside
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
 from jobfetcher.engine.references import check_pattern
@@ -284,6 +285,7 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         finder = make_engine(settings, "", emit)
         opened.callback(finder.close)
         finder.check()
+        settings = _as_the_engine_allows(settings, finder.flavour(), emit)
         make_box(settings)
         inventory = detect.detect(settings.gpus)
         source = make_source(settings, emit)
@@ -351,6 +353,22 @@ def _check_encoding() -> None:
     to it (cli.main); who uses the package otherwise may not have."""
     if (encoding := sys.getfilesystemencoding()) != "utf-8":
         raise ConfigError(f"file names would be {encoding} here (LANG, LC_ALL) and not UTF-8; set PYTHONUTF8=1")
+
+
+def _as_the_engine_allows(settings: Settings, engine: Flavour, emit: Emit) -> Settings:
+    """The settings, without GPUs where the engine hands out none. Says at the start what the engine cannot do for jobs.
+
+    Raises ConfigError for what the owner asks of it in vain.
+    """
+    if settings.job_runtime and not engine.takes_runtime:
+        raise ConfigError(
+            f"JOB_RUNTIME={settings.job_runtime} has no effect here: {engine.name} has one runtime for all containers. "
+            "Leave JOB_RUNTIME out, and name that runtime in containers.conf (runtime, below [engine])"
+        )
+    gpus = not engine.gives_gpus and bool(detect.read_gpus(settings.gpus).gpus)
+    for note in engine.notes(own_network=settings.job_network == "bridge", gpus=gpus):
+        emit("engine_limits", level="warning", message=note)
+    return settings if engine.gives_gpus else settings.model_copy(update={"gpus": "none"})
 
 
 def _engines_part(inventory: Inventory, engine: EngineInfo) -> Inventory:

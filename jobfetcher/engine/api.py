@@ -285,24 +285,34 @@ class EngineApi:
                 return
         connection.close()
 
+    @property
+    def _is_podmans(self) -> bool:
+        return self.url.endswith("/podman.sock")
+
+    @property
+    def _start_it(self) -> str:
+        """What a person does who finds no engine there."""
+        if not self._is_podmans:
+            return "install Docker, or start it (systemctl start docker), or set DOCKER_HOST for Podman"
+        if "/user/" in self.url:
+            return "start it (systemctl --user enable --now podman.socket)"
+        return "start it (systemctl enable --now podman.socket)"
+
     def _unreachable(self, error: BaseException, doing: str) -> Unreachable:
         for cause in _chain(error):
             if isinstance(cause, PermissionError):
-                return Unreachable(
-                    f"no permission to use the container engine at {self.url}; add the user to the group docker "
-                    "(usermod -aG docker USER) and log in again",
-                    setup=True,
+                cure = (
+                    "it is root's; your own is at unix:///run/user/$(id -u)/podman/podman.sock (DOCKER_HOST)"
+                    if self._is_podmans
+                    else "add the user to the group docker (usermod -aG docker USER) and log in again"
                 )
+                return Unreachable(f"no permission to use the container engine at {self.url}; {cure}", setup=True)
             if isinstance(cause, FileNotFoundError):
-                return Unreachable(
-                    f"no container engine answers at {self.url}: there is no such socket; install Docker, or start it "
-                    "(systemctl start docker), or mount the socket into the worker's container",
-                    setup=True,
-                )
+                why = f"there is no such socket; {self._start_it}, or mount the socket into the worker's container"
+                return Unreachable(f"no container engine answers at {self.url}: {why}", setup=True)
             if isinstance(cause, ConnectionRefusedError):
-                return Unreachable(
-                    f"no container engine answers at {self.url}: connection refused; start it (systemctl start docker)"
-                )
+                why = f"connection refused; {self._start_it}"
+                return Unreachable(f"no container engine answers at {self.url}: {why}")
         if isinstance(error, TimeoutError):
             return Unreachable(f"the container engine at {self.url} did not {doing} in time; is it frozen?")
         return Unreachable(f"the container engine at {self.url} did not {doing}: {clean(str(error), 300)}")

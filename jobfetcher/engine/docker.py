@@ -48,7 +48,7 @@ from jobfetcher.engine.api import (
     Version,
 )
 from jobfetcher.engine.box import box, chown_box
-from jobfetcher.engine.flavour import Flavour, docker_flavour, podman_flavour
+from jobfetcher.engine.flavour import Flavour, Limit, docker_flavour, podman_flavour
 from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
 from jobfetcher.engine.polling import runs
@@ -99,6 +99,9 @@ _OTHER_IMAGES = 10
 
 #: Most that `last_lines` keeps of what a container printed, in bytes.
 _LAST_BYTES = 64 * 1024
+
+#: The line with which an init says that it cannot start a program is not longer than this, in bytes.
+_LINE_BYTES = 8 * 1024
 
 T = TypeVar("T")
 
@@ -634,7 +637,7 @@ class DockerContainer:
         error, of_the_machine = self._init_error(code)
         return Exit(
             code=code,
-            oom_killed=bool(state.get("OOMKilled")),
+            oom_killed=bool(state.get("OOMKilled")) or self._surely_for_memory(code, memory),
             # Never started: the 0 that the engine gives it means nothing.
             genuine=genuine and state["Status"] != "created",
             started_at=str(state["StartedAt"]),
@@ -675,6 +678,13 @@ class DockerContainer:
         )
         return memory, genuine(memory, older=older)
 
+    def _surely_for_memory(self, code: int, memory: vouch.Memory) -> bool:
+        """Whether an engine that never says so (`flavour`) saw a job end that was killed for memory: by KILL, which
+        neither came from us nor through the engine, under a limit on memory."""
+        flavour = self._engine.flavour()
+        silent = not flavour.tells_out_of_memory and Limit.MEMORY not in flavour.missing
+        return silent and code == _KILLED and not memory.signalled and not self._stopped
+
     def _state(self, line: Line) -> Mapping[str, Any]:
         found = line.get(f"/containers/{self._id}/json")
         if found is None or found["State"]["Status"] in {"removing", "dead"}:
@@ -695,14 +705,32 @@ class DockerContainer:
         """Why the program was never run, as far as the engine's init says so, and whether that init is the reason."""
         if code in {1, 126, 127}:
             with contextlib.suppress(WorkerFault):
-                said = self.last_lines(2)
+                said = self._short_log()
                 if TOO_LONG.fullmatch(said.rpartition("\n")[2]):  # not even the init could be run, by the job's doing
                     return ARGUMENTS, False
                 if broken := INIT_BROKEN.fullmatch(said):
                     return str(init_fault(broken["why"])), True
                 if failed := INIT_FAILED.match(said.rpartition("\n")[2]):
-                    return cannot_run(failed["program"], failed["why"]), False
+                    return cannot_run(failed["program"] or self._program(), failed["why"]), False
         return "", False
+
+    def _short_log(self) -> str:
+        """What it printed, if that is little: an init that cannot start its program prints a line, and that is all.
+
+        Not by asking for the last line: Podman loses what of that was printed by a write before.
+        """
+        printed = b""
+        with self._printed("all") as frames:
+            for piece in frames:
+                printed += piece
+                if len(printed) > _LINE_BYTES:
+                    return ""
+        return "\n".join(printed.decode(errors="replace").splitlines())
+
+    def _program(self) -> str:
+        """What the init of Podman was to start: `catatonit -- PROGRAM ARGUMENTS`."""
+        said = [str(word) for word in self._inspect().get("Args") or ()]
+        return next(iter(said[said.index("--") + 1 :] if "--" in said else said), "what it was to start")
 
     def is_paused(self) -> bool:
         return bool(self._inspect()["State"]["Paused"])

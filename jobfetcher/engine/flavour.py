@@ -10,6 +10,8 @@ name. What is here was read in Podman's sources and release notes and tried on P
   before the question has reached its event log. So Podman is asked for the state, at intervals (`PollingLine`).
 - Its service is no daemon: what runs a container is its own conmon, which notes the exit code, whatever becomes of the
   service. See `vouch`.
+- `OOMKilled` is false for whatever was killed for memory, before 5.0: conmon leaves its mark in another directory than
+  the one where it is looked for. A job that was killed by KILL, and not through Podman, is taken for one of those.
 - Events come from a log. A time `until` in the past ends the answer before anything is read; `stream=false` is meant.
 - Network: the bridge's option `enable_icc` is unknown to Podman. Its option `isolate` keeps networks apart and not the
   containers of one network, and networks made by this API have it anyway. Without root rights each container has a
@@ -66,6 +68,7 @@ class Flavour:
     HostConfig.LogConfig. `line`: how an end is waited for. `told_before_start`: whether it can be waited for before the
     start. `ends_containers`: whether a stop or a start of the engine ends its containers (`vouch`).
     `seen_killed_when_removed`: whether one that is removed while it runs is seen as killed before it is gone.
+    `tells_out_of_memory`: whether it says of a container that it was killed for memory.
     `remembered`: the query that makes GET /events answer with what is remembered, and end; `remembered_filters`: with
     what it is narrowed. `network_options`: of the own bridge network for jobs. `own_network`: a network mode that is
     better than that network, if any. `gpu_driver`, `gpu_prefix`: of a DeviceRequest; the driver None: the engine gives
@@ -86,6 +89,7 @@ class Flavour:
     told_before_start: bool = True
     ends_containers: bool = True
     seen_killed_when_removed: bool = False
+    tells_out_of_memory: bool = True
     remembered: Mapping[str, str] = field(default_factory=lambda: {"since": "0", "until": "0"})
     remembered_filters: Mapping[str, list[str]] = field(default_factory=lambda: dict(FILTERS))
     network_options: Mapping[str, str] = field(default_factory=lambda: {_ICC: "false"})
@@ -176,6 +180,7 @@ def podman_flavour(version: str, info: Mapping[str, Any]) -> Flavour:
         told_before_start=False,
         ends_containers=False,
         seen_killed_when_removed=True,
+        tells_out_of_memory=_numbers(version) >= (5, 0),
         remembered={"stream": "false"},
         remembered_filters={"type": ["container"]},  # it knows no `die` before 4.4, and has few events of a container
         network_options={},

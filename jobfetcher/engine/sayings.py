@@ -35,8 +35,11 @@ class Policy(Protocol):
     def runtime(self) -> str | None: ...
 
 
-#: docker-init (tini) starts the job's program; when it cannot, it prints one line and exits 126, 127 or 1.
-INIT_FAILED = re.compile(r"\[FATAL tini \(\d+\)\] exec (?P<program>.*) failed: (?P<why>.*)")
+#: docker-init (tini) starts the job's program; when it cannot, it prints one line and exits 126, 127 or 1. Podman's init
+#: (catatonit) exits 1, and does not say which program it was.
+INIT_FAILED = re.compile(
+    r"(?:\[FATAL tini \(\d+\)\] exec (?P<program>.*) failed|ERROR \(catatonit:\d+\): failed to exec pid1): (?P<why>.*)"
+)
 
 #: What is printed instead when not even the init can be run (execve(2), E2BIG).
 TOO_LONG = re.compile(r"exec \S+: argument list too long")

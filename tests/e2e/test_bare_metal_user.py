@@ -4,9 +4,7 @@ What a job's root user leaves, closed to everybody else, must still be sent and 
 """
 
 import os
-import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import docker
 import pytest
 
+from tests.support.as_user import python_as
 from tests.support.mock_server import running_mock_api
 from tests.support.services import REPOSITORY, require, require_program, wait_until
 from tests.support.worker import UNTIL_LET_GO, Lab, assert_clean, command
@@ -48,33 +47,8 @@ def own_lab(engine: docker.APIClient, busybox: str) -> Iterator[Lab]:
 
 
 def as_user(directory: Path) -> Path:
-    """A program that is Python for USER with the socket's group.
-
-    Checkout, environment and Python itself may lie below a directory that only root may enter (/root, for one). So in
-    a mount namespace of its own each such directory is covered by an empty open one, and what is needed put back.
-    """
-    needed = {REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), Path(os.path.realpath(sys.executable)).parent}
-    closed = {path: shut for path in needed if (shut := closed_ancestor(path))}
-    lines = ["mount -t tmpfs tmpfs /mnt"]
-    for number, path in enumerate(closed):
-        lines += [f"mkdir /mnt/{number}", f"mount --bind {shlex.quote(str(path))} /mnt/{number}"]
-    lines += [f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(shut))}" for shut in sorted(set(closed.values()))]
-    for number, path in enumerate(closed):
-        quoted = shlex.quote(str(path))
-        lines += [f"mkdir -p {quoted}", f"mount --bind /mnt/{number} {quoted}"]
-    become = f"setpriv --reuid={USER} --regid={USER} --groups={SOCKET.stat().st_gid} --"
-    inside = "\n".join(["set -e", *(lines if closed else []), f'exec {become} {shlex.quote(sys.executable)} "$@"'])
-    program = directory / "python-as-user"
-    program.write_text(
-        f'#!/bin/sh\nexec unshare --mount --propagation private sh -c {shlex.quote(inside)} python "$@"\n'
-    )
-    program.chmod(0o755)
-    return program
-
-
-def closed_ancestor(path: Path) -> Path | None:
-    """The topmost directory above `path` that others may not enter."""
-    return next((folder for folder in reversed(path.parents) if not folder.stat().st_mode & 0o001), None)
+    """A program that is Python for USER with the socket's group."""
+    return python_as(directory, USER, USER, SOCKET.stat().st_gid)
 
 
 @pytest.mark.fault("E13")
