@@ -32,9 +32,18 @@ witnesses; one is enough:
     restarted with live-restore                 runs, ends then  away      memory, if a create came before   yes; no
     restarted with live-restore                 ends between     either    no memory                         no
 
-Beside all that, a run that a person started again (`docker restart`, `docker start`) is no run of ours, and exit 0
-after a signal from outside (`docker stop` of a job that traps TERM) is no success: not genuine. A reboot is the
-caller's to see, by the boot id (A10): a clock that it set back could make a bridge look old.
+Beside all that, and with every engine, a run that a person started again (`docker restart`, `docker start`) is no run
+of ours, and exit 0 after a signal from outside (`docker stop` of a job that traps TERM) is no success: not genuine. A
+reboot is the caller's to see, by the boot id (A10): a clock that it set back could make a bridge look old.
+
+Podman has no such process: each container is run by a conmon of its own, which notes the exit code in a file, whoever
+serves the API meanwhile. The service may be stopped, killed and started again (systemd's unit has KillMode=process, and
+it ends by itself when nobody asks for a while): containers run on, and none is ended at a start. Nor does its network
+`bridge` say anything, since its age is that of the question. So there every end is genuine but for the two kinds above,
+whatever happened to the service (`Flavour.ends_containers`). Its memory is a log that outlives it, and tells what was
+started again or signalled. Two things are not told from a job's own end: `podman stop` of a job that obeys TERM at
+once and exits 0, since Podman notes a stop only where it sees the end before conmon's helper does; and the TERM that a
+user's processes get when the session ends (`loginctl enable-linger` prevents that).
 
 Sources: moby, daemon/daemon.go `restore` (ends what it finds running, then the networks, then restart policies) and
 daemon/daemon_unix.go `configureNetworking` ("Clear stale bridge network"), the same in 20.10 and 29. Each row of the
@@ -50,7 +59,6 @@ from typing import Any
 
 #: What an engine must be asked to remember for `Memory.of`: the filters of GET /events.
 FILTERS: Mapping[str, list[str]] = {"type": ["container"], "event": ["create", "start", "kill", "die"]}
-
 
 #: Events that say of a container that somebody ended it through the engine. Docker has `kill` for all of them.
 _SIGNALS = {"kill", "stop", "restart"}

@@ -246,7 +246,6 @@ def test_a_runtime_that_podman_would_not_take_is_refused(podman_lab: Lab, work: 
 
 
 @ROOTLESS
-@pytest.mark.fault("T31")
 def test_jobs_without_root_rights_have_a_network_each(bench: DockerBench) -> None:
     policy = BoxPolicy()
     listens = "nc -l -p 7000 -e true & echo ready; sleep 60"
