@@ -73,8 +73,8 @@ class Flavour:
     what it is narrowed. `network_options`: of the own bridge network for jobs. `own_network`: a network mode that is
     better than that network, if any. `gpu_driver`, `gpu_prefix`: of a DeviceRequest; the driver None: the engine gives
     no GPU. `takes_runtime`: whether a container may have a runtime of its own. `rootless`: whether its user is no root,
-    so that files of a container's root are that user's; `remapped`: whether it has root rights and containers have other
-    users all the same (userns-remap). `missing`: the limits that it cannot hold.
+    so that files of a container's root are that user's; `remapped`: whether containers have other users although its
+    own is root (userns-remap). `missing`: the limits that it cannot hold.
     """
 
     kind: str = ""

@@ -35,8 +35,8 @@ class Policy(Protocol):
     def runtime(self) -> str | None: ...
 
 
-#: docker-init (tini) starts the job's program; when it cannot, it prints one line and exits 126, 127 or 1. Podman's init
-#: (catatonit) exits 1, and does not say which program it was.
+#: docker-init (tini) starts the job's program; when it cannot, it prints one line and exits 126, 127 or 1. Podman's
+#: init (catatonit) exits 1, and does not say which program it was.
 INIT_FAILED = re.compile(
     r"(?:\[FATAL tini \(\d+\)\] exec (?P<program>.*) failed|ERROR \(catatonit:\d+\): failed to exec pid1): (?P<why>.*)"
 )

@@ -30,6 +30,7 @@ from jobfetcher.core.run import Exit, Image
 from jobfetcher.engine.api import EngineApi, Unreachable
 from jobfetcher.engine.box import box
 from jobfetcher.engine.docker import DockerEngine
+from jobfetcher.engine.flavour import Flavour
 from jobfetcher.engine.run_spec import BoxPolicy
 from tests.support.boxes import LOCAL, LONG_S, DockerBench, docker_bench, no_progress
 from tests.support.engine_proxy import EngineProxy, engine_proxy
@@ -705,7 +706,7 @@ def test_an_engine_without_root_rights_shows_our_files_as_roots(
     bench: DockerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No such engine here: that this one says it is one, and another user than root's, is put in."""
-    monkeypatch.setattr(DockerEngine, "_user_namespaces", lambda _: (True, False))
+    monkeypatch.setattr(DockerEngine, "flavour", lambda _: Flavour(rootless=True))
     monkeypatch.setattr(os, "getuid", lambda: 4321)
     (bench.files / "theirs").touch()
     os.chown(bench.files / "theirs", 1234, 1234)

@@ -261,6 +261,25 @@ def test_jobs_without_root_rights_have_a_network_each(bench: DockerBench) -> Non
     assert printed.splitlines()[0] != "0"
 
 
+@BOTH
+@pytest.mark.fault("T11")
+def test_the_box_holds_as_dockers_does(bench: DockerBench) -> None:
+    """Beside limits: seven capabilities, no way to more, a filter of system calls, no network, one mount of ours."""
+    status = "grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status"
+    asked = f"{status}; ls /sys/class/net; grep -c ' /files ' /proc/mounts"
+    _, printed = bench.run(bench.spec(asked))
+    # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID and SETUID (linux/capability.h: bits 0, 1, 3, 4, 5, 6 and 7)
+    assert [line.split()[-1] for line in printed.splitlines()] == ["00000000000000fb"] * 2 + ["1", "2", "lo", "1"]
+
+
+@ROOTFUL
+@pytest.mark.fault("T12")
+def test_a_rootful_podman_holds_the_limits(bench: DockerBench) -> None:
+    files = "memory/memory.limit_in_bytes pids/pids.max cpu/cpu.cfs_quota_us cpu/cpu.shares"
+    _, printed = bench.run(bench.spec(f"cd /sys/fs/cgroup; cat {files}; ulimit -c", memory_mib=100, cpu_cores=0.5))
+    assert printed.split() == [str(100 << 20), "4096", "50000", "512", "0"]
+
+
 # -- what an engine is asked -------------------------------------------------------------------------------------------
 
 
