@@ -46,6 +46,7 @@ TOO_LONG = re.compile(r"exec \S+: argument list too long")
 
 #: Linux takes a quarter of the limit for the stack, which is 8 MiB as a rule (execve(2)).
 ARGUMENTS = "command and environment together are longer than Linux takes (2 MiB as a rule); use a file for so much"
+
 #: What runc prints into a container's log, as its only line, when the engine's own init cannot be run in it.
 INIT_BROKEN = re.compile(r"exec (?:/sbin/docker-init|/dev/init|/run/podman-init): (?P<why>.*)")
 
