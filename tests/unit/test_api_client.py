@@ -922,6 +922,28 @@ def test_a_file_id_reaches_one_endpoint_only(api: ScriptedApi, lease: ApiLease, 
     assert (api.asked[0].method, api.asked[0].path, api.asked[0].query) == ("GET", path, ())
 
 
+@pytest.mark.fault("C19")
+@pytest.mark.parametrize(
+    "name", ["c#d.txt", "q?r.txt", "e%20f.txt", "100%.txt", "a b.txt", "gr\u00fcn.txt", "a+b&c=d.txt", "url"]
+)
+def test_a_link_made_of_the_decoded_address_of_the_question_is_encoded_as_the_question_was(
+    api: ScriptedApi, lease: ApiLease, name: str
+) -> None:
+    # word for word what a local-disk server answers: its own decoded address with /download for /url
+    api.then(reply(200, signed(url=f"{api.url}/files//data/user/{name}/download")))
+    request = lease.sign_input(parse_file_ref(f"/data/user/{name}"))
+    assert request.url == f"{api.url}{api.asked[0].path.removesuffix('/url')}/download"
+
+
+@pytest.mark.fault("C19")
+@pytest.mark.parametrize(
+    "rest", ["/files/other#x/download", "/files/a#b/c/download", "/x?to=/files/a#b/download", "/a#b"]
+)
+def test_a_link_to_anything_else_stays_as_the_server_wrote_it(api: ScriptedApi, lease: ApiLease, rest: str) -> None:
+    api.then(reply(200, signed(url=f"https://storage.example{rest}")))
+    assert lease.sign_input(parse_file_ref("a#b")).url == f"https://storage.example{rest}"
+
+
 @pytest.mark.fault("C7")
 def test_an_input_that_the_server_does_not_know_is_missing_not_cancelled(api: ScriptedApi, lease: ApiLease) -> None:
     api.then(404)

@@ -324,7 +324,8 @@ class ApiLease:
         if reply.status == 404:
             raise JobFault(JobReason.INPUT_MISSING, f"input {clean(ref, 200)} does not exist on the server")
         self._check_not_refused(reply, JobReason.INPUT_MISSING, f"input {clean(ref, 200)}")
-        return self._signed(reply, {200}, f"the request for a link to {clean(ref, 200)}", {Method.GET})
+        what = f"the request for a link to {clean(ref, 200)}"
+        return self._signed(reply, {200}, what, {Method.GET}, lambda answer: _encoded_as_asked(answer, ref, path))
 
     def sign_output(self, kind: OutputKind, folder: str, name: str, *, renew: bool = False) -> SignedRequest:
         """One form serves all files of its folder for 600 s, so it is kept; a PUT is for one file (PROTOCOL.md).
@@ -376,10 +377,12 @@ class ApiLease:
             return
         raise JobFault(reason, f"the server refuses {what} with {reply.status}: {reply.words}")
 
-    def _signed(self, reply: Reply, good: set[int], what: str, methods: set[Method]) -> SignedRequest:
+    def _signed(
+        self, reply: Reply, good: set[int], what: str, methods: set[Method], mend: Callable[[Any], Any] = lambda it: it
+    ) -> SignedRequest:
         if reply.status not in good:
             raise failure(reply, what)
-        request = self._policy.parse_request(reply.json())
+        request = self._policy.parse_request(mend(reply.json()))
         if request.method not in methods:
             raise JobFault(JobReason.UNSAFE_REQUEST, f"the server answered {what} with method {request.method.value}")
         if request.ignored:
@@ -576,6 +579,21 @@ class _Forms:
                         del self._kept[oldest]
                         self._asking.pop(oldest, None)
             return request
+
+
+def _encoded_as_asked(answer: Any, ref: FileRef, path: str) -> Any:
+    """A local-disk server's answer about file `ref`, its link encoded as `path`, in which the file was asked for.
+
+    Such a server makes the link of the *decoded* address of the question (PROTOCOL.md, FAULTS.md C19), so that a `#`,
+    `?` or `%41` of the file's name would be read as the address's own, and the file be missing. The link's end is known
+    letter for letter, and so is what it means: nothing is guessed, and its host stays what the server says.
+    """
+    decoded = f"/files/{ref}/download"
+    if not isinstance(answer, dict) or not isinstance(url := answer.get("url"), str) or not url.endswith(decoded):
+        return answer
+    if any(mark in url.removesuffix(decoded) for mark in "?#"):
+        return answer  # it ends another address's query
+    return {**answer, "url": f"{url.removesuffix(decoded)}/files/{path}/download"}
 
 
 def _one_per_model(gpus: tuple[Gpu, ...]) -> list[Gpu | None]:
