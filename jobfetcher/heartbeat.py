@@ -37,6 +37,9 @@ _JITTER = 0.1
 #: More failures of our own making than this within _BUG_WINDOW_S, and the job cannot be kept (FAULTS.md F8).
 _BUGS, _BUG_WINDOW_S = 3, 600.0
 
+#: What a job waits for is told at most so often, in seconds.
+_NOTE_S = 60.0
+
 
 class Pulse:
     """What the job's thread holds of its heartbeat."""
@@ -64,6 +67,7 @@ class Pulse:
         self._changed = threading.Condition()
         self._phase = Phase.CLAIMED
         self._unsaid: deque[Phase] = deque()
+        self._note, self._noted_at = "", -_NOTE_S
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"heartbeat-{lease.job_id}")
 
@@ -73,6 +77,11 @@ class Pulse:
             self._phase = phase
             self._unsaid.append(phase)
             self._changed.notify()
+
+    def note(self, words: str) -> None:
+        """What the job waits for, for its user to see: told once, with a keep-alive, and one a minute at most, because
+        a server appends each to the job's record (PROTOCOL.md S11). Of several meanwhile the latest is told."""
+        self._note = words
 
     def start(self) -> None:
         """Begin to beat."""
@@ -91,9 +100,10 @@ class Pulse:
         due = heard_at = self._clock()
         while (phase := self._next(due, failures)) is not None:
             last_try = self._stopping
+            note = self._note if self._clock() - self._noted_at >= _NOTE_S else ""
             try:
                 failpoint("before:beat")
-                standing = self._lease.beat(phase)
+                standing = self._lease.beat(phase, note)
                 failpoint("after:beat")
             except SourceError as error:
                 failures += 1
@@ -105,12 +115,8 @@ class Pulse:
                 if self._gives_up(self._clock() - heard_at):
                     self._halt.set(StopReason.SILENCE)
                 if failures == 1:
-                    self._emit(
-                        "heartbeat_failed",
-                        level="debug",
-                        job=job,
-                        message=f"keep-alive not delivered, trying again: {error}",
-                    )
+                    message = f"keep-alive not delivered, trying again: {error}"
+                    self._emit("heartbeat_failed", level="debug", job=job, message=message)
                 if last_try:
                     return
                 continue
@@ -130,6 +136,8 @@ class Pulse:
                 self._emit("heartbeat_recovered", level="debug", job=self._lease.job_id, message=message)
             self._outage.answered(self._lease.job_id)
             failures, heard_at = 0, self._clock()
+            if note:
+                self._noted_at, self._note = heard_at, "" if self._note is note else self._note
             with self._changed:
                 if self._unsaid and self._unsaid[0] is phase:
                     self._unsaid.popleft()

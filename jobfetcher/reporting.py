@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from jobfetcher.core.job import JobId
+from jobfetcher.core.machine import Share
 from jobfetcher.core.ports import Emit, PullProgress
 from jobfetcher.core.text import clean, unnumbered
 from jobfetcher.staging import Progress
@@ -21,8 +22,10 @@ _EVERY_S = 0.2
 _MOST_NOTICES = 5
 
 
-def file_progress(emit: Emit, job_id: JobId, step: str, clock: Callable[[], float]) -> Progress:
-    """A progress of files that is told as `step` (`download` or `upload`)."""
+def file_progress(
+    emit: Emit, job_id: JobId, step: str, clock: Callable[[], float], note: Callable[[str], None]
+) -> Progress:
+    """A progress of files that is told as `step` (`download` or `upload`). `note` hears what they wait for."""
     due = _every(clock)
 
     def changed(progress: Progress) -> None:
@@ -37,14 +40,14 @@ def file_progress(emit: Emit, job_id: JobId, step: str, clock: Callable[[], floa
                 files_total=progress.files_total,
             )
 
-    return Progress(changed=changed, troubles=FileTroubles(emit, job_id, step, clock))
+    return Progress(changed=changed, troubles=Troubles(emit, job_id, step, clock, note))
 
 
-class FileTroubles:
-    """Says which files of a job have to be tried again, why, and until when; and that it is over.
+class Troubles:
+    """Says which files of a job, or its image, have to be tried again, why, and until when; and that it is over.
 
     One line at WARN for each reason, which names the first file that it concerns, and one at INFO when no file waits
-    any more. `wall` is the wall clock, in seconds since 1970.
+    any more. `note` hears the same sentence, for the job's user; `wall` is the wall clock, in seconds since 1970.
     """
 
     def __init__(
@@ -53,9 +56,11 @@ class FileTroubles:
         job_id: JobId,
         step: str,
         clock: Callable[[], float],
+        note: Callable[[str], None],
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._emit, self._job_id, self._step, self._clock, self._wall = emit, job_id, step, clock, wall
+        self._note = note
         self._waiting: set[str] = set()
         self._said: set[str] = set()
         self._noticed = 0
@@ -74,7 +79,9 @@ class FileTroubles:
         until = "as long as the job is held"
         if for_s is not None:
             until = f"until {_time(self._wall() + for_s)} ({_span(for_s)})"
-        self._warn("transfer_retrying", name, f"has to wait: {clean(why, 500)}; it is tried again {until}")
+        what = f"has to wait: {clean(why, 500)}; it is tried again {until}"
+        self._warn("transfer_retrying", name, what)
+        self._note(f"{self._step} of {clean(name, 120)}: {what}")
 
     def recovered(self, name: str) -> None:
         """A file goes on."""
@@ -131,3 +138,14 @@ def _every(clock: Callable[[], float]) -> Callable[[], bool]:
         return True
 
     return due
+
+
+def count_files(count: int) -> str:
+    """`1 file`, `2 files`."""
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def limits_in_words(share: Share) -> str:
+    """What a job may use, as the end of a sentence."""
+    gpus = f", {len(share.gpus)} GPU" if share.gpus else ""
+    return f"with {share.cpu_cores:g} cores, {share.memory_mib} MiB{gpus}"

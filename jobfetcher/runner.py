@@ -51,7 +51,7 @@ from jobfetcher.journal import Journal, Record
 from jobfetcher.outbox import Outbox
 from jobfetcher.overlap import both
 from jobfetcher.provenance import keep, provenance
-from jobfetcher.reporting import file_progress, pull_progress
+from jobfetcher.reporting import Troubles, count_files, file_progress, limits_in_words, pull_progress
 from jobfetcher.resources.budget import Reservation
 from jobfetcher.watching import Limits, Watcher
 from jobfetcher.workspace import Base, Workspace
@@ -60,6 +60,9 @@ from jobfetcher.workspace import Base, Workspace
 _INSIST_TRIES = 10
 
 _LOG = "container.log"
+
+#: How long each step took.
+Seconds = dict[str, float]
 
 _T = TypeVar("_T")
 
@@ -186,7 +189,7 @@ class Runner:
     def _go_on(self, lease: Lease, job: Job, hold: Reservation, halt: Halt, pulse: Pulse) -> Outcome:
         """Steps 5 to 10, from the first one that is not done; raises JobFault, WorkerFault or Stopped."""
         workspace = self._base.job(job.id)
-        seconds: dict[str, float] = {}
+        seconds: Seconds = {}
 
         record = self._record(job.id)
         if record.phase is Phase.CLAIMED:
@@ -194,8 +197,8 @@ class Runner:
         if record.phase in {Phase.CLAIMED, Phase.STAGING_IN}:
             _, image = both(
                 halt,
-                lambda halt: self._stage_in(lease, job, record, workspace, halt, seconds),
-                lambda halt: self._prepare(job, halt, seconds),
+                lambda halt: self._stage_in(lease, job, record, workspace, halt, pulse, seconds),
+                lambda halt: self._prepare(job, halt, pulse, seconds),
                 name=f"pull-{job.id}",
             )
             # One that runs once more was no prefetched job: it is not given back for having waited.
@@ -222,7 +225,7 @@ class Runner:
         keep(text, workspace.logs, draft=workspace.parts / "provenance")
         failpoint("after:provenance")
         with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {named(exit.code)}"):
-            left_out = self._stage_out(lease, job, workspace, halt, fault)
+            left_out = self._stage_out(lease, job, workspace, halt, pulse, fault)
         failpoint("after:stage_out")
         notes = [withheld_note(spec.withheld), left_out]
         if fault is not None:
@@ -231,7 +234,7 @@ class Runner:
         return Outcome(Ending.FINISHED, None, said)
 
     def _stage_in(
-        self, lease: Lease, job: Job, record: Record, workspace: Workspace, halt: Halt, seconds: dict[str, float]
+        self, lease: Lease, job: Job, record: Record, workspace: Workspace, halt: Halt, pulse: Pulse, seconds: Seconds
     ) -> None:
         """Step 5. What an earlier process moved is kept; after a run or a reboot only if it is still what it was."""
         kept = self._journal.marked(job.id, "in")
@@ -240,7 +243,7 @@ class Runner:
                 self._own(job.id, record.image.id)
             kept = workspace.restore(kept, halt)
         failpoint("before:stage_in")
-        saying = f"downloading {_files(len(job.inputs))}" if job.inputs else ""
+        saying = f"downloading {count_files(len(job.inputs))}" if job.inputs else ""
         with self._step(job.id, "stage_in", "download", seconds, saying):
             staging.stage_in(
                 job,
@@ -250,24 +253,25 @@ class Runner:
                 halt=halt,
                 have=kept,
                 mark=lambda stored: self._journal.mark(job.id, "in", stored),
-                progress=file_progress(self._emit, job.id, "download", self._clock),
+                progress=file_progress(self._emit, job.id, "download", self._clock, pulse.note),
                 awaits=partial(self._base.awaits, job.id),
             )
         failpoint("after:stage_in")
         halt.check()
 
-    def _prepare(self, job: Job, halt: Halt, seconds: dict[str, float]) -> Image:
+    def _prepare(self, job: Job, halt: Halt, pulse: Pulse, seconds: Seconds) -> Image:
         """Step 6, beside step 5: a pull needs the network as well, but mostly another part of it."""
         with self._step(job.id, "prepare", "pull", seconds):
-            image = self._engine.prepare(job.image, halt, pull_progress(self._emit, job.id, self._clock))
+            troubles = Troubles(self._emit, job.id, "pull", self._clock, pulse.note)
+            progress, waits = pull_progress(self._emit, job.id, self._clock), partial(troubles.retrying, job.image)
+            image = self._engine.prepare(job.image, halt, progress, waits)
+            troubles.recovered(job.image)
             failpoint("after:prepare")
             self._journal.used_image(image)
         halt.check()
         return image
 
-    def _share(
-        self, job: Job, hold: Reservation, halt: Halt, seconds: dict[str, float], at_most_s: float | None
-    ) -> Share:
+    def _share(self, job: Job, hold: Reservation, halt: Halt, seconds: Seconds, at_most_s: float | None) -> Share:
         """What the job may use; a prefetched one waits for it here, while it goes on saying that it is alive."""
         saying = ""
         if not hold.take():
@@ -289,10 +293,10 @@ class Runner:
         hold: Reservation,
         halt: Halt,
         pulse: Pulse,
-        seconds: dict[str, float],
+        seconds: Seconds,
     ) -> Exit:
         """Steps 7 and 8: a genuine end of the container, in the journal. Raises WorkerFault for any other."""
-        with self._step(job.id, "run", "run", seconds, f"running {clean(job.image, 120)} {_limits(share)}"):
+        with self._step(job.id, "run", "run", seconds, f"running {clean(job.image, 120)} {limits_in_words(share)}"):
             container = self._container(job.id, record, spec, halt)
             pulse.enter(Phase.RUNNING)
             hold.begin()
@@ -356,7 +360,9 @@ class Runner:
             self._quietly(job_id, lambda: self._own(job_id, image.id))
         failpoint("after:own")
 
-    def _stage_out(self, lease: Lease, job: Job, workspace: Workspace, halt: Halt, fault: JobFault | None) -> str:
+    def _stage_out(
+        self, lease: Lease, job: Job, workspace: Workspace, halt: Halt, pulse: Pulse, fault: JobFault | None
+    ) -> str:
         """Send the outputs; returns what was left out, as a sentence. A job that failed already is not failed anew by
         an output that cannot be sent: both are told."""
         try:
@@ -368,7 +374,7 @@ class Runner:
                 halt=halt,
                 have=self._journal.marked(job.id, "out"),
                 mark=lambda stored: self._journal.mark(job.id, "out", stored),
-                progress=file_progress(self._emit, job.id, "upload", self._clock),
+                progress=file_progress(self._emit, job.id, "upload", self._clock, pulse.note),
             )
         except JobFault as error:
             if fault is None:
@@ -420,7 +426,7 @@ class Runner:
             return None
 
     @contextmanager
-    def _step(self, job_id: JobId, step: str, bar: str, seconds: dict[str, float], message: str = "") -> Iterator[None]:
+    def _step(self, job_id: JobId, step: str, bar: str, seconds: Seconds, message: str = "") -> Iterator[None]:
         """Time one step into `seconds`, announce it with `message`, and end its progress bar if it has one."""
         if message:
             self._emit(step, job=job_id, message=message)
@@ -436,12 +442,3 @@ class Runner:
 def _said(record: Record) -> Phase:
     """The phase to begin beating with. The server's view never goes back, also where a run is repeated."""
     return Phase.RUNNING if record.runs and record.phase is Phase.STAGING_IN else record.phase
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
-
-
-def _limits(share: Share) -> str:
-    gpus = f", {len(share.gpus)} GPU" if share.gpus else ""
-    return f"with {share.cpu_cores:g} cores, {share.memory_mib} MiB{gpus}"

@@ -46,8 +46,9 @@ class Lease(Protocol):
         """What `JobSource.resume` needs to rebuild this lease in another process."""
         ...
 
-    def beat(self, phase: Phase) -> Standing:
-        """Tell the source where the job stands. After CANCEL or LOST it is never asked again.
+    def beat(self, phase: Phase, note: str = "") -> Standing:
+        """Tell the source where the job stands, and seldom a `note`: what it waits for. After CANCEL or LOST it is
+        never asked again.
 
         Raises SourceUnavailable or SourceRefused; repeating is always safe.
         """
@@ -181,6 +182,10 @@ class Transfer(Protocol):
 PullProgress = Callable[[int, int], None]
 
 
+#: Called while a pull is tried again: why, and for how many seconds more at most.
+PullWaits = Callable[[str, float], None]
+
+
 class Container(Protocol):
     """One container of ours."""
 
@@ -227,7 +232,7 @@ class Engine(Protocol):
         """Raise ConfigError (not there, no permission) or WorkerFault (does not answer) unless jobs could run now."""
         ...
 
-    def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
+    def prepare(self, reference: str, halt: Halt, progress: PullProgress, waits: PullWaits | None = None) -> Image:
         """The image on this machine: allowed, pulled if the policy says so, right architecture.
 
         Raises Stopped, JobFault (missing, denied, not allowed, other architecture) or WorkerFault (registry, engine).

@@ -32,7 +32,7 @@ from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReaso
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
-from jobfetcher.core.ports import Emit, PullProgress
+from jobfetcher.core.ports import Emit, PullProgress, PullWaits
 from jobfetcher.core.run import Exit, Image, RunSpec
 from jobfetcher.core.text import clean
 from jobfetcher.engine import proof, vouch
@@ -206,8 +206,8 @@ class DockerEngine:
         """Close idle connections."""
         self.api.close()
 
-    def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
-        return self._images.prepare(reference, halt, progress)
+    def prepare(self, reference: str, halt: Halt, progress: PullProgress, waits: PullWaits | None = None) -> Image:
+        return self._images.prepare(reference, halt, progress, waits)
 
     def start(self, spec: RunSpec, before_start: Callable[[str], None] | None = None) -> DockerContainer:
         """See `Engine.start`. Raises JobFault(CANNOT_START), WorkerFault(GPU, DISK, ENGINE or INTERRUPTED); then

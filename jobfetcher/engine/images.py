@@ -27,7 +27,7 @@ from urllib.parse import urlencode
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
-from jobfetcher.core.ports import Emit, PullProgress
+from jobfetcher.core.ports import Emit, PullProgress, PullWaits
 from jobfetcher.core.run import Image
 from jobfetcher.core.text import clean
 from jobfetcher.engine.api import EngineApi, NotFound, Refused
@@ -111,8 +111,7 @@ class ImagePolicy:
 class Images:
     """The images of one engine. Thread-safe; the same image is prepared by one thread at a time.
 
-    `emit` hears `image_retry` (once per pull), `image_cached` (a cached image is used, the registry being away or
-    refusing it), and `registry_back`.
+    `emit` hears `image_cached` (a cached image is used, the registry being away or refusing it), and `registry_back`.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class Images:
         self._away: dict[str, float] = {}
         self._busy: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
 
-    def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
+    def prepare(self, reference: str, halt: Halt, progress: PullProgress, waits: PullWaits | None = None) -> Image:
         """The image on this machine, checked. See `Engine.prepare` for the errors.
 
         A cached image is used where the registry is out of reach (`always`: after the whole budget), and with `newer`
@@ -141,7 +140,7 @@ class Images:
             cached = self._find(wanted)
             if self._asks(wanted, cached is not None):
                 before = self._ids()
-                found = self._refresh(wanted, cached, halt, progress)
+                found = self._refresh(wanted, cached, halt, progress, waits or _nobody_waits)
                 return self._check(wanted, found, pulled=found["Id"] not in before)
             if cached is None:
                 raise WorkerFault(WorkerReason.POLICY, f"image {wanted} is not on this machine, and PULL_POLICY=never")
@@ -246,7 +245,12 @@ class Images:
         )
 
     def _refresh(
-        self, wanted: Reference, cached: Mapping[str, Any] | None, halt: Halt, progress: PullProgress
+        self,
+        wanted: Reference,
+        cached: Mapping[str, Any] | None,
+        halt: Halt,
+        progress: PullProgress,
+        waits: PullWaits,
     ) -> Mapping[str, Any]:
         """Pull, again while the registry is out of reach and the budget lasts; then what is cached, if anything."""
         lenient = cached if self._policy.pull is PullPolicy.NEWER else None
@@ -254,7 +258,7 @@ class Images:
             return lenient
         try:
             if lenient is None:
-                self._pull(wanted, halt, progress)
+                self._pull(wanted, halt, progress, waits)
             else:
                 self._pull_once(wanted, halt, progress, min(_PATIENCE_S, self._policy.inactivity_s))
             failpoint("after:pull")
@@ -286,7 +290,7 @@ class Images:
         message = f"using the local image of {wanted}: {fault}"
         self._emit("image_cached", level="debug" if known else "warning", message=message)
 
-    def _pull(self, wanted: Reference, halt: Halt, progress: PullProgress) -> None:
+    def _pull(self, wanted: Reference, halt: Halt, progress: PullProgress, waits: PullWaits) -> None:
         give_up = self._clock() + self._policy.registry_budget_s
         pause = 1.0
         while True:
@@ -296,8 +300,7 @@ class Images:
             except WorkerFault as fault:
                 if fault.reason is not WorkerReason.REGISTRY or self._clock() + pause > give_up:
                     raise
-                if pause == 1.0:
-                    self._emit("image_retry", level="warning", message=f"trying again: {fault}")
+                waits(str(fault), give_up - self._clock())
             halt.wait(pause)
             pause = min(pause * 2, _PAUSE_MAX_S)
 
@@ -432,3 +435,7 @@ def _digest(wanted: Reference, found: Mapping[str, Any]) -> str | None:
             if known.repository == wanted.repository and (wanted.digest or known.digest) == known.digest:
                 return str(known)
     return None
+
+
+def _nobody_waits(why: str, for_s: float) -> None:
+    """For a caller who does not ask what a pull waits for."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from jobfetcher.core.errors import ConfigError, JobFault, JobfetcherError, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
-from jobfetcher.core.ports import PullProgress
+from jobfetcher.core.ports import PullProgress, PullWaits
 from jobfetcher.core.run import Exit, Image, RunSpec
 
 
@@ -140,7 +140,8 @@ class FakeEngine:
     `images`: what `prepare` answers, by reference; None: every reference is an image, pulled the first time. `specs`,
     `prepared`, `owned` and `forgotten` record what was asked; `here` are the images on the machine, by id, and their
     names. While `fault` is set, every call raises it (an engine that is away). `proved` are the specs of boxes of the
-    worker's own, and `unfit(spec)` says what is wrong with one. `clock`: in seconds, for ages.
+    worker's own, and `unfit(spec)` says what is wrong with one. `pull_waits`: what each pull has to wait for first.
+    `clock`: in seconds, for ages.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class FakeEngine:
         self.here: dict[str, set[str]] = {}
         self.fault: JobfetcherError | None = None
         self.proved: list[RunSpec] = []
+        self.pull_waits: list[tuple[str, float]] = []
         self.unfit: Callable[[RunSpec], JobfetcherError | None] = lambda spec: None  # noqa: ARG005 - all is well
         self._clock = clock
         self._script = script
@@ -186,8 +188,11 @@ class FakeEngine:
             if self._containers.get(container.spec.name) is container:
                 del self._containers[container.spec.name]
 
-    def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
+    def prepare(self, reference: str, halt: Halt, progress: PullProgress, waits: PullWaits | None = None) -> Image:
         self.check()
+        if waits is not None:
+            for why, for_s in self.pull_waits:
+                waits(why, for_s)
         halt.check()
         with self._lock:
             self.prepared.append(reference)

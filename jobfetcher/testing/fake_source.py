@@ -97,8 +97,8 @@ class FakeLease:
         self._ended = False  # an end of this lease was accepted
         self._door = threading.Lock()
 
-    def beat(self, phase: Phase) -> Standing:
-        return self._say(phase.value, "")
+    def beat(self, phase: Phase, note: str = "") -> Standing:
+        return self._say(phase.value, note)
 
     def settle(self, outcome: Outcome) -> Standing:
         return self._say("finished" if outcome.ending is Ending.FINISHED else "error", outcome.message)

@@ -610,9 +610,14 @@ def test_a_registry_that_is_down_is_tried_again(
     registry.stop()
     retried = threading.Event()
     api = EngineApi()
-    images = Images(api, ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=60), lambda *_, **__: retried.set())
+    images = Images(api, ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=60), lambda *_, **__: None)
     found: list[Image] = []
-    thread = threading.Thread(target=lambda: found.append(images.prepare(name, Halt(), no_progress)))
+
+    def waits(_why: str, for_s: float) -> None:
+        assert 0 < for_s <= 60
+        retried.set()
+
+    thread = threading.Thread(target=lambda: found.append(images.prepare(name, Halt(), no_progress, waits)))
     thread.start()
     try:
         assert retried.wait(60)
@@ -633,13 +638,12 @@ def test_a_registry_that_has_had_too_many_requests_is_asked_again_later(
         shelf.names.add(name)
         said: list[str] = []
 
-        def hear(_event: str, **fields: object) -> None:
-            said.append(str(fields["message"]))
+        def waits(why: str, _for_s: float) -> None:
+            said.append(why)
             rested.set()
 
-        image = Images(api, ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=60), hear).prepare(
-            name, Halt(), no_progress
-        )
+        images = Images(api, ImagePolicy(pull=PullPolicy.ALWAYS, registry_budget_s=60), lambda *_, **__: None)
+        image = images.prepare(name, Halt(), no_progress, waits)
     assert image.pulled
     assert len(said) == 1
     assert "asks to come later" in said[0]

@@ -21,7 +21,7 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.machine import Share
 from jobfetcher.core.phases import Phase
-from jobfetcher.core.ports import PullProgress
+from jobfetcher.core.ports import PullProgress, PullWaits
 from jobfetcher.core.run import Exit, Image, Outcome
 from jobfetcher.engine.docker import DockerEngine
 from jobfetcher.engine.images import ImagePolicy
@@ -59,8 +59,8 @@ class ImagesOnDisk(FakeEngine):
         self.pulls = 0
         self._size = int(mib * MIB)
 
-    def prepare(self, reference: str, halt: Halt, progress: PullProgress) -> Image:
-        found = super().prepare(reference, halt, progress)
+    def prepare(self, reference: str, halt: Halt, progress: PullProgress, waits: PullWaits | None = None) -> Image:
+        found = super().prepare(reference, halt, progress, waits)
         file = self.root / found.id
         pulled = not file.exists()
         if pulled:

@@ -23,7 +23,7 @@ from jobfetcher.core.errors import (
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Transfer
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy, parse_origin
-from jobfetcher.reporting import FileTroubles
+from jobfetcher.reporting import Troubles
 from jobfetcher.transfer.patience import Rules
 from tests.support.file_server import Act, FileServer, Object
 from tests.support.transfers import LOCAL, Nap, Recorder, get, produced, transfer, wanted
@@ -594,7 +594,9 @@ class Watching(Recorder):
 
     def __init__(self, nap: Nap, said: Said) -> None:
         super().__init__()
-        self._troubles = FileTroubles(said.emit, JobId("7"), "download", lambda: nap.now, wall=lambda: 1_795_894_315.0)
+        self._troubles = Troubles(
+            said.emit, JobId("7"), "download", lambda: nap.now, lambda words: None, wall=lambda: 1_795_894_315.0
+        )
         self.retrying = lambda item, why, for_s: self._troubles.retrying(item.name, why, for_s)  # type: ignore[method-assign]
         self.recovered = lambda item: self._troubles.recovered(item.name)  # type: ignore[method-assign]
 

@@ -37,16 +37,16 @@ class Held(FakeLease):
         self._free = first_free
         self._busy = 0
 
-    def beat(self, phase: Phase) -> Standing:
+    def beat(self, phase: Phase, note: str = "") -> Standing:
         if self._free:
             self._free -= 1
-            return super().beat(phase)
+            return super().beat(phase, note)
         self._busy += 1
         self.overlaps += self._busy > 1
         self.inside.release()
         self.go_on.wait(10)
         self._busy -= 1
-        return super().beat(phase)
+        return super().beat(phase, note)
 
 
 @contextmanager
@@ -215,11 +215,11 @@ class Broken(FakeLease):
         super().__init__(source, "t", SEVEN, source.put(make_job()))
         self.times = times
 
-    def beat(self, phase: Phase) -> Standing:
+    def beat(self, phase: Phase, note: str = "") -> Standing:
         if self.times:
             self.times -= 1
             raise KeyError("a bug")
-        return super().beat(phase)
+        return super().beat(phase, note)
 
 
 @pytest.mark.fault("F8")

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -498,6 +498,28 @@ def test_an_image_that_is_removed_before_the_start_is_prepared_again_once(bench:
     assert bench.nothing_is_left()
 
 
+def test_a_pull_that_is_tried_again_is_said_with_its_job_and_told_to_its_user(bench: Bench) -> None:
+    away = "the registry does not answer"
+    bench.engine.pull_waits = [(away, 1800.0), (away, 1799.0)]
+    bench.runner = bench.make_runner(replace(bench.rules, beat_interval_s=0.01))
+    bench.script = Script(held=True)
+    outcome = bench.in_thread(make_job())
+
+    def told() -> list[str]:
+        return [details for details in bench.source.said[SEVEN].details if away in details]
+
+    assert bench.source.wait_for(lambda: told() != [])
+    until(lambda: bench.engine.containers != [])
+    bench.engine.containers[0].release()
+    assert outcome().ending is Ending.FINISHED
+    [said] = bench.emit.named("transfer_retrying")
+    assert (said["job"], said["step"]) == (SEVEN, "pull")
+    assert f"{away}; it is tried again until " in str(said["message"])
+    assert "(30 min)" in str(said["message"])
+    assert len(bench.emit.named("transfer_recovered")) == 1
+    assert len(told()) == 1
+
+
 def test_an_image_that_is_removed_each_time_gives_the_job_back(bench: Bench) -> None:
     gone = WorkerFault(WorkerReason.INTERRUPTED, "its image was removed from this machine before the job could start")
     bench.runner = bench.make_runner(bench.rules, engine=Failing(bench.engine, "start", gone))
@@ -772,14 +794,14 @@ def test_the_image_comes_while_inputs_do_and_one_failure_ends_both(bench: Bench,
     real = bench.engine.prepare
     pulling = threading.Event()
 
-    def prepare(reference: str, halt: Halt, progress: Any) -> Any:
+    def prepare(reference: str, halt: Halt, *more: Any) -> Any:
         pulling.set()
         if fails == "image":
             until(lambda: any(record.phase is Phase.STAGING_IN for record in bench.journal.records()))
             raise JobFault(JobReason.IMAGE_MISSING, "the registry does not have it")
         assert halt.wait(20), "nobody told it to end"
         halt.check()
-        return real(reference, halt, progress)
+        return real(reference, halt, *more)
 
     setattr(bench.engine, "prepare", prepare)  # noqa: B010 - a registry that is slow, or does not have it
     if fails == "image":

@@ -295,13 +295,14 @@ class ApiLease:
         self._settled = False
         self._forms = _Forms(clock)
 
-    def beat(self, phase: Phase) -> Standing:
+    def beat(self, phase: Phase, note: str = "") -> Standing:
+        """See `Lease.beat`. A note is appended to the job's record each time (S11): whoever sends one says it once."""
         with self._door:
             if self._gone or self._settled or self._end_was_sent:
                 return self._gone or Standing.KEEP
             if self._alone and self._is_unsure():
                 return self._confirm(STATUS_OF_PHASE[phase])
-            return self._update(later(STATUS_OF_PHASE[phase], self._heard), "", within_s=self._beat_within_s)
+            return self._update(later(STATUS_OF_PHASE[phase], self._heard), note, within_s=self._beat_within_s)
 
     def was_handed_out_again(self, asked_at: float) -> None:
         """The server gave us anew what we hold, after a silence: it is ours as of then, and stands at `pulled`."""
