@@ -155,9 +155,8 @@ def _started(api: EngineApi, container: str, spec: RunSpec, program: str) -> tup
     printed = ""
     with (
         contextlib.suppress(Refused),  # a log driver that cannot be read from
-        api.reading(
-            f"/containers/{container}/logs", timeout_s=api.look_up_s, stdout="1", stderr="1", tail="5"
-        ) as answer,
+        # From its begin: of the first of the last lines Podman loses what was printed by a write before.
+        api.reading(f"/containers/{container}/logs", timeout_s=api.look_up_s, stdout="1", stderr="1") as answer,
     ):
         printed = _without_frames(answer.read(4096))
     return code, " ".join(filter(None, [str(state.get("Error") or ""), printed])).strip()
