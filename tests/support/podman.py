@@ -103,6 +103,8 @@ class PrivatePodman:
             self._namespaces = self._hold_namespaces()
         self._socket.unlink(missing_ok=True)  # of a killed one
         enter = ["nsenter", f"--target={self._namespaces.pid}", "--mount", "--net", "--"]
+        # Who enters a mount namespace is at its root, where conmon would leave a mark of each job that lacks memory.
+        enter += ["sh", "-c", 'cd "$0" && exec "$@"', str(self.shared)]
         ids = [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups", "--inh-caps=-all"]
         become = ["setpriv", *ids, "--"] if self._user else []
         with (self.directory / "service.log").open("ab") as log:
@@ -112,7 +114,6 @@ class PrivatePodman:
                 stdout=log,
                 stderr=log,
                 env=self._env(),
-                cwd=self.shared,
                 start_new_session=True,
             )
         try:
