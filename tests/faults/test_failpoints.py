@@ -26,7 +26,7 @@ from docker.errors import APIError
 
 from jobfetcher.core.failpoints import FAILPOINTS
 from tests.chaos.jobs import Planned, input_content, sha256
-from tests.chaos.oracle import judge
+from tests.chaos.oracle import Life, judge
 from tests.chaos.seen import Starts, orphans, remove_containers, see, take_lost_answers_back
 from tests.e2e.test_bare_metal_user import USER, as_user
 from tests.support import clock, services
@@ -106,6 +106,7 @@ class Case:
         self._home = home
         self._lab = lab
         self._starts = Starts(lab)
+        self._lives: list[Life] = []
         self._boot = "first"
         self._python: Path | None = None
         self._env: Mapping[str, str] = {}
@@ -138,11 +139,15 @@ class Case:
             self._wait_for_end(worker, job)
             worker.send(signal.SIGTERM)
             assert worker.wait() == 0
-        verdict = judge({job: RICH}, see(lab, {job: RICH}, self._starts, kills=1, engine_killed=self._needs.reboot))
+        verdict = judge(
+            {job: RICH},
+            see(lab, {job: RICH}, self._starts, kills=1, lives=self._lives, engine_killed=self._needs.reboot),
+        )
         assert verdict.wrong == {}
         assert len(self._starts.jobs) == (2 if self._needs.reboot else 1), f"{self._starts.jobs} container starts"
 
     def _killed_at(self, failpoint: str) -> None:
+        began = time.time()
         with self._worker(JOBFETCHER_FAILPOINT=failpoint) as worker:
 
             def is_over() -> bool:
@@ -151,6 +156,7 @@ class Case:
 
             wait_until(is_over, f"killed at {failpoint}", DEADLINE_S)
             assert worker.wait() == -signal.SIGKILL, f"it never came to {failpoint}"
+        self._lives.append(Life(began, time.time(), frozenset()))
         self._starts.look(now=True)
 
     def _wait_for_end(self, worker: Command, job: int) -> None:

@@ -248,13 +248,16 @@ def test_polls_survive_whatever_happens_to_a_connection(wire: Wired) -> None:
 
 @pytest.mark.docker
 @pytest.mark.fault("B13", "A7")
-def test_an_end_whose_answer_the_network_loses_is_told_once(wire: Wired) -> None:
+def test_an_end_whose_answer_the_network_loses_is_told_until_it_is_answered(wire: Wired) -> None:
     job = wire.submit(WRITES)
+    wire.lab.told_again.add(job)
     wire.api.on_request(b"status=finished", lambda: wire.api.always(Fault(drop_answer=True)))
     with wire.running():
         wire.server.wait_for_state(job, "finished")
         wire.api.always()
         assert wire.ends(job) == "finished"
+        wait_until(lambda: len(wire.server.heard_ends(job)) == 2, "it was told again", DEADLINE_S)
+    assert wire.server.heard_ends(job) == ["finished", "finished"]
     assert wire.results(job) == WRITTEN
 
 

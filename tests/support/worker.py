@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,12 +250,17 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Lab:
-    """One mock API, one directory for a worker, one engine: what an end-to-end test works with."""
+    """One mock API, one directory for a worker, one engine: what an end-to-end test works with.
+
+    `told_again`: jobs whose end the worker may tell more than once, for it could not know that it was heard: the answer
+    was lost, or it was killed before it noted it (PROTOCOL.md S19, FAULTS.md A7). A test adds them.
+    """
 
     server: MockServer
     base: Path
     image: str
     engine: docker.APIClient
+    told_again: set[int] = field(default_factory=set)
 
     def options(self, **changes: str) -> dict[str, str]:
         """Settings, by field name, of a worker that is quick to ask, to beat and to stop."""
@@ -359,7 +364,7 @@ def assert_clean(lab: Lab, before: Held) -> None:
     thread left.
     """
     _assert_nothing_left(lab)
-    _assert_ends(lab.server)
+    _assert_ends(lab.server, lab.told_again)
     deadline = time.monotonic() + _GRACE_S
     while (now := lab.held()).descriptors > before.descriptors or now.threads - before.threads:
         left = f"descriptors: {before.descriptors} -> {now.descriptors}, threads: {now.threads - before.threads}"
@@ -367,13 +372,16 @@ def assert_clean(lab: Lab, before: Held) -> None:
         time.sleep(0.02)
 
 
-def _assert_ends(server: MockServer) -> None:
+def _assert_ends(server: MockServer, told_again: set[int]) -> None:
     assert (found := server.violations()) == [], f"the worker broke the protocol: {found}"
     events = server.events()
     deleted = {event["job_id"] for event in events if event["kind"] == "delete"}
     pulls = Counter((event["job_id"], event["account"]) for event in events if event["kind"] == "pull")
     ends = [event for event in events if event["kind"] == "update" and event["code"] == 204 and event["state"] in _ENDS]
     counted = Counter((event["job_id"], event["account"]) for event in ends)
+    for tally in server.tally():
+        if tally["job_id"] in told_again:
+            counted[tally["job_id"], tally["account"]] -= tally["repeats"]
     wanted = {owner: count for owner, count in (pulls - _lost(events)).items() if owner[0] not in deleted}
     assert counted == wanted, f"ends by (job, account): {dict(counted)}, but wanted {wanted}"
     told = Counter(event["job_id"] for event in ends if event["state"] != "queued")
