@@ -247,6 +247,8 @@ class Worker:
             # is being restarted or the account changed (FAULTS.md B4, E1, E3), and running jobs wait for it.
             hopeless = verdict(error) is Verdict.STOP_WORKER or isinstance(error, SourceRefused)
             if hopeless and not self.welcomed and not self._slots and not self._outbox.waiting:
+                if isinstance(error, ConfigError):
+                    raise  # what caused it is kept
                 raise ConfigError(str(error)) from error
             return self._pace.failed(error)
         self.welcomed = True
