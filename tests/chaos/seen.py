@@ -68,7 +68,7 @@ def open_jobs(base: Path) -> dict[int, str]:
 
 def orphans(lab: Lab) -> list[str]:
     """What a worker that has ended should not have left."""
-    found = [f"container {container['Names'][0]}" for container in lab.containers()]
+    found = [f"container {container['Names'][0]}" for container in lab.containers(of_jobs_only=False)]
     found += [f"{entry.name} in PATH_BASE" for entry in lab.base.iterdir() if entry.name not in _OWN_FILES]
     found += [f"directory of job {entry.name}" for entry in (lab.base / "jobs").iterdir()]
     return found + [f"journal row of job {job} in phase {phase}" for job, phase in open_jobs(lab.base).items()]
@@ -116,7 +116,7 @@ def _ends(words: Sequence[Mapping[str, Any]]) -> dict[int, list[tuple[float, str
 
 def remove_containers(lab: Lab) -> None:
     """The engine shall not suffer from what went wrong here."""
-    for container in lab.containers():
+    for container in lab.containers(of_jobs_only=False):
         with contextlib.suppress(docker.errors.DockerException):
             lab.engine.remove_container(container["Id"], v=True, force=True)
 

@@ -320,10 +320,11 @@ class Lab:
         """Let a running job of the command UNTIL_LET_GO end."""
         (self.files(job_id) / "go").touch()
 
-    def containers(self) -> list[dict[str, Any]]:
-        """The containers, running or not, of the worker of this directory."""
-        label = f"jobfetcher.instance={build.find_instance(os.path.realpath(self.base))}"
-        return list(self.engine.containers(all=True, filters={"label": label}))
+    def containers(self, *, of_jobs_only: bool = True) -> list[dict[str, Any]]:
+        """The containers, running or not, of the worker of this directory: those of jobs, or also boxes of its own."""
+        labels = [f"jobfetcher.instance={build.find_instance(os.path.realpath(self.base))}"]
+        filters = {"label": [*labels, "jobfetcher.job"] if of_jobs_only else labels}
+        return list(self.engine.containers(all=True, filters=filters))
 
     def ended(self, job_id: int) -> tuple[str, str]:
         """The job's state and details, as its user sees them, less the line break that the server puts first (S22)."""
@@ -407,7 +408,7 @@ def _lost(events: Sequence[Mapping[str, Any]]) -> Counter[tuple[int, str]]:
 
 
 def _assert_nothing_left(lab: Lab) -> None:
-    if left := lab.containers():
+    if left := lab.containers(of_jobs_only=False):
         for container in left:  # the next test shall not suffer
             lab.engine.remove_container(container["Id"], force=True)
         raise AssertionError(f"containers left: {[container['Names'] for container in left]}")
