@@ -56,6 +56,18 @@ def test_kills_lose_nothing_with_jobs_ahead_and_inputs_kept(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.docker
 @pytest.mark.timeout(900)
+@pytest.mark.fault("B21", "B22", "B23", "C16", "S19", "S24")
+def test_kills_lose_nothing_while_strangers_answer_and_the_users_side_comes_and_goes(tmp_path: Path) -> None:
+    options = Options(kills=10, seed=SEED, max_jobs=3, pages=True)
+    verdict = run(options, tmp_path)
+    print(report(options, verdict))
+    assert verdict.good, report(options, verdict)
+    assert verdict.kills >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.docker
+@pytest.mark.timeout(900)
 @pytest.mark.fault("N2", "E1", "A10")
 def test_kills_of_the_engine_make_no_false_finished(tmp_path: Path) -> None:
     options = Options(kills=16, seed=SEED, engine=True, max_jobs=4)
