@@ -85,6 +85,11 @@ class Outage:
             if not self._next_try:
                 self._trouble = None
 
+    def is_met_by_others(self, who: str) -> bool:
+        """Whether calls of anybody but `who` fail."""
+        with self._lock:
+            return any(other != who for other in self._next_try)
+
     def remind(self) -> None:
         """Say that it is not over, if it is time for that."""
         with self._lock:

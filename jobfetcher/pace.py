@@ -28,6 +28,11 @@ _CAP_S = 300.0
 _BAD_ENDS, _BAD_WITHIN_S = 5, 600.0
 _BAD_PAUSE_S = 1.0
 
+#: PROTOCOL.md S1, S19: a server that cannot reach its user's side hands a job out and answers 500. The job is lost to
+#: this account (S3), so while words about jobs in hand are not accepted, the next one is asked for once in so many
+#: usual intervals at most: 30 s x 60 is more than `_CAP_S`, so that outages of up to five minutes cost no job.
+_HELD_INTERVALS = 60.0
+
 #: Under which name the questions for jobs are known to `outage`.
 _POLLING = "polling"
 
@@ -55,6 +60,10 @@ class Pace:
         self._trouble_is_here = False  # and not the server's
         self._failures = 0
         self._not_before = 0.0
+        #: Since when no question was asked because words about jobs in hand are not accepted; and whether one was
+        #: answered since: then these jobs have a trouble of their own, and hold up no other.
+        self._held_since: float | None = None
+        self._answered_meanwhile = False
         #: When jobs ended badly since the last good end or test, and how many have since the last good end.
         self._bad_ends: deque[float] = deque(maxlen=_BAD_ENDS)
         self._bad_row = 0
@@ -67,7 +76,8 @@ class Pace:
 
     def left_s(self) -> float:
         """Seconds during which nothing may be asked, whatever gets free meanwhile."""
-        return max(0.0, self._not_before - self._clock())
+        now = self._clock()
+        return max(0.0, self._not_before - now, min(self._held_s(now), self.interval_s))
 
     def idle(self) -> float:
         """How long to wait when there was no job."""
@@ -75,6 +85,7 @@ class Pace:
 
     def failed(self, error: JobfetcherError) -> float:
         """Say once what is wrong, and how long to wait: full jitter up to a cap that doubles."""
+        self._held_since = None
         self._failures += 1
         message = str(error)
         if message != self._trouble:
@@ -97,6 +108,7 @@ class Pace:
     def well(self) -> None:
         """The server answered and this machine is fit."""
         self._outage.answered(_POLLING)
+        self._answered_meanwhile = True
         if self._trouble is not None:
             level = "info" if self._trouble_is_here else "debug"
             self._emit("polling_again", level=level, message="the server and this machine are fine again; taking jobs")
@@ -140,6 +152,16 @@ class Pace:
                 "usual pace"
             )
             self._emit("many_failures", level="warning", message=message)
+
+    def _held_s(self, now: float) -> float:
+        if not self._outage.is_met_by_others(_POLLING):
+            self._held_since, self._answered_meanwhile = None, False
+            return 0.0
+        if self._answered_meanwhile:
+            return 0.0
+        if self._held_since is None:
+            self._held_since = now
+        return self._held_since + min(_CAP_S, _HELD_INTERVALS * self.interval_s) - now
 
     def _recent(self) -> int:
         now = self._clock()

@@ -111,3 +111,22 @@ def test_a_403_for_a_while_costs_no_result(lab: Lab) -> None:
     assert lab.server.heard_ends(job) == ["finished"]
     flows = [event["note"] for event in lab.server.events("sign_in")]
     assert flows == ["USER_PASSWORD_AUTH", "REFRESH_TOKEN_AUTH"]
+
+
+@pytest.mark.fault("B23", "S19")
+def test_a_users_side_that_is_away_costs_no_job_that_nobody_has_taken_yet(lab: Lab) -> None:
+    """A question for a job would be answered 500, and the job be handed out all the same: this account never got it."""
+    ends, waits = lab.submit(UNTIL_LET_GO), lab.submit("true")
+    settings = lab.settings(timeout_job="2", timeout_status="0.3")
+    with running_worker(settings, lambda taken, idle_s: taken == 2) as running:
+        lab.server.wait_for_state(ends, "running")
+        lab.server.set_user_side(away=True)
+        running.heard.wait_for("server_away")
+        lab.let_go(ends)
+        running.heard.wait_for("settle_failed")
+        assert lab.server.queue_state(ends) == "finished"
+        assert lab.server.heard_ends(ends) == []
+        lab.server.set_user_side(away=False)
+        running.join()
+    assert [lab.server.heard_ends(job) for job in (ends, waits)] == [["finished"], ["finished"]]
+    assert lab.server.events("lost_pull") == []

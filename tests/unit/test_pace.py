@@ -8,6 +8,7 @@ import pytest
 
 from jobfetcher.core.errors import JobReason, SourceUnavailable, WorkerFault, WorkerReason
 from jobfetcher.core.run import Ending, Outcome
+from jobfetcher.outage import Outage
 from jobfetcher.pace import Pace
 from tests.support.jobs import Emitted
 
@@ -153,3 +154,54 @@ def test_trouble_is_said_once_per_change(pace: Pace, emit: Emitted) -> None:
     assert len(emit.named("not_polling")) == 2
     assert len(emit.named("polling_again")) == 1
     assert not pace.in_trouble
+
+
+DOWN = SourceUnavailable("the server answered 500")
+
+
+@pytest.fixture
+def outage(clock: Clock, emit: Emitted) -> Outage:
+    return Outage(emit, clock=clock)
+
+
+@pytest.fixture
+def shared(clock: Clock, emit: Emitted, outage: Outage) -> Pace:
+    """A pace whose worker has jobs in hand: what is said of them is known to `outage`."""
+    return Pace(30.0, emit, clock=clock, jitter=lambda: 1.0, outage=outage)
+
+
+@pytest.mark.fault("B23")
+def test_no_job_is_asked_for_while_words_about_one_in_hand_are_not_accepted(
+    shared: Pace, outage: Outage, clock: Clock
+) -> None:
+    assert shared.left_s() == 0
+    outage.failed("7", "the end of job 7", DOWN, 2.0)
+    assert shared.left_s() == 30  # looked at again after the usual interval
+    clock.now += 299
+    assert shared.left_s() == 1
+    clock.now += 1
+    assert shared.left_s() == 0  # one question in five minutes
+    shared.failed(DOWN)
+    clock.now += shared.left_s()
+    assert shared.left_s() == 30
+    outage.answered("7")
+    clock.now += 300
+    assert shared.left_s() == 0
+
+
+@pytest.mark.fault("B23")
+def test_a_job_with_a_trouble_of_its_own_holds_up_no_other_once_a_question_was_answered(
+    shared: Pace, outage: Outage, clock: Clock
+) -> None:
+    outage.failed("7", "the end of job 7", DOWN, 2.0)
+    assert shared.left_s() == 30
+    clock.now += 300
+    assert shared.left_s() == 0
+    shared.well()
+    outage.failed("8", "the end of job 8", DOWN, 2.0)
+    assert shared.left_s() == 0
+    outage.answered("7")
+    outage.answered("8")
+    assert shared.left_s() == 0
+    outage.failed("9", "the end of job 9", DOWN, 2.0)
+    assert shared.left_s() == 30
