@@ -20,6 +20,9 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codec
 #: `${HOME}` and `${HOME:-/root}`, as python-dotenv has them; a `$` without braces means nothing to it.
 _VARIABLE = re.compile(r"\$\{([^}:]*)(?::-([^}]*))?\}")
 
+#: A remark behind a value without quotes, as python-dotenv has it.
+_REMARK = re.compile(r"\s+#.*", re.DOTALL)
+
 _QUOTED = re.compile(r"""\s*(["'])(.*)\1\s*(?:#.*)?""")
 
 
@@ -119,3 +122,9 @@ def unquoted(value: str) -> str | None:
     """What stands in quotes, where all of `value` but a comment does; None where it does not."""
     found = _QUOTED.fullmatch(value)
     return found[2] if found else None
+
+
+def without_remark(value: str) -> str | None:
+    """What stands before a remark, where `value` has one; None where it has none. For values without quotes."""
+    found = _REMARK.search(value)
+    return value[: found.start()].strip() if found else None

@@ -37,7 +37,7 @@ from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.failpoints import Request, parse_request
 from jobfetcher.core.hosts import HostPattern, Proxies
 from jobfetcher.core.urls import Origin, canonical_url, parse_origin
-from jobfetcher.dotenv import read_dotenv, unquoted
+from jobfetcher.dotenv import read_dotenv, unquoted, without_remark
 
 PREFIX = "JOBFETCHER_"
 
@@ -449,7 +449,8 @@ class _Layer(dict[str, str]):
 def _named(layer: str, values: Mapping[str, str], warnings: list[str]) -> _Layer:
     """The values under their names in upper case, however these are written; the usual spelling wins.
 
-    `docker run --env-file` hands quotes on with the value: they are taken off, and of a secret that is said.
+    `docker run --env-file` hands quotes and remarks on with the value: they are taken off, and quotes of a secret said.
+    A password keeps what looks like a remark, for it may be a part of it.
     """
     named = _Layer()
     for key, value in sorted(values.items(), key=lambda item: _is_usual(item[0])):
@@ -461,6 +462,14 @@ def _named(layer: str, values: Mapping[str, str], warnings: list[str]) -> _Layer
                 f"{layer}: {key} stood in quotes, as `docker run --env-file` leaves them, and they were taken off; if "
                 f"they belong to it, put it into a file and name that in {key}_FILE"
             )
+        if inside is None and layer == "environment" and is_ours and (before := without_remark(value)) is not None:
+            if upper.removeprefix(PREFIX) == "PASSWORD":
+                warnings.append(
+                    f"{layer}: {key} has a space and a # in it; if that begins a remark, which `docker run --env-file` "
+                    "takes for a part of the value, take it out"
+                )
+            else:
+                inside = before
         # another name's spelling means nothing to us: it stays as it is
         name = upper if is_ours else key
         named[name], named.spelt[name] = value if inside is None else inside, key

@@ -203,6 +203,31 @@ def test_quotes_that_docker_leaves_are_taken_off() -> None:
     )
 
 
+def test_remarks_that_docker_leaves_are_no_part_of_a_value() -> None:
+    """The reference worker's `.env` has one behind each path, and its own command line is `docker run --env-file`."""
+    found = load(
+        environ={
+            "API_URL": "https://jobs.example.org  # where the jobs are",
+            "ACCESS_TOKEN": " # alternatively, a fixed token",
+            "USERNAME": "lab#1",
+            "PASSWORD": "pa ss #word",
+            "PATH_BASE": "/data  # as the worker sees it",
+            "PATH_HOST_BASE": " # found by itself",
+            "TIMEOUT_JOB": "7\t# seconds",
+            "OTHERS": "not # ours",
+        }
+    )
+    settings = found.settings
+    assert settings.password is not None
+    assert settings.password.get_secret_value() == "pa ss #word"
+    assert (settings.api_url, settings.access_token, settings.username) == (GOOD["API_URL"], None, "lab#1")
+    assert (str(settings.path_base), settings.path_host_base, settings.timeout_job) == ("/data", None, 7)
+    assert found.warnings == (
+        "environment: PASSWORD has a space and a # in it; if that begins a remark, which `docker run --env-file` takes "
+        "for a part of the value, take it out",
+    )
+
+
 # -- user name and password -----------------------------------------------------------------------------------------
 
 SIGN_IN = {"API_URL": GOOD["API_URL"], "PATH_BASE": "/srv/jobs"}
