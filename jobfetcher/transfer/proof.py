@@ -6,7 +6,8 @@ be a result that is told as stored and is nowhere. So an answer has to prove its
 
 - Whoever speaks S3 says an ETag and an `x-amz-request-id`. An answer to a request signed for S3 without either is
   believed only if it carries another id that this very origin was seen to send beside them.
-- The API's own origin (a local-disk server) answers a form with 201 and JSON, as was recorded, or with 204.
+- The API's own origin (a local-disk server) answers a form with 201 and JSON, as was recorded, or with 204; and it
+  sends each file with its ETag and date.
 - Of other stores nothing is known: a plain PUT may be answered 200, 201 or 204 without another word (RFC 9110, 9.3.4).
   Their word is taken until they are seen to send ETags or ids, which are expected from then on. What a page cannot hide
   is that it is one: HTML, or an `<Error>` document, never counts.
@@ -83,8 +84,10 @@ class Proof:
             if shown or said:
                 return False
             raise TryAgain(f"{_from(reply)} answers {replies.words(reply)} with a web page instead of the file")
-        if reply.origin == self._api or modified or shown:
+        if modified or shown:
             return True
+        if reply.origin == self._api:  # what serves files there (Starlette's FileResponse) names ETag and date of each
+            raise TryAgain(f"{_from(reply)} answers {replies.words(reply)} without an ETag, as it never does")
         # A plain server has ETags for some files and none for others, but an empty answer says nothing at all.
         is_empty = headers.get("content-length") == "0"
         if is_s3(request) or (is_empty and (reply.origin, False) in self._proven):

@@ -252,6 +252,18 @@ def test_the_apis_own_disk_answers_as_recorded(server: FileServer, nap: Nap, out
 
 
 @pytest.mark.fault("C16")
+def test_a_plain_ok_from_the_apis_own_address_is_no_input(server: FileServer, nap: Nap, tmp_path: Path) -> None:
+    """A gateway's `OK` as text says nothing of a page; a file from there comes with its ETag and date."""
+    server.objects["/in"] = Object(b"content", etag='"1"')
+    server.script("/in", page(200, b"OK\n", "text/plain"), Act())
+    own = UrlPolicy(parse_origin(server.url("")))
+    with closing(transfer(own, rules=nap.rules)) as moving:
+        fetch(moving, tmp_path, get(server.url("/in")))
+    assert (tmp_path / "in.part").read_bytes() == b"content"
+    assert len(server.seen) == 2
+
+
+@pytest.mark.fault("C16")
 @pytest.mark.parametrize(
     "headers",
     [{}, {"ETag": None}, {"x-amz-request-id": None}, NO_IDS | {"Last-Modified": "Sat, 28 Nov 2026 19:31:55 GMT"}],
