@@ -76,7 +76,7 @@ class Planted:
                 request = line.recv(65_536).decode("latin-1")
                 self.visits.append(Visit(str(line.getsockname()[0]), request))
                 location = request.split(" ")[1].partition("?to=")[2]
-                head = f"302 Found\r\nLocation: {location}\r\n" if location else "200 OK\r\n"
+                head = f"302 Found\r\nLocation: {location}\r\n" if location else '200 OK\r\nETag: "1"\r\n'
                 line.sendall(f"HTTP/1.1 {head}Content-Length: 6\r\nConnection: close\r\n\r\nsecret".encode())
 
 
