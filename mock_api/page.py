@@ -64,7 +64,7 @@ def page(parts: Parts, accept: Annotated[str, Header()] = "") -> dict[str, str] 
     return _html("mock API", f"<h1>mock API</h1>\n<p>{_summary(jobs, broken)}</p>\n{table}")
 
 
-@router.get("/page/jobs/{job_id}", response_class=HTMLResponse)
+@router.get("/page/jobs/{job_id}", response_class=HTMLResponse, include_in_schema=False)
 def job_page(parts: Parts, job_id: int) -> HTMLResponse:
     """One job: what its user was told of it, its files, and what happened."""
     job = parts.store.job(job_id)

@@ -336,6 +336,10 @@ def test_the_image_is_here_before_slow_inputs_are(lab: Lab, registry: Registry) 
     assert lab.server.results(job)["output/out/copy"] == b"input"
 
 
+#: What S3 says of an object that is not there; another's 404 is waited for.
+MISSING = {"status": 404, "body": "<Error><Code>NoSuchKey</Code></Error>", "content_type": "application/xml"}
+
+
 @pytest.mark.registry
 @pytest.mark.fault("C7")
 def test_inputs_come_while_the_pull_stalls_and_one_that_is_missing_ends_it(
@@ -344,7 +348,7 @@ def test_inputs_come_while_the_pull_stalls_and_one_that_is_missing_ends_it(
     with pushed(lab.engine, noise, registry, "e2e/noise") as reference, stalling(registry) as server:
         lab.engine.remove_image(noise)  # and its layer with it
         stalled = reference.replace(registry.address, f"{LOOPBACK}:{server.server_port}")
-        lab.server.set_faults({"method": "GET", "path": "^/_storage/.*/gone$", "delay_s": 5, "status": 404})
+        lab.server.set_faults({"method": "GET", "path": "^/_storage/.*/gone$", "delay_s": 5, **MISSING})
         inputs = {name: lab.server.put_input(name, b"input") for name in ("in", "gone")}
         job = lab.submit("true", image=stalled, files_down=inputs)
         with running_worker(lab.settings(**PULLS), lambda taken, idle_s: taken == 1) as running:
