@@ -17,7 +17,7 @@ from tests.support.services import answers, free_port, require_program, running
 from tests.support.transfers import Authority
 
 # One worker per core, files straight from and to the page cache, bodies in pieces of 1 MiB instead of 16 KiB. A form is
-# spooled to a file as a store must, and then thrown away: the second server is only there to say 204 afterwards.
+# spooled to a file as a store must, and then thrown away: the second server is only there to say 204 afterwards, with an ETag.
 _CONFIG = """\
 {user} worker_processes auto; daemon off; pid {folder}/pid; error_log {folder}/errors;
 events {{ worker_connections 1024; }}
@@ -34,7 +34,7 @@ http {{
     location = /_storage {{ client_body_in_file_only clean; proxy_pass http://127.0.0.1:{done}; proxy_set_body off; }}
     location /stored/ {{ root {folder}; dav_methods PUT; }}
   }}
-  server {{ listen 127.0.0.1:{done}; access_log off; location / {{ return 204; }} }}
+  server {{ listen 127.0.0.1:{done}; access_log off; location / {{ add_header ETag '"stored"'; return 204; }} }}
 }}
 """
 
