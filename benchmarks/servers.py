@@ -17,7 +17,7 @@ from tests.support.services import answers, free_port, require_program, running
 from tests.support.transfers import Authority
 
 # One worker per core, files straight from and to the page cache, bodies in pieces of 1 MiB instead of 16 KiB. A form is
-# spooled to a file as a store must, and then thrown away: the second server is only there to say 204 afterwards, with an ETag.
+# spooled to a file as a store must, and then thrown away: the second server is only there to say 204 with an ETag.
 _CONFIG = """\
 {user} worker_processes auto; daemon off; pid {folder}/pid; error_log {folder}/errors;
 events {{ worker_connections 1024; }}
