@@ -24,7 +24,7 @@ JOBS = [
     "linux spec user: unable to find user nvidia: no matching entries in passwd file",
     f"lstat {LAYER}/opt/nvidia/x: not a directory",
     f"lstat {LAYER}/opt/nvidia/no space left on device: not a directory",
-    f"lstat {LAYER}/work/{'n' * 260}: file name too long",
+    f"lstat {LAYER}/opt/{'n' * 260}: file name too long",
     "Cannot mkdir: /opt/nvidia is not a directory",
     f'{RUNC} exec: "no space left on device": executable file not found in $PATH: unknown',
     f'{RUNC} exec: "/opt/nvidia/unknown device": permission denied: unknown',
