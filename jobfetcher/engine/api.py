@@ -44,6 +44,9 @@ _SAID_MAX = 2000
 #: Idle connections kept: four jobs at a time make a call each.
 _KEPT = 4
 
+#: How often a container is told to be gone that ended while it was told so.
+_REMOVE_TRIES = 4
+
 #: What can come out of the libraries below when the engine does not answer properly.
 #: ValueError: an answer that is not the JSON it should be.
 _FOREIGN = (http.client.HTTPException, OSError, ValueError)
@@ -213,6 +216,27 @@ class EngineApi:
         """Create a container, of the API's own words (`box`); its id. For use inside `calling`."""
         answer = self.ask("POST", "/containers/create", timeout_s=self.work_s, body=config, name=name)
         return str(answer.json()["Id"])
+
+    def remove(self, container: str) -> None:
+        """Remove a container with its anonymous volumes, whatever it does; gone already: nothing. For use inside
+        `calling`.
+
+        Podman ends it with a KILL first, and refuses the whole where it ended by itself between its own look and that
+        KILL ("container state improper", libpod/container_internal.go). It knows the end when it is asked again.
+        """
+        for left in reversed(range(_REMOVE_TRIES)):
+            try:
+                self.ask("DELETE", f"/containers/{container}", timeout_s=self.work_s, v="1", force="1")
+                return
+            except NotFound:
+                return
+            except Refused as error:
+                if error.status == http.client.CONFLICT:  # somebody else is removing it: see it gone
+                    with suppress(NotFound):
+                        self.ask("POST", f"/containers/{container}/wait", timeout_s=self.work_s, condition="removed")
+                    return
+                if not left or "container state improper" not in error.said:
+                    raise
 
     def link_target(self, container: str, path: str) -> str:
         """Where `path` in a container leads if it is a link, as a path there; empty if it is none, or not there."""

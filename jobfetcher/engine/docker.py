@@ -828,17 +828,8 @@ class DockerContainer:
         return "\n".join(text.splitlines()[-count:])
 
     def remove(self) -> None:
-        work_s = self._api.work_s
         with self._api.calling("remove a container"):
-            try:
-                self._api.ask("DELETE", f"/containers/{self._id}", timeout_s=work_s, v="1", force="1")
-            except NotFound:
-                return
-            except Refused as error:
-                if error.status != http.client.CONFLICT:
-                    raise
-                with contextlib.suppress(NotFound):  # somebody else is removing it: see it gone
-                    self._api.ask("POST", f"/containers/{self._id}/wait", timeout_s=work_s, condition="removed")
+            self._api.remove(self._id)
         if self.is_new and (left := end_unseen(self._id)):
             what = f"processes {', '.join(map(str, left))} of a job's container run on, and the engine knows nothing of"
             self._engine.emit("unseen", level="error", message=f"{what} them; end them, with root's rights (kill -9)")

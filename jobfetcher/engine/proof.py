@@ -129,8 +129,7 @@ def _run(api: EngineApi, spec: RunSpec, config: Config, program: str = "") -> tu
         try:
             return _started(api, created, spec, program)
         finally:
-            with contextlib.suppress(NotFound):
-                api.ask("DELETE", f"/containers/{created}", timeout_s=api.work_s, v="1", force="1")
+            api.remove(created)
 
 
 def _started(api: EngineApi, container: str, spec: RunSpec, program: str) -> tuple[int, str]:

@@ -229,6 +229,13 @@ def test_reap_leaves_what_is_young(bench: Bench) -> None:
     assert bench.engine.reap(frozenset(), older_than_s=0) == [f"jobfetcher-{bench.instance}-1-1"]
 
 
+def test_a_container_that_ends_while_it_is_removed_is_removed(bench: Bench) -> None:
+    """Podman refuses that now and then (tests/unit/test_engine_api.py)."""
+    for attempt in range(1, 9):
+        bench.engine.start(bench.spec("true", attempt=attempt)).remove()
+    assert bench.engine.find(JobId("1")) is None
+
+
 def test_of_several_attempts_the_newest_is_found(bench: Bench) -> None:
     containers = [bench.engine.start(bench.spec("true", attempt=attempt)) for attempt in (1, 2)]
     for expected in reversed(containers):

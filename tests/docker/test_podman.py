@@ -103,7 +103,7 @@ def container_of(lab: Lab) -> dict[str, object]:
 
 def wait_until_running(lab: Lab, job: int) -> None:
     lab.server.wait_for_state(job, "running")
-    wait_until(lambda: bool(lab.containers()), "its container is there", DEADLINE_S)
+    wait_until(lambda: [one["State"] for one in lab.containers()] == ["running"], "its container runs", DEADLINE_S)
 
 
 # -- whole jobs --------------------------------------------------------------------------------------------------------

@@ -89,13 +89,13 @@ def test_a_supervisor_that_starts_it_again_and_again_makes_ever_fewer_sign_ins(l
     (tmp_path / ".env").write_text(f"USERNAME=lab-7\nPASSWORD={WRONG}\n")
     env = lab.env(**good)
     del env["USERNAME"], env["PASSWORD"]
-    for wait_s in (5, 10, 20):
+    for wait_s in (5, 10, 20, 40):
         with command(["run"], env, tmp_path) as worker:
             worker.wait_for(f"waiting {wait_s} s before leaving")
             assert "; PASSWORD is from .env (PASSWORD), USERNAME from .env (USERNAME);" in worker.errors
             worker.send(signal.SIGTERM)
-            assert worker.wait(3.0) == 2
-    assert len(flows(lab.server, 400)) == 3
+            assert worker.wait(30.0) == 2  # of the 40 s; leaving itself takes a busy machine some seconds
+    assert len(flows(lab.server, 400)) == 4
     job = lab.submit("true")
     with command(["run", "--once"], lab.env(**good), tmp_path) as worker:
         assert worker.wait() == 0
@@ -103,7 +103,7 @@ def test_a_supervisor_that_starts_it_again_and_again_makes_ever_fewer_sign_ins(l
     with command(["run"], env, tmp_path) as worker:
         worker.wait_for("waiting 5 s before leaving")
         worker.send(signal.SIGTERM)
-        assert worker.wait(3.0) == 2
+        assert worker.wait() == 2
 
 
 @pytest.mark.parametrize("lab", [{"token_life_s": 10}], indirect=True)
