@@ -18,7 +18,7 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Container, Emit
 from jobfetcher.core.run import Exit
-from jobfetcher.workspace import Base
+from jobfetcher.workspace import Base, Full
 
 #: One wait call to the engine. Its end is noticed at once; this bounds how soon a detach and the disk are looked at.
 _SLICE_S = 2.0
@@ -181,29 +181,38 @@ class _Watch:
         return self.reason is not None
 
     def _look_at_disk(self) -> None:
-        full = self._base.is_full()
+        full = self._base.find_full()
         limit_mib = self._limits.disk_limit_mib
         if not full and limit_mib is None:
             return
-        used = self._used()
+        files, layers = self._used()
+        used = files + layers
         if limit_mib is not None and used > limit_mib << 20:
             self.reason = JobReason.DISK_FILLED
             self.why = f"stopped: the job used {used / _GIB:.1f} GiB of disk, and JOB_DISK_LIMIT is {limit_mib} MiB"
-        elif full and used >= (self._free_at_first - self._base.free_bytes()) / 2:
+        elif full and self._has_filled(full, files, layers):
             self.reason = JobReason.DISK_FILLED
-            self.why = f"stopped: the job filled the disk (it used {used / _GIB:.1f} GiB); {full}"
-        elif full:  # most of what is gone was taken by somebody else
+            self.why = f"stopped: the job filled the disk (it used {used / _GIB:.1f} GiB); {full.why}"
+        elif full:
             self.reason = WorkerReason.DISK
-            self.why = f"the disk ran full while the job ran: {full}"
+            self.why = f"the disk ran full while the job ran: {full.why}"
 
-    def _used(self) -> int:
-        """What the job takes on all disks together: its directory, its container's layer and volumes (FAULTS.md D3)."""
-        used = self._base.job(self._job_id).used_bytes()
+    def _has_filled(self, full: Full, files: int, layers: int) -> bool:
+        """Whether half of what is gone of that disk since the start, or more, is this job's. Of that disk alone: beside
+        a busy engine whose images lie on another one, a job would be taken for innocent."""
+        if full.disk is None:
+            return False
+        gone = self._free_at_first.get(full.disk, 0) - self._base.free_bytes().get(full.disk, 0)
+        return self._base.used_on(full.disk, files, layers) >= gone / 2
+
+    def _used(self) -> tuple[int, int]:
+        """Bytes of the job's directory, and of its container's layer and volumes (FAULTS.md D3)."""
+        files = self._base.job(self._job_id).used_bytes()
         try:
-            used += self._container.written_bytes()
+            return files, self._container.written_bytes()
         except WorkerFault as error:  # the engine's disk may be the one that is full
             self._emit("measure_failed", level="debug", job=self._job_id, message=str(error))
-        return used
+            return files, 0
 
     def _look_for_pause(self, now: float) -> None:
         try:

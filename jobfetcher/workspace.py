@@ -67,6 +67,14 @@ class _Watched:
     sealed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Why nothing more may be written, in one sentence, and which disk has no room; None: that is not why."""
+
+    why: str
+    disk: int | None = None
+
+
 class Base:
     """PATH_BASE, held by this process until `close`. Raises ConfigError when it cannot be had.
 
@@ -198,21 +206,27 @@ class Base:
 
         It has no number that changes, so that it is said once while it stays so (FAULTS.md J10).
         """
+        full = self.find_full()
+        return full.why if full else ""
+
+    def find_full(self) -> Full | None:
+        """`is_full`, with the disk that has no room, as `free_bytes` names it."""
         with contextlib.suppress(WorkerFault):  # then the disk itself says below what is wrong
             self._make_room(0)
         for watched in self._watched:
             try:
-                disk = _disk(watched.path)
+                disk, device = _disk(watched.path), _device(watched.path)
             except WorkerFault as fault:
-                return str(fault)
+                return Full(str(fault))
             free, least = disk.f_bavail * disk.f_frsize, self.reserve_bytes(disk.f_blocks * disk.f_frsize)
             if disk.f_flag & os.ST_RDONLY and not watched.sealed:
-                return f"{watched.name} is mounted read-only"
+                return Full(f"{watched.name} is mounted read-only")
             if free < least:
-                return f"{watched.name} has less than {least / _GIB:.2g} GiB free (RESERVE_DISK); make room there"
+                why = f"{watched.name} has less than {least / _GIB:.2g} GiB free (RESERVE_DISK); make room there"
+                return Full(why, device)
             if disk.f_files and disk.f_favail < disk.f_files * _RESERVE_INODES:
-                return f"{watched.name} has hardly any inodes left; delete small files on that disk"
-        return self._unwritable()
+                return Full(f"{watched.name} has hardly any inodes left; delete small files on that disk", device)
+        return Full(why) if (why := self._unwritable()) else None
 
     def _unwritable(self) -> str:
         """A disk that went read-only after an error does not show it since Linux 6.12; one that fails never does."""
@@ -267,10 +281,16 @@ class Base:
                 raise
             self._spare(size)
 
-    def free_bytes(self) -> int:
-        """Bytes free on the watched disks together, each disk counted once. Raises WorkerFault(DISK)."""
+    def free_bytes(self) -> dict[int, int]:
+        """Bytes free on each watched disk, by its device number (stat(2)). Raises WorkerFault(DISK)."""
         disks = {_device(watched.path): _disk(watched.path) for watched in self._watched}
-        return sum(disk.f_bavail * disk.f_frsize for disk in disks.values())
+        return {device: disk.f_bavail * disk.f_frsize for device, disk in disks.items()}
+
+    def used_on(self, disk: int, files: int, layers: int) -> int:
+        """How much a job takes of `disk`, of the bytes of its directory and those that the engine keeps for it: as far
+        as we see it, that is where the engine's images are. Raises WorkerFault(DISK)."""
+        here, engines = _device(self.path), _device(self._watched[-1].path)
+        return files * (disk == here) + layers * (disk == engines)
 
     def fullness(self) -> float:
         """The part in use (0 to 1, as df counts it) of the disk that holds the engine's images, as far as we see it.

@@ -14,7 +14,7 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.run import Exit
 from jobfetcher.watching import Limits, Watcher
-from jobfetcher.workspace import Base
+from jobfetcher.workspace import Base, Full
 from tests.support.jobs import Emitted
 from tests.support.services import wait_until
 
@@ -141,11 +141,21 @@ def test_the_time_limit_stops_it_and_is_named(bench: Bench) -> None:
     assert bench.container.stopped == [0.01]
 
 
+HERE, ENGINES = 1, 2  # two disks, by their numbers
+
+
+def fills(bench: Bench, monkeypatch: pytest.MonkeyPatch, full: Full, *free: dict[int, int], after_s: float = 0) -> None:
+    """Have what is free of two disks go down like this, and one of them full `after_s`."""
+    said = iter(free)
+    monkeypatch.setattr(bench.base, "free_bytes", lambda: next(said))
+    monkeypatch.setattr(bench.base, "find_full", lambda: None if bench.clock.now < after_s else full)
+    monkeypatch.setattr(bench.base, "used_on", lambda disk, files, layers: files if disk == HERE else layers)
+
+
 @pytest.mark.fault("D3")
 def test_a_job_that_fills_the_disk_is_stopped_for_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = iter([100 << 30, 3 << 30, 3 << 30])
-    monkeypatch.setattr(bench.base, "free_bytes", lambda: next(free))
-    monkeypatch.setattr(bench.base, "is_full", lambda: "" if bench.clock.now < 20 else "the disk has 3 GiB left")
+    full = Full("the disk has 3 GiB left", ENGINES)
+    fills(bench, monkeypatch, full, {ENGINES: 100 << 30}, {ENGINES: 3 << 30}, after_s=20)
     bench.container.written = 90 << 30
     end = bench.wait()
     assert end.stopped_for is JobReason.DISK_FILLED
@@ -154,13 +164,32 @@ def test_a_job_that_fills_the_disk_is_stopped_for_it(bench: Bench, monkeypatch: 
 
 @pytest.mark.fault("D3")
 def test_a_disk_that_others_filled_is_not_the_jobs_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = iter([100 << 30, 3 << 30])
-    monkeypatch.setattr(bench.base, "free_bytes", lambda: next(free))
-    monkeypatch.setattr(bench.base, "is_full", lambda: "the disk has 3 GiB left")
+    full = Full("the disk has 3 GiB left", ENGINES)
+    fills(bench, monkeypatch, full, {ENGINES: 100 << 30}, {ENGINES: 3 << 30})
     bench.container.written = 1 << 30
     end = bench.wait()
     assert end.stopped_for is WorkerReason.DISK
     assert "the disk ran full while the job ran" in end.error
+
+
+@pytest.mark.fault("D3")
+@pytest.mark.parametrize(("disk", "reason"), [(HERE, WorkerReason.DISK), (ENGINES, JobReason.DISK_FILLED)])
+def test_whose_fault_it_is_is_asked_of_the_full_disk_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, disk: int, reason: JobReason | WorkerReason
+) -> None:
+    """Ours loses 17 GiB to somebody while the job writes 10 GiB to the engine's; or the engine's loses 15."""
+    free = {HERE: 20 << 30, ENGINES: 18 << 30}
+    later = {HERE: 3 << 30, ENGINES: 8 << 30} if disk == HERE else {HERE: 3 << 30, ENGINES: 3 << 30}
+    fills(bench, monkeypatch, Full("it is full", disk), free, later)
+    bench.container.written = 10 << 30
+    assert bench.wait().stopped_for is reason
+
+
+@pytest.mark.fault("D6")
+def test_a_disk_that_cannot_be_written_is_no_jobs_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    fills(bench, monkeypatch, Full("it is mounted read-only"), {HERE: 20 << 30})
+    bench.container.written = 10 << 30
+    assert bench.wait().stopped_for is WorkerReason.DISK
 
 
 @pytest.mark.fault("D3")

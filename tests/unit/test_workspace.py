@@ -115,7 +115,7 @@ def test_the_engines_disk_is_watched_where_it_can_be_seen(tmp_path: Path, monkey
         base.also_watch(tmp_path / "of another machine")
         base.also_watch(engines)
         assert base.is_full() == ""
-        assert abs(base.free_bytes() - both) < 1 << 30  # the same disk is counted once
+        assert base.free_bytes().keys() == both.keys()  # the same disk is counted once
         engines.rmdir()
         assert base.is_full() == f"the disk of {engines} does not answer: No such file or directory"
         with pytest.raises(WorkerFault, match="does not answer") as fault:
@@ -153,7 +153,9 @@ def test_the_root_of_a_workers_container_stands_for_the_engines_disk(tmp_path: P
     ):
         alone = base.free_bytes()
         base.also_watch_root(root)
-        assert base.free_bytes() - alone == pytest.approx(32 << 20, rel=0.01)
+        [engines] = base.free_bytes().keys() - alone.keys()
+        assert base.free_bytes()[engines] == pytest.approx(32 << 20, rel=0.01)
+        assert [base.used_on(disk, 1, 10) for disk in (*alone, engines)] == [1, 10]
         assert base.is_full() == ""
         with (there / "images").open("wb") as images:
             os.posix_fallocate(images.fileno(), 0, 20 << 20)
@@ -173,6 +175,7 @@ def test_the_disk_of_path_base_is_not_counted_twice_for_a_worker_in_a_container(
         alone = base.free_bytes()
         base.also_watch_root(root)
         assert base.free_bytes() == alone
+        assert [base.used_on(disk, 1, 10) for disk in alone] == [11]
 
 
 @needs_root
