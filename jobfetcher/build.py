@@ -235,10 +235,9 @@ def make_budget(settings: Settings, inventory: Inventory, gpus: detect.GpuProbe)
     )
 
 
-def check_machine(settings: Settings, inventory: Inventory, base: Base, emit: Emit) -> None:
+def check_machine(settings: Settings, inventory: Inventory, emit: Emit) -> None:
     """Raise ConfigError, naming the setting, for what this machine does not have. What its engine does not have is
     found by its own box (self_test)."""
-    base.check_reserve(settings.cache_size)
     slots = settings.max_jobs or 1
     if remark := check_shares(inventory, slots, settings.reserve_cpus, settings.reserve_memory):
         emit("many_jobs", level="warning", message=remark)
@@ -288,9 +287,12 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         settings = _as_the_engine_allows(settings, finder.flavour(), emit)
         make_box(settings)
         inventory = detect.detect(settings.gpus)
+        check_machine(settings, _engines_part(inventory, finder.describe()), emit)
         source = make_source(settings, emit)
         opened.callback(source.close)
-        base = opened.enter_context(Base(settings.path_base, reserve_mib=settings.reserve_disk))
+        base = opened.enter_context(
+            Base(settings.path_base, reserve_mib=settings.reserve_disk, cache_mib=settings.cache_size)
+        )
         if base.filesystem.startswith("nfs"):  # FAULTS.md F7
             why = "a lock and a journal there are no safer than its server; PATH_BASE should be on a local disk"
             emit("network_disk", level="warning", message=f"{base.path} is on a network ({base.filesystem}): {why}")
@@ -313,7 +315,6 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             base.also_watch_root()
         elif info.root_dir:  # not there where the engine runs in a machine of its own
             base.also_watch(Path(info.root_dir))
-        check_machine(settings, inventory, base, emit)
         emit("machine", message=machine_words(info, budget.free(), budget.slots, base.path))
         self_test = make_self_test(settings, engine, inventory, base, host_base, gpus)
         runner = Runner(

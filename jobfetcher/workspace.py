@@ -76,12 +76,13 @@ class Full:
 
 
 class Base:
-    """PATH_BASE, held by this process until `close`. Raises ConfigError when it cannot be had.
+    """PATH_BASE, held by this process until `close`. Raises ConfigError when it cannot be had, and before it is made
+    where its disk has less than RESERVE_DISK or, beside that, less than CACHE_SIZE.
 
     `crashed`: the process that held it last did not `say_goodbye` (FAULTS.md A9).
     """
 
-    def __init__(self, path: Path, *, reserve_mib: int | None = None) -> None:
+    def __init__(self, path: Path, *, reserve_mib: int | None = None, cache_mib: int = 0) -> None:
         self._reserve_mib = reserve_mib
         #: Bytes that open jobs still expect, so that two that download at once do not count on the same free space.
         self._awaited: dict[JobId, int] = {}
@@ -91,6 +92,7 @@ class Base:
             _check_links(path)
             if not path.exists():
                 _check_owners(path)  # where it must not lie, nothing is made
+            self._check_reserve(path, cache_mib)
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Followed once, here: below it no link ever is.
             self.path = path = path.resolve()
@@ -151,6 +153,7 @@ class Base:
 
     def also_watch(self, path: Path | None) -> None:
         """Keep the reserve free on the disk of `path` as well: the engine's own directory, if it is on this machine.
+        Raises ConfigError where that disk has less.
 
         Of one that this user may not look into, the disk of the nearest folder above it that can be looked at is taken:
         an engine's directory is seldom a mount point of its own.
@@ -158,6 +161,7 @@ class Base:
         while path is not None:
             try:
                 if path.is_dir():
+                    self._check_reserve(path)
                     self._watched.append(_Watched(path, str(path)))
                 return
             except PermissionError:
@@ -172,24 +176,25 @@ class Base:
         already, and counting it twice would be wrong.
         """
         if not any(_is_one_disk(root, watched.path) for watched in self._watched):
+            self._check_reserve(root)
             self._watched.append(_Watched(root, "the engine's disk (as / of the worker's container)", sealed=True))
 
-    def check_reserve(self, cache_mib: int = 0) -> None:
-        """Raise ConfigError where RESERVE_DISK leaves nothing of a disk, or CACHE_SIZE is more than it leaves."""
-        for number, watched in enumerate(self._watched):
-            disk = _disk(watched.path)
-            total = disk.f_blocks * disk.f_frsize
-            left = total - self.reserve_bytes(total)
-            if left <= 0:
-                raise ConfigError(
-                    f"RESERVE_DISK={self._reserve_mib}MiB is more than all of {watched.name}, {total / _GIB:.3g} GiB: "
-                    "no job would ever be taken; lower it"
-                )
-            if number == 0 and cache_mib << 20 > left:
-                raise ConfigError(
-                    f"CACHE_SIZE={cache_mib}MiB is more than {watched.name} has beside RESERVE_DISK, "
-                    f"{left / _GIB:.3g} GiB; lower it"
-                )
+    def _check_reserve(self, path: Path, cache_mib: int = 0) -> None:
+        """Raise ConfigError where RESERVE_DISK leaves nothing of the disk of `path`, which need not be there yet, or
+        CACHE_SIZE is more than it leaves."""
+        disk = _disk(next(place for place in (path, *path.absolute().parents) if place.exists()))
+        total = disk.f_blocks * disk.f_frsize
+        left = total - self.reserve_bytes(total)
+        if left <= 0:
+            raise ConfigError(
+                f"RESERVE_DISK={self._reserve_mib}MiB is more than all of the disk of {path}, {total / _GIB:.3g} GiB: "
+                "no job would ever be taken; lower it"
+            )
+        if cache_mib << 20 > left:
+            raise ConfigError(
+                f"CACHE_SIZE={cache_mib}MiB is more than the disk of {path} has beside RESERVE_DISK, "
+                f"{left / _GIB:.3g} GiB; lower it"
+            )
 
     def also_spare(self, make_room: Callable[[int], None]) -> None:
         """Before the disk counts as full, `make_room(size)` may delete what only saves time, until `room_for(size)` is

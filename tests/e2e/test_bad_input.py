@@ -96,6 +96,8 @@ def test_what_this_machine_or_its_engine_does_not_have_is_named_and_costs_no_job
     assert said in complaint(lab, tmp_path, **changes)
     assert lab.server.state(job) == "queued"
     assert lab.server.events("pull") == []
+    asks_the_engine = changes.keys() & {"job_user", "job_network", "job_runtime", "job_cap_add"}
+    assert asks_the_engine or not lab.base.exists(), "nothing is made before the settings are accepted"
 
 
 @pytest.mark.fault("E12")

@@ -91,7 +91,12 @@ def test_an_output_folder_is_never_made_through_a_link(tmp_path: Path) -> None:
 def test_too_little_room_names_the_setting(tmp_path: Path) -> None:
     with Base(tmp_path / "a", reserve_mib=1) as base:
         base.check_room()
-    with Base(tmp_path / "b", reserve_mib=1 << 30) as base, pytest.raises(WorkerFault, match="RESERVE_DISK") as fault:
+    disk = os.statvfs(tmp_path)
+    all_but_one = (disk.f_blocks * disk.f_frsize >> 20) - 1
+    with (
+        Base(tmp_path / "b", reserve_mib=all_but_one) as base,
+        pytest.raises(WorkerFault, match="RESERVE_DISK") as fault,
+    ):
         base.check_room()
     assert fault.value.reason is WorkerReason.DISK
 
@@ -181,17 +186,19 @@ def test_the_disk_of_path_base_is_not_counted_twice_for_a_worker_in_a_container(
 @needs_root
 def test_a_reserve_or_a_cache_beyond_the_disk_is_refused(tmp_path: Path) -> None:
     with tmpfs(tmp_path / "here", "64m") as here, tmpfs(tmp_path / "there", "32m") as there:
-        with Base(here / "a", reserve_mib=63) as base:
-            base.check_reserve()
-            with pytest.raises(ConfigError, match=r"CACHE_SIZE=2MiB is more than .*/here/a has beside RESERVE_DISK"):
-                base.check_reserve(2)
-            base.also_watch(there)
+        refused = r"CACHE_SIZE=2MiB is more than the disk of .*/here/a/b has beside RESERVE_DISK, 0\.000977 GiB"
+        with pytest.raises(ConfigError, match=refused):
+            Base(here / "a" / "b", reserve_mib=63, cache_mib=2)
+        with pytest.raises(ConfigError, match=r"RESERVE_DISK=64MiB is more than all of the disk of .*/here/a"):
+            Base(here / "a", reserve_mib=64)
+        assert list(here.iterdir()) == [], "nothing is made before"
+        with Base(here / "a", reserve_mib=63, cache_mib=1) as base:
             with pytest.raises(ConfigError, match=r"RESERVE_DISK=63MiB is more than all of .*/there, 0\.0312 GiB"):
-                base.check_reserve()
-        with Base(here / "b", reserve_mib=64) as base, pytest.raises(ConfigError, match="RESERVE_DISK=64MiB"):
-            base.check_reserve()
-        with Base(here / "c") as base:  # auto: half of a small disk
-            base.check_reserve(31)
+                base.also_watch(there)
+            with pytest.raises(ConfigError, match="RESERVE_DISK=63MiB"):
+                base.also_watch_root(there)
+        with Base(here / "c", cache_mib=31):
+            """auto: half of a small disk"""
 
 
 @pytest.mark.fault("D2")
