@@ -480,10 +480,14 @@ def test_ctrl_c_takes_the_bars_away_and_shows_the_cursor() -> None:
     body = """
 events.emit("hello")
 moved("12", "upload", 1)
+print("drawn", flush=True)
 pause()
 """
     with Pty(body) as terminal:
         terminal.read_until(lambda lines: any("job 12  upload" in line for line in lines))
+        # A worker handles its signals, so that none ends a thread that is drawing; here one would.
+        assert terminal.process.stdout is not None
+        assert terminal.process.stdout.readline() == "drawn\n"
         terminal.process.send_signal(signal.SIGINT)
         with contextlib.suppress(BrokenPipeError):  # it has ended; else the signal came just before it began to wait
             terminal.go_on()
