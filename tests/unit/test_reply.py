@@ -104,6 +104,21 @@ def test_what_a_person_hears_of_it() -> None:
 
 
 @pytest.mark.fault("B11")
+@pytest.mark.fault("B21")
+@pytest.mark.parametrize(
+    ("kind", "page"),
+    [
+        ("text/html", "<html><head><title>400 The plain HTTP request was sent to HTTPS port</title></head></html>"),
+        ("text/html", "<p>Reason: You're speaking plain HTTP to an SSL-enabled server port.<br /></p>"),
+        ("text/plain; charset=utf-8", "Client sent an HTTP request to an HTTPS server.\n"),
+    ],
+)
+def test_a_port_that_wants_tls_is_told_by_what_it_says(kind: str, page: str) -> None:
+    with pytest.raises(ForeignAnswer, match="this port wants TLS: the address must begin with https://") as told:
+        own(Reply(400, page.encode(), {"Content-Type": kind}), "GET /jobs", hint="; is it a gateway?")
+    assert "gateway" not in str(told.value)
+
+
 def test_a_page_may_ask_for_patience() -> None:
     with pytest.raises(ForeignAnswer) as error:
         own(Reply(503, b"busy", {"Retry-After": "17"}), "a call")

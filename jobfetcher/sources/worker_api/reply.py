@@ -46,6 +46,11 @@ _MARKUP = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|<[^>]*>", re.IGNO
 #: What the API says when it crashed.
 _CRASHED = b"Internal Server Error"
 
+#: What a port for TLS says to plain http (status 400; nginx: ngx_http_special_response.c, Apache: ssl_engine_io.c, Go:
+#: net/http/server.go). The rest only hang up.
+_WANTS_TLS = re.compile(r"plain http request|speaking plain http|http request to an https server", re.IGNORECASE)
+_BEGIN_WITH_HTTPS = "; this port wants TLS: the address must begin with https://"
+
 
 class UnusableAnswer(SourceUnavailable):
     """An answer that came whole, or would never end, and that nobody should act upon (FAULTS.md B15).
@@ -158,7 +163,8 @@ def own(reply: Reply, what: str, hint: str = "") -> Reply:
         who = f"the answer to {what} is not the JSON expected of a worker API"
     else:
         who = f"not the worker API but something before it answered {reply.status} to {what}"
-    message = f"{who}; a gateway, filter or sign-in page? It is: {reply.described}{hint}"
+    whose = "" if _WANTS_TLS.search(reply.words) else "; a gateway, filter or sign-in page? It is"
+    message = f"{who}{whose}: {reply.described}{hint if whose else _BEGIN_WITH_HTTPS}"
     raise ForeignAnswer(message, reply.status, retry_after_s=reply.retry_after_s)
 
 
