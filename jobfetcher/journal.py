@@ -273,8 +273,10 @@ class Journal:
             return len(resumed)
 
     def acquit(self, job_id: JobId) -> None:
-        """What was counted against a job by `resuming` may have been another one's doing: count anew."""
-        self._change(job_id)
+        """What was counted against a job by `resuming` may have been another one's doing: count anew. On a full disk,
+        or of a job that has ended meanwhile, the count stays."""
+        with contextlib.suppress(WorkerFault):
+            self._change(job_id)
 
     # -- its files -----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ slot of its own, at the phase that the journal says (runner.py), so that its fir
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 from jobfetcher.core.errors import JobReason, WorkerFault, WorkerReason
@@ -53,8 +52,7 @@ def open_jobs(journal: Journal, source: JobSource, budget: Budget, emit: Emit, *
     given_back = [now for was, now in zip(running_first, found, strict=True) if was.outcome is None and now.outcome]
     for one in found if given_back and not alone else ():
         if one.outcome is None:  # one that stays is blamed only for what happens without those that left
-            with contextlib.suppress(WorkerFault):  # a full disk: the count stays
-                journal.acquit(one.lease.job_id)
+            journal.acquit(one.lease.job_id)
     return found
 
 

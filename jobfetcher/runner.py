@@ -27,7 +27,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
@@ -156,9 +156,8 @@ class Runner:
         # The heartbeat is joined: from here on nobody but this thread speaks of the job (PROTOCOL.md S6).
         return self.outbox.settle(lease, outcome)
 
-    @contextmanager
-    def _beating(self, lease: Lease, halt: Halt) -> Iterator[Pulse]:
-        with beating(
+    def _beating(self, lease: Lease, halt: Halt) -> AbstractContextManager[Pulse]:
+        return beating(
             lease,
             halt,
             phase=_said(self._record(lease.job_id)),
@@ -166,8 +165,7 @@ class Runner:
             silence_s=self._rules.stop_after_silence_s,
             outage=self.outbox.outage,
             emit=self._emit,
-        ) as pulse:
-            yield pulse
+        )
 
     def _carry_out(self, lease: Lease, job: Job, hold: Reservation, halt: Halt, pulse: Pulse) -> Outcome:
         """Steps 5 to 10, and once more where this machine interrupted the run."""
@@ -237,6 +235,7 @@ class Runner:
         self, lease: Lease, job: Job, record: Record, workspace: Workspace, halt: Halt, pulse: Pulse, seconds: Seconds
     ) -> None:
         """Step 5. What an earlier process moved is kept; after a run or a reboot only if it is still what it was."""
+        waits = partial(self._waits, job.id, pulse)
         kept = self._journal.marked(job.id, "in")
         if record.runs or record.rebooted:
             if record.image is not None:
@@ -253,7 +252,7 @@ class Runner:
                 halt=halt,
                 have=kept,
                 mark=lambda stored: self._journal.mark(job.id, "in", stored),
-                progress=file_progress(self._emit, job.id, "download", self._clock, pulse.note),
+                progress=file_progress(self._emit, job.id, "download", self._clock, waits),
                 awaits=partial(self._base.awaits, job.id),
             )
         failpoint("after:stage_in")
@@ -262,7 +261,7 @@ class Runner:
     def _prepare(self, job: Job, halt: Halt, pulse: Pulse, seconds: Seconds) -> Image:
         """Step 6, beside step 5: a pull needs the network as well, but mostly another part of it."""
         with self._step(job.id, "prepare", "pull", seconds):
-            troubles = Troubles(self._emit, job.id, "pull", self._clock, pulse.note)
+            troubles = Troubles(self._emit, job.id, "pull", self._clock, partial(self._waits, job.id, pulse))
             progress, waits = pull_progress(self._emit, job.id, self._clock), partial(troubles.retrying, job.image)
             image = self._engine.prepare(job.image, halt, progress, waits)
             troubles.recovered(job.image)
@@ -270,6 +269,11 @@ class Runner:
             self._journal.used_image(image)
         halt.check()
         return image
+
+    def _waits(self, job_id: JobId, pulse: Pulse, words: str) -> None:
+        """What a job waits for goes to its user, and a crash meanwhile is none of the job's doing (A9)."""
+        pulse.note(words)
+        self._journal.acquit(job_id)
 
     def _share(self, job: Job, hold: Reservation, halt: Halt, seconds: Seconds, at_most_s: float | None) -> Share:
         """What the job may use; a prefetched one waits for it here, while it goes on saying that it is alive."""
@@ -365,6 +369,7 @@ class Runner:
     ) -> str:
         """Send the outputs; returns what was left out, as a sentence. A job that failed already is not failed anew by
         an output that cannot be sent: both are told."""
+        waits = partial(self._waits, job.id, pulse)
         try:
             sent = staging.stage_out(
                 job,
@@ -374,7 +379,7 @@ class Runner:
                 halt=halt,
                 have=self._journal.marked(job.id, "out"),
                 mark=lambda stored: self._journal.mark(job.id, "out", stored),
-                progress=file_progress(self._emit, job.id, "upload", self._clock, pulse.note),
+                progress=file_progress(self._emit, job.id, "upload", self._clock, waits),
             )
         except JobFault as error:
             if fault is None:

@@ -186,6 +186,31 @@ def test_a_job_interrupted_twice_is_given_back(lab: Lab, tmp_path: Path) -> None
     assert lab.server.state(job) == "queued"
 
 
+@pytest.mark.fault("A6", "A9")
+@pytest.mark.parametrize("company", [0, 1])
+def test_however_often_a_worker_is_killed_while_results_wait_for_their_storage_they_stay(
+    lab: Lab, tmp_path: Path, company: int
+) -> None:
+    """They wait for somebody else, so it is not they that crash the worker."""
+    jobs = [lab.submit(UNTIL_LET_GO, f"&& {RESULT}", files_up=OUT) for _ in range(1 + company)]
+    lab.server.set_faults({"method": "POST", "path": "^/_storage", "status": 503})
+    for attempt in range(8):
+        with worker(lab, tmp_path, max_jobs=str(len(jobs))) as running:
+            if attempt == 0:
+                for job in jobs:
+                    lab.server.wait_for_state(job, "running")
+                    lab.let_go(job)
+            for job in jobs:
+                running.wait_for(f"job {job}  warning: upload of ")
+            kill(running)
+    lab.server.set_faults()
+    with worker(lab, tmp_path, max_jobs=str(len(jobs))) as last:
+        assert last.wait() == 0
+    for job in jobs:
+        assert lab.ended(job)[0] == "finished"
+        assert lab.server.results(job)["output/out/result"] == b"result\n"
+
+
 @pytest.mark.fault("A9")
 def test_a_job_that_crashes_the_worker_again_and_again_is_reported(lab: Lab, tmp_path: Path) -> None:
     job = lab.submit("true")
