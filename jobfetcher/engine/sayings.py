@@ -34,6 +34,9 @@ class Policy(Protocol):
     @property
     def runtime(self) -> str | None: ...
 
+    @property
+    def cap_add(self) -> Sequence[str]: ...
+
 
 #: docker-init (tini) starts the job's program; when it cannot, it prints one line and exits 126, 127 or 1. Podman's
 #: init (catatonit) exits 1, and does not say which program it was.
@@ -63,6 +66,13 @@ _UNKNOWN_USER = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
+#: An image's working directory that cannot be made or entered, the whole of what is said: it quotes the name bare.
+_WORKDIR_BROKEN = re.compile(
+    r"^cannot mkdir: |(?:^|: )chdir to cwd \(|^(?:lstat|stat|mkdir) /.*/(?:merged|rootfs|fs)/.*: "
+    r"(?:not a directory|file name too long|too many levels of symbolic links)$",
+    re.IGNORECASE | re.DOTALL,
+)
+
 #: What names no setting: said of a container whose runtime, init, network or device the machine does not have.
 _RUNTIME_BROKEN = (
     r"unable to retrieve OCI runtime error|failed to start shim|shim .*not installed|binary not installed"
@@ -89,12 +99,6 @@ _SAYINGS: tuple[tuple[re.Pattern[str], JobReason | WorkerReason, str], ...] = tu
             "the GPU cannot be given",
         ),
         (r"^no command specified", JobReason.CANNOT_START, "neither the job nor the image says what to run"),
-        (
-            r"^cannot mkdir: |(?:^|: )chdir to cwd \(|^(?:lstat|stat|mkdir) /.*/(?:merged|rootfs|fs)/.*: "
-            r"(?:not a directory|file name too long|too many levels of symbolic links)$",
-            JobReason.CANNOT_START,
-            "the image's working directory is unusable",
-        ),
     )
 )
 
@@ -109,7 +113,8 @@ _SETTINGS: tuple[tuple[re.Pattern[str], str, str | None, str], ...] = tuple(
             "the engine has no such network (`docker network ls` shows those it has)",
         ),
         (
-            r"^(?:unknown runtime specified|(?:unknown or )?invalid runtime name|.*\bruntime .* not found)",
+            r"^(?:unknown runtime specified|(?:unknown or )?invalid runtime name)"
+            r'|(?:^|: )(?:default )?OCI runtime "" not found',
             "JOB_RUNTIME",
             "runtime",
             "the engine has no such runtime (`docker info` shows those it has)",
@@ -117,10 +122,10 @@ _SETTINGS: tuple[tuple[re.Pattern[str], str, str | None, str], ...] = tuple(
         (
             r"^invalid CapAdd: |^.*unknown capability",
             "JOB_CAP_ADD",
-            None,
+            "cap_add",
             "the engine knows no such capability (capabilities(7) lists them, such as SYS_PTRACE)",
         ),
-        (r"shm.?size", "JOB_SHM_SIZE", None, "the engine takes no such size"),
+        (r"(?:^|\W)(?:HostConfig\.)*ShmSize\b|^shm size\b", "JOB_SHM_SIZE", None, "the engine takes no such size"),
     )
 )
 
@@ -133,13 +138,16 @@ def start_fault(said: str, policy: Policy) -> JobFault | WorkerFault:
     if unknown := _UNKNOWN_USER.search(said):
         who = f"the image has no {unknown['kind'].lower()} {clean(unknown['name'], 80)}"
         return JobFault(JobReason.CANNOT_START, f"the container cannot start, its user is unknown: {who}")
-    if re.search(_RUNTIME_BROKEN, said, re.IGNORECASE):
+    bare = _QUOTED.sub('""', said)
+    if _WORKDIR_BROKEN.search(bare):
+        where = f"the image's working directory is unusable: {clean(said, 300)}"
+        return JobFault(JobReason.CANNOT_START, f"the container cannot start, {where}")
+    if re.search(_RUNTIME_BROKEN, bare, re.IGNORECASE):
         return WorkerFault(WorkerReason.ENGINE, f"the engine's runtime for containers is broken: {clean(said, 300)}")
     if failed := _RUNC_FAILED.search(said):
         if failed["program"] in _INITS and "argument list too long" not in failed["why"].lower():
             return init_fault(failed["why"])
         return JobFault(JobReason.CANNOT_START, cannot_run(failed["program"], failed["why"]))
-    bare = _QUOTED.sub('""', said)
     for pattern, reason, sentence in _SAYINGS:
         if pattern.search(bare):
             message = f"the container cannot start, {sentence}: {clean(said, 300)}"
@@ -152,18 +160,23 @@ def setting_fault(said: str, policy: Policy, known: Sequence[str] = ()) -> Confi
 
     `known`: names that the engine has, for a suggestion.
     """
-    unknown = _UNKNOWN_USER.search(said)
-    if unknown and policy.user is not None and unknown["name"] in policy.user.split(":"):
+    if unknown := _UNKNOWN_USER.search(said):
+        if policy.user is None or unknown["name"] not in policy.user.split(":"):
+            return None
         return ConfigError(
             f"JOB_USER={policy.user}: images need not know the {unknown['kind'].lower()} {unknown['name']}; "
             "write numbers, such as JOB_USER=1000:1000 (`id -u` and `id -g` of that user)"
         )
+    bare = _QUOTED.sub('""', said)
+    if _WORKDIR_BROKEN.search(bare):
+        return None
     for pattern, setting, attribute, cure in _SETTINGS:
-        if not pattern.search(said):
+        if not pattern.search(bare):
             continue
-        value = getattr(policy, attribute) if attribute else None
-        if attribute and (value is None or value not in said):
+        chosen = getattr(policy, attribute) if attribute else None
+        if attribute and not any(one in said for one in ([chosen] if isinstance(chosen, str) else chosen or ())):
             continue  # the engine speaks of something else
+        value = chosen if isinstance(chosen, str) else None
         like = difflib.get_close_matches(value, known, 1) if value else []
         meant = f"; is {like[0]} meant?" if like else ""
         given = f"{setting}={value}" if value else setting

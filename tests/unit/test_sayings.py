@@ -31,6 +31,18 @@ JOBS = [
     f'{RUNC} exec: "/closed": permission denied: unknown',
     f'{CWD} ("/opt/nvidia: no space left on device") set in config.json failed: permission denied: unknown',
     f'{CWD} ("/opt/nvidia") set in config.json failed: not a directory: unknown',
+    # names that spell what engines say of settings and of runtimes
+    "unable to find user shm_size: no matching entries in passwd file",
+    "unable to find user ShmSize: no matching entries in passwd file",
+    "unable to find user unknown capability: no matching entries in passwd file",
+    "linux spec user: unable to find group network lab not found: no matching entries in group file",
+    f"lstat {LAYER}/data/ShmSize: not a directory",
+    f"lstat {LAYER}/opt/binary not installed: not a directory",
+    "Cannot mkdir: /data/HostConfig.ShmSize is not a directory",
+    "Cannot mkdir: /data/unknown capability is not a directory",
+    f'{CWD} ("/data/shm_size") set in config.json failed: not a directory: unknown',
+    f'{CWD} ("/opt/binary not installed") set in config.json failed: permission denied: unknown',
+    f'{RUNC} exec: "/bin/shim not installed: unknown capability": permission denied: unknown',
     "No command specified",
     "no command specified",
 ]
@@ -87,6 +99,7 @@ OWNERS = [
     (BoxPolicy(network="brigde"), "network brigde not found", "JOB_NETWORK=brigde: "),
     (BoxPolicy(runtime="rnuc"), "Unknown runtime specified rnuc", "JOB_RUNTIME=rnuc: "),
     (BoxPolicy(runtime="rnuc"), "unknown or invalid runtime name: rnuc", "JOB_RUNTIME=rnuc: "),
+    (BoxPolicy(runtime="rnuc"), 'default OCI runtime "rnuc" not found: invalid argument', "JOB_RUNTIME=rnuc: "),
     (BoxPolicy(cap_add=("FOO",)), 'invalid CapAdd: unknown capability: "CAP_FOO"', "JOB_CAP_ADD: "),
 ]
 
@@ -94,6 +107,8 @@ OWNERS = [
 @pytest.mark.fault("E8", "J5")
 @pytest.mark.parametrize("said", JOBS)
 def test_what_a_job_or_its_image_named_wrongly_is_its_own_fault(said: str) -> None:
+    owners = BoxPolicy(user="1000:1000", network="lab", runtime="runc", cap_add=("SYS_PTRACE",), shm_mib=64)
+    assert isinstance(start_fault(said, owners), JobFault)
     fault = start_fault(said, BoxPolicy())
     assert isinstance(fault, JobFault), fault
     assert fault.reason is JobReason.CANNOT_START
