@@ -30,6 +30,7 @@ from tests.support import services
 from tests.support.boxes import docker_bench, no_progress
 from tests.support.engine_proxy import ENGINE_SOCKET, engine_proxy
 from tests.support.fault_proxy import Fault, FaultProxy
+from tests.support.jobs import Emitted, FakeClock
 
 pytestmark = [pytest.mark.docker, pytest.mark.registry]
 
@@ -364,37 +365,27 @@ def test_newer_asks_once_and_downloads_only_what_has_changed(
 
 @pytest.mark.fault("E7")
 def test_newer_runs_the_local_image_at_once_while_the_registry_is_away(
-    registry: services.Registry, shelf: Shelf, clock: list[float]
+    registry: services.Registry, shelf: Shelf
 ) -> None:
     kept, missing = shelf.pushed(registry, keep=True), shelf.pushed(registry)
-    said: list[tuple[str, str]] = []
-
-    def hear(name: str, level: str = "info", **_: object) -> None:
-        said.append((name, level))
-
+    clock, emit = FakeClock(), Emitted()
     with contextlib.closing(EngineApi()) as api:
         policy = replace(NEWER, registry_budget_s=0)
-        images = Images(api, policy, hear, clock=lambda: clock[0])
+        images = Images(api, policy, emit, clock=clock)
         registry.stop()
         try:
             assert images.prepare(kept, Halt(), no_progress).reference == kept
             assert images.prepare(kept, Halt(), no_progress).reference == kept
-            clock[0] += 301.0  # it is asked again, and is still away
+            clock.now += 301.0  # it is asked again, and is still away
             assert images.prepare(kept, Halt(), no_progress).reference == kept
             with pytest.raises(WorkerFault, match="connection refused"):
                 images.prepare(missing, Halt(), no_progress)
         finally:
             registry.start()
-        assert said == [("image_cached", "warning"), ("image_cached", "debug")]
-        clock[0] += 301.0
+        assert [event[:2] for event in emit.events] == [("image_cached", "warning"), ("image_cached", "debug")]
+        clock.now += 301.0
         assert images.prepare(kept, Halt(), no_progress).reference == kept
-        assert said[2:] == [("registry_back", "info")]
-
-
-@pytest.fixture
-def clock() -> list[float]:
-    """A clock that a test sets."""
-    return [1000.0]
+        assert [event[:2] for event in emit.events[2:]] == [("registry_back", "info")]
 
 
 @pytest.mark.fault("E7")

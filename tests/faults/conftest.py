@@ -1,6 +1,7 @@
-"""The tests of faults work in a lab, with the oracle after every test; some in a wired one."""
+"""The tests of faults work in a lab, with the oracle after every test; some in a wired one, or on scripted answers."""
 
 from tests.support.lab import lab
+from tests.support.talk import api, clock, emit, lease, source
 from tests.support.wired import wire
 
-__all__ = ["lab", "wire"]
+__all__ = ["api", "clock", "emit", "lab", "lease", "source", "wire"]

@@ -32,8 +32,8 @@ from jobfetcher.sources.worker_api.source import Filter, WorkerApi
 from jobfetcher.transfer.exchange import NetSettings
 from tests.support.file_server import Act, FileServer, Object
 from tests.support.http_proxy import HttpProxy, running_http_proxy
-from tests.support.jobs import Emitted
-from tests.support.scripted_api import Answer, ScriptedApi, head, reply, scripted_api
+from tests.support.jobs import Emitted, FakeClock
+from tests.support.scripted_api import Answer, ScriptedApi, head, reply
 from tests.support.services import wait_until
 from tests.support.transfers import Authority, Recorder, getting, produced, putting, transfer, wanted
 
@@ -42,12 +42,6 @@ SEVEN = parse_job_id("7")
 OFFER = Offer(4.0, 4096)
 MIB = 1 << 20
 LOGIN, IN_URL = "lab user:p@ss/word", "lab%20user:p%40ss%2Fword"
-
-
-@pytest.fixture
-def api() -> Iterator[ScriptedApi]:
-    with scripted_api() as running:
-        yield running
 
 
 def client_of(url: str, **settings: str | None) -> Client:
@@ -209,16 +203,6 @@ def test_only_what_may_pass_is_tried_again() -> None:
         assert is_definite(answer) is (400 <= status < 500 and not passes and status not in {401, 403})
 
 
-class Turned:
-    """A clock that a test turns."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.mark.fault("B11")
 @pytest.mark.fault("T23")
 @pytest.mark.parametrize(
@@ -229,7 +213,7 @@ def test_a_heartbeat_gives_the_server_the_time_it_asks_for_but_not_the_lease(
     api: ScriptedApi, client: Client, asked: str, waits_s: float
 ) -> None:
     assert ASKED_MOST_S <= 60
-    clock = Turned()
+    clock = FakeClock(0.0)
     lease = source_of(client).resume(api.url, SEVEN)
     api.then(reply(429, retry_after=asked))
     emit = Emitted()

@@ -26,9 +26,9 @@ from jobfetcher.core.urls import SignedRequest, UrlPolicy, parse_origin
 from jobfetcher.sources.worker_api.auth import StaticToken
 from jobfetcher.sources.worker_api.client import Client
 from jobfetcher.sources.worker_api.source import ApiLease, Filter, WorkerApi
-from tests.support.jobs import Emitted
+from tests.support.jobs import Emitted, FakeClock
 from tests.support.mock_server import MockServer, job_spec, running_mock_api
-from tests.support.scripted_api import Answer, ScriptedApi, hang_up, reply, scripted_api
+from tests.support.scripted_api import Answer, ScriptedApi, hang_up, reply
 from tests.support.transfers import Recorder, produced, transfer
 
 SEVEN = parse_job_id("7")
@@ -39,48 +39,7 @@ HELD = (Phase.CLAIMED, Phase.STAGING_IN, Phase.RUNNING, Phase.STAGING_OUT)
 WORDS = dict(zip(HELD, ("preprocessing", "preprocessing", "running", "postprocessing"), strict=True))
 
 
-class Clock:
-    """The machine's CLOCK_BOOTTIME as a test turns it: it goes on while the machine is suspended."""
-
-    def __init__(self) -> None:
-        self.now = 10_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 # -- against scripted answers: which requests, in which order ---------------------------------------------------------
-
-
-@pytest.fixture
-def api() -> Iterator[ScriptedApi]:
-    with scripted_api() as running:
-        yield running
-
-
-@pytest.fixture
-def source(api: ScriptedApi, clock: Clock) -> Iterator[WorkerApi]:
-    client = Client(api.url)
-    client.auth = StaticToken("a-token")
-    made = WorkerApi(client, UrlPolicy(parse_origin(api.url)), wanted=Filter(), emit=Emitted(), clock=clock)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def lease(api: ScriptedApi, source: WorkerApi) -> ApiLease:
-    """A lease that was handed out just now."""
-    api.then(reply(200, b'{"7": {"handler": {"image_url": "busybox"}}}'))
-    claim = source.fetch(OFFER, 0.0)
-    assert claim is not None
-    api.asked.clear()
-    assert isinstance(claim.lease, ApiLease)
-    return claim.lease
 
 
 def state(word: str) -> Answer:
@@ -110,7 +69,7 @@ def test_after_a_crash_the_server_is_asked_before_anything_is_said(
 @pytest.mark.fault("A7")
 @pytest.mark.parametrize("cut_off", list(Phase))
 def test_after_a_crash_a_job_that_is_gone_is_not_spoken_of(
-    api: ScriptedApi, source: WorkerApi, clock: Clock, cut_off: Phase
+    api: ScriptedApi, source: WorkerApi, clock: FakeClock, cut_off: Phase
 ) -> None:
     lease = source.resume(api.url, SEVEN, cut_off=cut_off)
     clock.now += 31
@@ -141,7 +100,7 @@ def test_after_a_crash_a_job_that_ended_without_us_is_lost(
 @pytest.mark.fault("A7")
 @pytest.mark.parametrize("ended", ["finished", "error"])
 def test_an_end_that_a_dead_process_told_is_told_again_for_no_state_proves_that_it_was_heard(
-    api: ScriptedApi, source: WorkerApi, clock: Clock, ended: str
+    api: ScriptedApi, source: WorkerApi, clock: FakeClock, ended: str
 ) -> None:
     lease = source.resume(api.url, SEVEN, cut_off=Phase.SETTLING)
     clock.now += 31
@@ -154,7 +113,7 @@ def test_an_end_that_a_dead_process_told_is_told_again_for_no_state_proves_that_
 @pytest.mark.fault("S6")
 @pytest.mark.parametrize("cut_off", list(Phase))
 def test_no_end_is_told_while_a_word_of_a_dead_process_may_arrive(
-    api: ScriptedApi, source: WorkerApi, clock: Clock, cut_off: Phase
+    api: ScriptedApi, source: WorkerApi, clock: FakeClock, cut_off: Phase
 ) -> None:
     """The end itself had 30 s for its call, a heartbeat 10."""
     doubt_s = 30.0 if cut_off is Phase.SETTLING else 10.0
@@ -227,7 +186,7 @@ def test_without_a_crash_only_the_end_is_asked_for_first(api: ScriptedApi, sourc
 @pytest.mark.fault("J4")
 @pytest.mark.parametrize(("age_s", "first"), [(300.0, []), (301.0, ["GET"])])
 def test_a_beat_after_a_long_silence_asks_first(
-    api: ScriptedApi, lease: ApiLease, clock: Clock, age_s: float, first: list[str]
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock, age_s: float, first: list[str]
 ) -> None:
     lease.beat(Phase.RUNNING)
     clock.now += age_s
@@ -238,7 +197,7 @@ def test_a_beat_after_a_long_silence_asks_first(
 
 
 @pytest.mark.fault("J4")
-def test_a_question_without_an_answer_decides_nothing(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+def test_a_question_without_an_answer_decides_nothing(api: ScriptedApi, lease: ApiLease, clock: FakeClock) -> None:
     clock.now += 400
     for trouble in (hang_up, reply(500), reply(403), reply(200, b"<html>")):
         api.then(trouble)
@@ -252,7 +211,7 @@ def test_a_question_without_an_answer_decides_nothing(api: ScriptedApi, lease: A
 @pytest.mark.fault("J4")
 @pytest.mark.fault("B18")
 def test_a_file_of_an_old_lease_is_not_sent_before_the_job_is_confirmed(
-    api: ScriptedApi, lease: ApiLease, clock: Clock
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
 ) -> None:
     lease.beat(Phase.STAGING_OUT)
     clock.now += 100
@@ -274,7 +233,7 @@ def test_a_file_of_an_old_lease_is_not_sent_before_the_job_is_confirmed(
     "answers", [(404,), (state("queued"), 404), (state("postprocessing"), 404), (state("error"),), (state("pulled"),)]
 )
 def test_a_file_of_a_lost_lease_is_never_sent(
-    api: ScriptedApi, lease: ApiLease, clock: Clock, answers: tuple[Answer | int, ...]
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock, answers: tuple[Answer | int, ...]
 ) -> None:
     lease.beat(Phase.STAGING_OUT)
     clock.now += 100
@@ -316,7 +275,7 @@ def test_a_heartbeat_that_hangs_stops_no_upload(api: ScriptedApi, lease: ApiLeas
 
 
 @pytest.mark.fault("J4")
-def test_many_files_of_an_old_lease_confirm_it_once(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+def test_many_files_of_an_old_lease_confirm_it_once(api: ScriptedApi, lease: ApiLease, clock: FakeClock) -> None:
     lease.beat(Phase.STAGING_OUT)
     clock.now += 100
     api.then(form())
@@ -344,7 +303,7 @@ def test_many_files_of_an_old_lease_confirm_it_once(api: ScriptedApi, lease: Api
 class Lab:
     """One mock server whose time goes with the workers' clock, and workers of any account on it."""
 
-    def __init__(self, server: MockServer, clock: Clock, opened: ExitStack) -> None:
+    def __init__(self, server: MockServer, clock: FakeClock, opened: ExitStack) -> None:
         self.server = server
         self._clock = clock
         self._opened = opened
@@ -373,7 +332,7 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, clock: Clock, request: pytest.FixtureRequest) -> Iterator[Lab]:
+def lab(tmp_path: Path, clock: FakeClock, request: pytest.FixtureRequest) -> Iterator[Lab]:
     with ExitStack() as opened:
         server = opened.enter_context(running_mock_api(tmp_path / "mock", **getattr(request, "param", {})))
         yield Lab(server, clock, opened)

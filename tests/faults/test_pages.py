@@ -7,7 +7,7 @@ tests/e2e/test_pages.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,10 @@ from jobfetcher.core.machine import Offer
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Standing
 from jobfetcher.core.run import Ending, Outcome
-from jobfetcher.core.urls import UrlPolicy, parse_origin
 from jobfetcher.settings import Settings
-from jobfetcher.sources.worker_api.auth import StaticToken
-from jobfetcher.sources.worker_api.client import Client
-from jobfetcher.sources.worker_api.source import ApiLease, Filter, WorkerApi
-from tests.support.jobs import Emitted
-from tests.support.scripted_api import Answer, ScriptedApi, reply, scripted_api
+from jobfetcher.sources.worker_api.source import ApiLease, WorkerApi
+from tests.support.jobs import Emitted, FakeClock
+from tests.support.scripted_api import Answer, ScriptedApi, reply
 
 pytestmark = pytest.mark.fault("B21", "B22")
 
@@ -73,43 +70,6 @@ def page_or_nothing(request: pytest.FixtureRequest) -> tuple[Answer, tuple[str, 
     return (PAGES | EMPTY)[request.param]
 
 
-class Clock:
-    now = 10_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def api() -> Iterator[ScriptedApi]:
-    with scripted_api() as running:
-        yield running
-
-
-@pytest.fixture
-def source(api: ScriptedApi, clock: Clock) -> Iterator[WorkerApi]:
-    client = Client(api.url)
-    client.auth = StaticToken("a-token")
-    made = WorkerApi(client, UrlPolicy(parse_origin(api.url)), wanted=Filter(), emit=Emitted(), clock=clock)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def lease(api: ScriptedApi, source: WorkerApi) -> ApiLease:
-    api.then(json_of({"7": {"handler": {"image_url": "busybox"}}}))
-    claim = source.fetch(OFFER, 0.0)
-    assert claim is not None
-    api.asked.clear()
-    assert isinstance(claim.lease, ApiLease)
-    return claim.lease
-
-
 def json_of(value: Any, status: int = 200) -> Answer:
     return reply(status, json.dumps(value).encode(), content_type="application/json")
 
@@ -144,7 +104,7 @@ def test_a_question_for_a_job(
 
 @pytest.mark.parametrize("phase", HELD)
 def test_a_keep_alive(
-    page: tuple[Answer, tuple[str, ...]], api: ScriptedApi, lease: ApiLease, clock: Clock, phase: Phase
+    page: tuple[Answer, tuple[str, ...]], api: ScriptedApi, lease: ApiLease, clock: FakeClock, phase: Phase
 ) -> None:
     lease.beat(phase)
     clock.now += 200
@@ -164,7 +124,7 @@ def test_a_keep_alive(
 
 @pytest.mark.parametrize("phase", HELD)
 def test_the_question_how_a_job_stands(
-    page_or_nothing: tuple[Answer, tuple[str, ...]], api: ScriptedApi, lease: ApiLease, clock: Clock, phase: Phase
+    page_or_nothing: tuple[Answer, tuple[str, ...]], api: ScriptedApi, lease: ApiLease, clock: FakeClock, phase: Phase
 ) -> None:
     lease.beat(phase)
     clock.now += 301
@@ -175,7 +135,11 @@ def test_the_question_how_a_job_stands(
 
 @pytest.mark.parametrize("cut_off", list(Phase))
 def test_the_question_how_a_job_stands_after_a_crash(
-    page_or_nothing: tuple[Answer, tuple[str, ...]], api: ScriptedApi, source: WorkerApi, clock: Clock, cut_off: Phase
+    page_or_nothing: tuple[Answer, tuple[str, ...]],
+    api: ScriptedApi,
+    source: WorkerApi,
+    clock: FakeClock,
+    cut_off: Phase,
 ) -> None:
     lease = source.resume(api.url, SEVEN, cut_off=cut_off)
     clock.now += 31
@@ -188,7 +152,7 @@ def test_the_question_how_a_job_stands_after_a_crash(
 @pytest.mark.parametrize("end", ["finished", "error", "queued"])
 @pytest.mark.parametrize("committed", [True, False])
 def test_an_end(
-    page: tuple[Answer, tuple[str, ...]], api: ScriptedApi, lease: ApiLease, clock: Clock, end: str, committed: bool
+    page: tuple[Answer, tuple[str, ...]], api: ScriptedApi, lease: ApiLease, clock: FakeClock, end: str, committed: bool
 ) -> None:
     """It is told until the API itself accepts it. Who answers with the page may have passed the request on before."""
     lease.beat(Phase.STAGING_OUT)

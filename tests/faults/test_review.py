@@ -34,13 +34,10 @@ from jobfetcher.core.machine import Inventory, Share
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Lease, Standing
 from jobfetcher.core.run import Ending, Exit, Image, Outcome
-from jobfetcher.core.urls import UrlPolicy, parse_origin
 from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
 from jobfetcher.resources.budget import Budget
-from jobfetcher.sources.worker_api.auth import StaticToken
-from jobfetcher.sources.worker_api.client import Client
-from jobfetcher.sources.worker_api.source import Filter, WorkerApi
+from jobfetcher.sources.worker_api.source import WorkerApi
 from jobfetcher.staging import Progress, stage_out
 from jobfetcher.testing.fake_engine import FakeEngine, Script
 from jobfetcher.testing.fake_source import FakeSource
@@ -48,10 +45,10 @@ from jobfetcher.testing.fake_transfer import FakeTransfer
 from jobfetcher.watching import Limits, Watcher
 from jobfetcher.worker import Leaving
 from jobfetcher.workspace import Base, Workspace
-from tests.faults.test_lease import OFFER, Clock, state
-from tests.support.jobs import Emitted, make_job
+from tests.faults.test_lease import OFFER, state
+from tests.support.jobs import Emitted, FakeClock, make_job
 from tests.support.mounts import fill, needs_root, tmpfs
-from tests.support.scripted_api import ScriptedApi, reply, scripted_api
+from tests.support.scripted_api import ScriptedApi, reply
 from tests.support.services import wait_until
 from tests.support.trees import names_in
 from tests.support.worker import UNTIL_LET_GO, Lab, command
@@ -479,26 +476,6 @@ def test_making_room_spares_the_container_of_a_record_that_was_damaged_meanwhile
 # -- a job that is handed out again while it is in hand ---------------------------------------------------------------
 
 
-@pytest.fixture
-def api() -> Iterator[ScriptedApi]:
-    with scripted_api() as running:
-        yield running
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def source(api: ScriptedApi, clock: Clock) -> Iterator[WorkerApi]:
-    client = Client(api.url)
-    client.auth = StaticToken("a-token")
-    made = WorkerApi(client, UrlPolicy(parse_origin(api.url)), wanted=Filter(), emit=Emitted(), clock=clock)
-    yield made
-    made.close()
-
-
 def take(api: ScriptedApi, source: WorkerApi, *ids: str) -> Lease:
     """The lease that comes of an answer with these jobs."""
     api.then(reply(200, json.dumps({id: {"handler": {"image_url": "busybox"}} for id in ids}).encode()))
@@ -510,7 +487,7 @@ def take(api: ScriptedApi, source: WorkerApi, *ids: str) -> Lease:
 @pytest.mark.fault("B19")
 @pytest.mark.fault("S2")
 def test_a_job_that_is_handed_out_again_after_a_silence_goes_on(
-    api: ScriptedApi, source: WorkerApi, clock: Clock
+    api: ScriptedApi, source: WorkerApi, clock: FakeClock
 ) -> None:
     """The server put it back to `pulled`, which looks like another worker of our account; but it was we who asked."""
     held = take(api, source, "7")
@@ -528,7 +505,7 @@ def test_a_job_that_is_handed_out_again_after_a_silence_goes_on(
 
 @pytest.mark.fault("S2")
 def test_the_end_of_a_job_that_was_handed_out_again_is_told_from_where_the_server_sees_it(
-    api: ScriptedApi, source: WorkerApi, clock: Clock
+    api: ScriptedApi, source: WorkerApi, clock: FakeClock
 ) -> None:
     held = take(api, source, "7")
     assert held.beat(Phase.STAGING_OUT) is Standing.KEEP

@@ -21,7 +21,7 @@ from jobfetcher.pace import Pace
 from jobfetcher.settings import Settings
 from jobfetcher.sources.worker_api.auth import StaticToken
 from jobfetcher.sources.worker_api.client import Client
-from tests.support.jobs import Emitted
+from tests.support.jobs import Emitted, FakeClock
 from tests.support.scripted_api import reply, scripted_api
 from tests.support.services import wait_until
 from tests.support.transfers import Authority
@@ -68,18 +68,9 @@ def test_a_worker_that_is_handed_bad_ids_touches_and_says_nothing(
 BAD, GOOD = Outcome(Ending.JOB_FAILED, JobReason.EXIT_CODE, "exit code 1"), Outcome(Ending.FINISHED, None, "")
 
 
-class Clock:
-    """A clock that stands still until it is set."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.mark.fault("T23")
 def test_a_few_bad_jobs_a_day_slow_nothing_down() -> None:
-    clock, emit = Clock(), Emitted()
+    clock, emit = FakeClock(), Emitted()
     pace = Pace(30, emit, clock=clock)
     for _ in range(20):
         pace.ended(BAD)

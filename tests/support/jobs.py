@@ -1,4 +1,4 @@
-"""Small values that many tests start from: a job, an emit that records, a lease whose updates a test holds up."""
+"""Small values that many tests start from: a job, an emit that records, a clock that a test sets."""
 
 from __future__ import annotations
 
@@ -50,3 +50,16 @@ class Emitted:
         """Wait until `happened` is true after an event; False after `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(happened, timeout_s)
+
+
+@dataclass
+class FakeClock:
+    """A clock in this process, in seconds, that stands still until a test sets `now`.
+
+    For what is given its clock. The clocks of another process are turned by tests/support/clock.py.
+    """
+
+    now: float = 10_000.0
+
+    def __call__(self) -> float:
+        return self.now

@@ -30,7 +30,7 @@ from jobfetcher.sources.worker_api.auth import StaticToken
 from jobfetcher.sources.worker_api.client import BODY_BYTES, Client
 from jobfetcher.sources.worker_api.reply import ForeignAnswer, retry_after
 from jobfetcher.sources.worker_api.source import ApiLease, Filter, WorkerApi
-from tests.support.jobs import Emitted
+from tests.support.jobs import Emitted, FakeClock
 from tests.support.scripted_api import ScriptedApi, drip, hang_up, head, reply, scripted_api
 
 TOKEN = "canary-token"
@@ -42,12 +42,6 @@ GOOD = {"handler": {"image_url": "busybox"}}
 
 
 @pytest.fixture
-def api() -> Iterator[ScriptedApi]:
-    with scripted_api() as running:
-        yield running
-
-
-@pytest.fixture
 def client(api: ScriptedApi) -> Iterator[Client]:
     made = Client(api.url)
     made.auth = StaticToken(TOKEN)
@@ -55,39 +49,10 @@ def client(api: ScriptedApi) -> Iterator[Client]:
     made.close()
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 10_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def emit() -> Emitted:
-    return Emitted()
-
-
-@pytest.fixture
-def source(client: Client, clock: Clock, emit: Emitted) -> WorkerApi:
+def source(client: Client, clock: FakeClock, emit: Emitted) -> WorkerApi:
     policy = UrlPolicy(parse_origin(client.base_url))
     return WorkerApi(client, policy, wanted=Filter(("g1", "g 2"), 60), emit=emit, clock=clock)
-
-
-@pytest.fixture
-def lease(api: ScriptedApi, source: WorkerApi) -> ApiLease:
-    """A lease that was handed out just now."""
-    api.then(reply(200, json.dumps({"7": GOOD}).encode()))
-    claim = source.fetch(OFFER, 0.0)
-    assert claim is not None
-    api.asked.clear()
-    assert isinstance(claim.lease, ApiLease)
-    return claim.lease
 
 
 # -- one call ---------------------------------------------------------------------------------------------------------
@@ -512,7 +477,7 @@ def test_a_heartbeat_refused_because_the_job_has_ended_ends_it_here(api: Scripte
 
 @pytest.mark.fault("B10")
 def test_an_end_without_words_whose_answer_was_lost_is_in_doubt(
-    api: ScriptedApi, lease: ApiLease, clock: Clock
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
 ) -> None:
     api.then(422, hang_up)
     with pytest.raises(SourceUnavailable):
@@ -646,7 +611,7 @@ def test_beats_carry_no_details(api: ScriptedApi, lease: ApiLease) -> None:
 
 @pytest.mark.fault("A7")
 def test_after_a_lost_answer_the_end_is_told_again_whatever_the_state_says(
-    api: ScriptedApi, lease: ApiLease, clock: Clock
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
 ) -> None:
     lease.beat(Phase.STAGING_OUT)
     api.then(hang_up)
@@ -663,7 +628,7 @@ def test_after_a_lost_answer_the_end_is_told_again_whatever_the_state_says(
 
 @pytest.mark.parametrize("end", [FINISHED, FAILED])
 def test_no_end_is_told_while_a_heartbeat_may_still_be_on_its_way(
-    api: ScriptedApi, lease: ApiLease, clock: Clock, end: Outcome
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock, end: Outcome
 ) -> None:
     """S6: a heartbeat that arrives after the end would open the job again."""
     lease.beat(Phase.STAGING_OUT)
@@ -703,7 +668,7 @@ def test_a_403_to_a_file_is_the_accounts_where_the_status_is_refused_too(api: Sc
 
 
 @pytest.mark.fault("A7")
-def test_after_a_lost_request_the_end_is_told_again(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+def test_after_a_lost_request_the_end_is_told_again(api: ScriptedApi, lease: ApiLease, clock: FakeClock) -> None:
     lease.beat(Phase.STAGING_OUT)
     api.then(hang_up)
     with pytest.raises(SourceUnavailable):
@@ -717,7 +682,7 @@ def test_after_a_lost_request_the_end_is_told_again(api: ScriptedApi, lease: Api
 @pytest.mark.fault("A7", "B23", "S19")
 @pytest.mark.parametrize("end", [FINISHED, FAILED])
 def test_an_end_that_was_committed_and_answered_500_is_told_until_it_is_accepted(
-    api: ScriptedApi, lease: ApiLease, clock: Clock, end: Outcome
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock, end: Outcome
 ) -> None:
     """The state says that it was heard, and the user's side never was told."""
     lease.beat(Phase.STAGING_OUT)
@@ -746,7 +711,7 @@ def test_an_end_that_was_committed_and_answered_500_is_told_until_it_is_accepted
 
 @pytest.mark.fault("A7", "B23")
 def test_a_release_that_was_committed_and_answered_500_is_told_again(
-    api: ScriptedApi, lease: ApiLease, clock: Clock
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
 ) -> None:
     api.then(500)
     with pytest.raises(SourceUnavailable):
@@ -759,7 +724,7 @@ def test_a_release_that_was_committed_and_answered_500_is_told_again(
 
 @pytest.mark.fault("B8", "B23", "S7")
 def test_an_end_of_a_job_that_was_deleted_meanwhile_is_not_told_for_ever(
-    api: ScriptedApi, lease: ApiLease, clock: Clock
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
 ) -> None:
     lease.beat(Phase.STAGING_OUT)
     api.then(500)
@@ -773,7 +738,7 @@ def test_an_end_of_a_job_that_was_deleted_meanwhile_is_not_told_for_ever(
 
 @pytest.mark.fault("B18", "B23")
 def test_an_end_of_a_job_that_another_account_took_meanwhile_is_not_told_for_ever(
-    api: ScriptedApi, lease: ApiLease, clock: Clock
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
 ) -> None:
     lease.beat(Phase.STAGING_OUT)
     api.then(hang_up)
@@ -795,7 +760,9 @@ def test_no_heartbeat_follows_an_end_that_was_not_accepted(api: ScriptedApi, lea
 
 
 @pytest.mark.fault("A7", "S6")
-def test_an_end_to_which_a_gateway_gave_up_may_still_arrive(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+def test_an_end_to_which_a_gateway_gave_up_may_still_arrive(
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
+) -> None:
     api.then(502)
     with pytest.raises(ForeignAnswer):
         lease.settle(FAILED)
@@ -832,7 +799,7 @@ def test_a_refused_end_was_not_heard_and_is_told_again_at_once(api: ScriptedApi,
 @pytest.mark.fault("J4")
 @pytest.mark.parametrize(("age_s", "asked"), [(299.0, []), (301.0, ["GET"])])
 def test_an_old_lease_asks_first(
-    api: ScriptedApi, lease: ApiLease, clock: Clock, age_s: float, asked: list[str]
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock, age_s: float, asked: list[str]
 ) -> None:
     """The lease counts from the question that brought the job, and from each accepted update (S4)."""
     clock.now += age_s
@@ -842,7 +809,7 @@ def test_an_old_lease_asks_first(
 
 
 def test_an_accepted_beat_renews_the_lease_and_a_failed_one_does_not(
-    api: ScriptedApi, lease: ApiLease, clock: Clock
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
 ) -> None:
     clock.now += 200
     lease.beat(Phase.RUNNING)
@@ -857,7 +824,9 @@ def test_an_accepted_beat_renews_the_lease_and_a_failed_one_does_not(
 
 
 @pytest.mark.fault("B18")
-def test_an_old_lease_of_a_job_that_is_gone_ends_in_silence(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+def test_an_old_lease_of_a_job_that_is_gone_ends_in_silence(
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
+) -> None:
     clock.now += 400
     api.then(404)
     assert lease.settle(FINISHED) is Standing.CANCEL
@@ -984,7 +953,7 @@ def test_a_token_in_the_answer_goes_to_the_api_only(api: ScriptedApi, lease: Api
     assert dict(here.headers) == {"Authorization": f"Bearer {TOKEN}", "x-amz-acl": "private"}
 
 
-def test_a_form_serves_its_folder_and_is_renewed_in_time(api: ScriptedApi, lease: ApiLease, clock: Clock) -> None:
+def test_a_form_serves_its_folder_and_is_renewed_in_time(api: ScriptedApi, lease: ApiLease, clock: FakeClock) -> None:
     api.default = reply(201, signed("post", data={"key": "x"}))
     for name in "abc":
         assert lease.sign_output(OutputKind.OUTPUT, "out", name).method is Method.POST

@@ -6,31 +6,14 @@ import pytest
 
 from jobfetcher.core.errors import SourceRefused, SourceUnavailable, TooSoon
 from jobfetcher.outage import Outage
-from tests.support.jobs import Emitted
+from tests.support.jobs import Emitted, FakeClock
 
 pytestmark = pytest.mark.fault("J10")
 DOWN = SourceUnavailable("no answer")
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def emit() -> Emitted:
-    return Emitted()
-
-
-@pytest.fixture
-def outage(emit: Emitted, clock: Clock) -> Outage:
+def outage(emit: Emitted, clock: FakeClock) -> Outage:
     return Outage(emit, clock=clock)
 
 
@@ -39,7 +22,7 @@ def said(emit: Emitted) -> list[str]:
 
 
 def test_it_is_said_at_once_then_every_ten_minutes_then_that_it_is_over(
-    outage: Outage, emit: Emitted, clock: Clock
+    outage: Outage, emit: Emitted, clock: FakeClock
 ) -> None:
     outage.failed("polling", "no job can be taken", DOWN, 45.0)
     assert said(emit) == ["no job can be taken: no answer; trying again in 45 s"]
@@ -58,7 +41,7 @@ def test_it_is_said_at_once_then_every_ten_minutes_then_that_it_is_over(
     assert said(emit)[4:] == ["no job can be taken: no answer; trying again in 1 s"]
 
 
-def test_it_is_said_for_the_worker_and_not_for_each_job(outage: Outage, emit: Emitted, clock: Clock) -> None:
+def test_it_is_said_for_the_worker_and_not_for_each_job(outage: Outage, emit: Emitted, clock: FakeClock) -> None:
     for who in ("polling", *map(str, range(20))):
         outage.failed(who, f"the keep-alive of job {who} is not delivered", DOWN, 15.0)
     clock.now += 601
@@ -81,7 +64,7 @@ def test_one_whose_calls_are_answered_does_not_end_anothers_trouble(outage: Outa
 
 
 def test_a_reminder_comes_on_time_also_between_two_tries_and_says_when_the_next_one_is(
-    outage: Outage, emit: Emitted, clock: Clock
+    outage: Outage, emit: Emitted, clock: FakeClock
 ) -> None:
     outage.failed("polling", "no job can be taken", DOWN, 3.0)
     clock.now += 599
@@ -110,7 +93,7 @@ def test_what_was_not_asked_is_no_trouble(outage: Outage, emit: Emitted) -> None
     assert said(emit) == []
 
 
-def test_who_makes_no_calls_any_more_keeps_no_trouble_open(outage: Outage, emit: Emitted, clock: Clock) -> None:
+def test_who_makes_no_calls_any_more_keeps_no_trouble_open(outage: Outage, emit: Emitted, clock: FakeClock) -> None:
     outage.failed("7", "the end of job 7 is not delivered yet", DOWN, 15.0)
     outage.forget("7")
     clock.now += 601
@@ -119,7 +102,7 @@ def test_who_makes_no_calls_any_more_keeps_no_trouble_open(outage: Outage, emit:
     assert len(said(emit)) == 1
 
 
-def test_of_who_has_not_tried_for_long_nothing_is_said(outage: Outage, emit: Emitted, clock: Clock) -> None:
+def test_of_who_has_not_tried_for_long_nothing_is_said(outage: Outage, emit: Emitted, clock: FakeClock) -> None:
     outage.failed("7", "the keep-alive of job 7 is not delivered", DOWN, 15.0)
     clock.now += 1201
     outage.remind()

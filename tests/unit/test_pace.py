@@ -10,37 +10,20 @@ from jobfetcher.core.errors import JobReason, SourceUnavailable, WorkerFault, Wo
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.outage import Outage
 from jobfetcher.pace import Pace
-from tests.support.jobs import Emitted
+from tests.support.jobs import Emitted, FakeClock
 
 BAD = Outcome(Ending.JOB_FAILED, JobReason.EXIT_CODE, "exit code 1")
 GOOD = Outcome(Ending.FINISHED, None, "")
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def emit() -> Emitted:
-    return Emitted()
-
-
-@pytest.fixture
-def pace(clock: Clock, emit: Emitted) -> Pace:
+def pace(clock: FakeClock, emit: Emitted) -> Pace:
     return Pace(30.0, emit, clock=clock, jitter=lambda: 1.0)
 
 
 @pytest.mark.fault("T23")
 def test_after_five_bad_ends_the_machine_must_test_itself_and_jobs_are_taken_at_most_one_a_second(
-    pace: Pace, clock: Clock, emit: Emitted
+    pace: Pace, clock: FakeClock, emit: Emitted
 ) -> None:
     doubts, pauses = [], []
     for _ in range(12):
@@ -71,7 +54,7 @@ def test_doubts_stay_until_the_machine_has_passed(pace: Pace, emit: Emitted) -> 
 
 
 @pytest.mark.fault("T23")
-def test_a_good_end_or_ten_minutes_make_it_forget(pace: Pace, clock: Clock) -> None:
+def test_a_good_end_or_ten_minutes_make_it_forget(pace: Pace, clock: FakeClock) -> None:
     for _ in range(4):
         assert not pace.ended(BAD)
     pace.ended(GOOD)
@@ -91,7 +74,7 @@ def test_a_test_for_another_reason_says_nothing_of_bad_ends(pace: Pace, emit: Em
 
 
 @pytest.mark.fault("T23")
-def test_jobs_in_hand_count_as_those_that_may_end_badly_once_one_has(pace: Pace, clock: Clock) -> None:
+def test_jobs_in_hand_count_as_those_that_may_end_badly_once_one_has(pace: Pace, clock: FakeClock) -> None:
     assert not pace.is_doubtful(8)
     pace.ended(BAD)
     assert [pace.is_doubtful(in_hand) for in_hand in (0, 3, 4, 8)] == [False, False, True, True]
@@ -130,7 +113,7 @@ def test_what_the_server_asks_for_is_waited_whatever_gets_free(pace: Pace) -> No
 
 
 @pytest.mark.fault("J8")
-def test_workers_that_were_all_told_the_same_moment_do_not_come_at_it_together(clock: Clock) -> None:
+def test_workers_that_were_all_told_the_same_moment_do_not_come_at_it_together(clock: FakeClock) -> None:
     told = SourceUnavailable("maintenance", retry_after_s=500.0)
     waits = [Pace(30.0, Emitted(), clock=clock).failed(told) for _ in range(3000)]
     busiest = max(Counter(int(wait - 500.0) for wait in waits).values())
@@ -160,19 +143,19 @@ DOWN = SourceUnavailable("the server answered 500")
 
 
 @pytest.fixture
-def outage(clock: Clock, emit: Emitted) -> Outage:
+def outage(clock: FakeClock, emit: Emitted) -> Outage:
     return Outage(emit, clock=clock)
 
 
 @pytest.fixture
-def shared(clock: Clock, emit: Emitted, outage: Outage) -> Pace:
+def shared(clock: FakeClock, emit: Emitted, outage: Outage) -> Pace:
     """A pace whose worker has jobs in hand: what is said of them is known to `outage`."""
     return Pace(30.0, emit, clock=clock, jitter=lambda: 1.0, outage=outage)
 
 
 @pytest.mark.fault("B23")
 def test_no_job_is_asked_for_while_words_about_one_in_hand_are_not_accepted(
-    shared: Pace, outage: Outage, clock: Clock
+    shared: Pace, outage: Outage, clock: FakeClock
 ) -> None:
     assert shared.left_s() == 0
     outage.failed("7", "the end of job 7", DOWN, 2.0)
@@ -191,7 +174,7 @@ def test_no_job_is_asked_for_while_words_about_one_in_hand_are_not_accepted(
 
 @pytest.mark.fault("B23")
 def test_a_job_with_a_trouble_of_its_own_holds_up_no_other_once_a_question_was_answered(
-    shared: Pace, outage: Outage, clock: Clock
+    shared: Pace, outage: Outage, clock: FakeClock
 ) -> None:
     outage.failed("7", "the end of job 7", DOWN, 2.0)
     assert shared.left_s() == 30

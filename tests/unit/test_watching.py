@@ -15,27 +15,21 @@ from jobfetcher.core.job import JobId
 from jobfetcher.core.run import Exit
 from jobfetcher.watching import Limits, Watcher
 from jobfetcher.workspace import Base, Full
-from tests.support.jobs import Emitted
+from tests.support.jobs import Emitted, FakeClock
 from tests.support.services import wait_until
 
 SEVEN = JobId("7")
 DEADLINE_S = 10.0
 
 
-class Clock:
-    """Each wait call of the container takes so many seconds of it."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @dataclass
 class Scripted:
-    """A container under a test's control. `on_slice` is called at each wait that ends without an exit."""
+    """A container under a test's control. `on_slice` is called at each wait that ends without an exit.
 
-    clock: Clock
+    Each wait takes `slice_s` seconds of the clock.
+    """
+
+    clock: FakeClock
     slice_s: float = 2.0
     end: Exit | None = None
     paused: bool = False
@@ -80,7 +74,7 @@ class Bench:
     def __init__(self, path: Path) -> None:
         self.base = Base(path, reserve_mib=0)
         self.base.job(SEVEN).create()
-        self.clock, self.emit, self.halt = Clock(), Emitted(), Halt()
+        self.clock, self.emit, self.halt = FakeClock(0.0), Emitted(), Halt()
         self.container = Scripted(self.clock)
         self.stops_noted: list[int] = []
 
