@@ -15,19 +15,12 @@ import pwd
 import resource
 import secrets
 import shlex
-import shutil
-import signal
-import socket
 import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import docker
-from docker.errors import DockerException
-
-from tests.support.services import ensure_busybox_image, require, require_program, tail, wait_until
+from tests.support.own_engine import START_S, OwnEngine, own_directory, processes
+from tests.support.services import ensure_busybox_image, require_program, wait_until
 
 #: Programs without which Podman runs no container like ours, and the packages that have them.
 _PROGRAMS = {
@@ -40,8 +33,6 @@ _PROGRAMS = {
     "nsenter": "util-linux",
     "setpriv": "util-linux",
 }
-_START_S = 60.0
-_STOP_S = 30.0
 
 #: Before a service: what the machine has otherwise is put right, in this mount namespace only.
 _PREPARE = """
@@ -61,43 +52,21 @@ s/(RLIMIT_NPROC\",\"hard\":)[0-9]+,\"soft\":[0-9]+/\\1$processes,\"soft\":$proce
 """
 
 
-class PrivatePodman:
-    """A Podman at `url`, made by `private_podman`; the methods are for one thread.
+class PrivatePodman(OwnEngine):
+    """A Podman, made by `private_podman`. Its containers run on when its service is stopped or killed.
 
     `uid`: whose it is; 0 for the rootful one. `shared`: a directory that its user may use, for what containers mount.
     """
 
     def __init__(self, directory: Path, user: pwd.struct_passwd | None, *, events: str = "file") -> None:
-        self.directory = directory
+        super().__init__(directory, "podman")
         self.shared = directory / "shared"
         self.uid, self.gid = (user.pw_uid, user.pw_gid) if user else (0, 0)
         self._user = user
         self._events = events
-        self._socket = directory / "podman.sock"
         self._namespaces: subprocess.Popen[bytes] | None = None
-        self._service: subprocess.Popen[bytes] | None = None
-        self._clients = contextlib.ExitStack()
-
-    @property
-    def url(self) -> str:
-        """Its address, for DOCKER_HOST."""
-        return f"unix://{self._socket}"
-
-    @property
-    def pid(self) -> int:
-        """The process id of its service; AssertionError when it is down."""
-        if self._service is None:
-            raise AssertionError("the private podman is not running")
-        return self._service.pid
-
-    def client(self) -> docker.APIClient:
-        """A client of it, closed at the end."""
-        client = docker.APIClient(self.url, version="auto", timeout=60)
-        self._clients.callback(client.close)
-        return client
 
     def start(self) -> None:
-        """Start its service, or start it again after `stop` or `kill`; return when it answers."""
         if self._namespaces is None:
             self._prepare()
             self._namespaces = self._hold_namespaces()
@@ -107,27 +76,8 @@ class PrivatePodman:
         enter += ["sh", "-c", 'cd "$0" && exec "$@"', str(self.shared)]
         ids = [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups", "--inh-caps=-all"]
         become = ["setpriv", *ids, "--"] if self._user else []
-        with (self.directory / "service.log").open("ab") as log:
-            self._service = subprocess.Popen(
-                [*enter, *become, "podman", "system", "service", "--time=0", self.url],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._env(),
-                start_new_session=True,
-            )
-        try:
-            wait_until(self._answers_or_ended, "the private podman answers", _START_S)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{tail(self.directory / 'service.log')}") from None
-
-    def stop(self) -> None:
-        """SIGTERM, as `systemctl stop podman` does; return when it has ended. Its containers run on."""
-        self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """SIGKILL to the service. Its containers run on."""
-        self._end(signal.SIGKILL)
+        service = ["podman", "system", "service", "--time=0", self.url]
+        self._serve("service", [*enter, *become, *service], self._env())
 
     def cpu_s(self) -> float:
         """Processor time that the service has used, in seconds (proc_pid_stat(5), fields 14 and 15)."""
@@ -137,24 +87,13 @@ class PrivatePodman:
     def conmon_of(self, container_id: str) -> int:
         """The process id of what watches over a container."""
         [pid] = [
-            pid for pid, command in _processes() if command[0].endswith(b"conmon") and container_id.encode() in command
+            pid for pid, command in processes() if command[0].endswith(b"conmon") and container_id.encode() in command
         ]
         return pid
 
     def close(self) -> None:
-        """Stop it and remove all that it left: containers, processes, mounts, its user."""
-        if self._service is not None:
-            self._remove_containers()
-        self._clients.close()
-        self.stop()
-        deadline = time.monotonic() + _STOP_S
-        while left := self._left_processes():
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if time.monotonic() > deadline:
-                raise AssertionError(f"processes of the private podman do not die: {left}")
-            time.sleep(0.05)
+        self._remove_containers_and_stop()
+        self._kill_what_is_left()
         if self._namespaces is not None:
             self._namespaces.kill()  # and with it go the mounts
             self._namespaces.wait()
@@ -204,7 +143,7 @@ class PrivatePodman:
         holder = subprocess.Popen(
             ["unshare", *kinds, "sh", "-c", script], stdin=subprocess.DEVNULL, start_new_session=True
         )
-        wait_until(ready.exists, "the namespaces of the private podman", _START_S)
+        wait_until(ready.exists, "the namespaces of the private podman", START_S)
         return holder
 
     def _env(self) -> dict[str, str]:
@@ -217,39 +156,12 @@ class PrivatePodman:
             "CONTAINERS_REGISTRIES_CONF": str(self.directory / "registries.conf"),
         }
 
-    def _answers_or_ended(self) -> bool:
-        if self._service is not None and self._service.poll() is not None:
-            raise AssertionError(f"the private podman ended with code {self._service.returncode}")
-        with socket.socket(socket.AF_UNIX) as line:
-            line.settimeout(5)
-            try:
-                line.connect(str(self._socket))
-                line.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-                return line.recv(64).split(b" ")[1:2] == [b"200"]
-            except OSError:
-                return False
-
-    def _end(self, number: signal.Signals) -> None:
-        if self._service is not None:
-            self._service.send_signal(number)
-            try:
-                self._service.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                self._service.kill()
-                self._service.wait()
-            self._service = None
-
-    def _remove_containers(self) -> None:
-        with contextlib.suppress(DockerException), contextlib.closing(docker.APIClient(self.url, timeout=20)) as client:
-            for container in client.containers(all=True):
-                client.remove_container(container["Id"], v=True, force=True)
-
     def _left_processes(self) -> list[int]:
         """What watches over containers, and its own helpers: all have the directory's name, or are its user's."""
         mine = str(self.directory).encode()
         holder = self._namespaces.pid if self._namespaces else 0
         found = []
-        for pid, command in _processes():
+        for pid, command in processes():
             with contextlib.suppress(OSError):
                 own = self._user is not None and Path(f"/proc/{pid}").stat().st_uid == self.uid
                 if pid not in {holder, os.getpid()} and (own or any(mine in word for word in command[1:])):
@@ -266,11 +178,8 @@ def private_podman(*, rootless: bool = False, events: str = "file") -> Iterator[
     """
     for program, package in _PROGRAMS.items():
         require_program(program, package)
-    require("root" if os.geteuid() == 0 else None, "root rights, which a podman of the tests' own needs")
-    # a short path: a unix socket's has room for 107 bytes
-    directory = Path(tempfile.mkdtemp(prefix="jf-podman-"))
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, directory)
+        directory = stack.enter_context(own_directory("jf-podman-"))
         user = stack.enter_context(_new_user(directory)) if rootless else None
         podman = PrivatePodman(directory, user, events=events)
         stack.callback(podman.close)
@@ -289,12 +198,3 @@ def _new_user(directory: Path) -> Iterator[pwd.struct_passwd]:
         yield pwd.getpwnam(name)
     finally:
         subprocess.run(["userdel", name], check=True, capture_output=True)
-
-
-def _processes() -> Iterator[tuple[int, list[bytes]]]:
-    """The processes of this machine, with their command lines."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                command = (entry / "cmdline").read_bytes().split(b"\0")
-                yield int(entry.name), command
