@@ -10,7 +10,7 @@ import docker
 import pytest
 import requests
 
-from tests.support.private_engine import private_engine
+from tests.support.private_engine import PrivateEngine, private_engine
 from tests.support.services import ensure_busybox_image
 
 pytestmark = pytest.mark.docker
@@ -85,3 +85,18 @@ def test_with_live_restore_containers_outlive_it_and_are_ended_at_last() -> None
     assert processes_with(str(directory)) == []
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_one_that_does_not_start_says_why_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def flags(private: PrivateEngine) -> list[str]:
+        made.append(private.directory)
+        return ["--no-such-flag"]
+
+    monkeypatch.setattr(PrivateEngine, "_flags", flags)
+    with pytest.raises(AssertionError, match="unknown flag: --no-such-flag"), private_engine():
+        pytest.fail("it started")
+    [directory] = made
+    assert not directory.exists()
+    assert processes_with(str(directory)) == []

@@ -112,13 +112,15 @@ class OwnEngine(ABC):
     def _remove_containers_and_stop(self) -> None:
         self._clients.close()
         if self._server is not None:
-            with (
-                contextlib.suppress(DockerException),
-                contextlib.closing(docker.APIClient(self.url, timeout=20)) as client,
-            ):
-                for container in client.containers(all=True):
-                    client.remove_container(container["Id"], v=True, force=True)
+            self._server.send_signal(signal.SIGCONT)  # a frozen one answers nothing
+            if self.answers():
+                self._remove_containers()
         self.stop()
+
+    def _remove_containers(self) -> None:
+        with contextlib.suppress(DockerException), contextlib.closing(docker.APIClient(self.url, timeout=20)) as client:
+            for container in client.containers(all=True):
+                client.remove_container(container["Id"], v=True, force=True)
 
     def _kill_what_is_left(self) -> None:
         deadline = time.monotonic() + _STOP_S

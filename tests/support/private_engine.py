@@ -70,8 +70,6 @@ class PrivateEngine(OwnEngine):
         os.kill(self.pid, signal.SIGCONT)
 
     def close(self) -> None:
-        if self._server is not None:
-            self.thaw()
         self._remove_containers_and_stop()
         if self._containerd is not None:
             end(self._containerd, signal.SIGTERM)
