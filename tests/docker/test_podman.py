@@ -30,7 +30,7 @@ from tests.support.boxes import LONG_S, DockerBench, no_progress, podman_bench
 from tests.support.mock_server import running_mock_api
 from tests.support.podman import PrivatePodman, private_podman
 from tests.support.services import REPOSITORY, Registry, wait_until
-from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Command, Lab, assert_clean, command
+from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Command, Lab, assert_clean, command, wait_until_running
 
 pytestmark = pytest.mark.docker
 
@@ -99,11 +99,6 @@ def container_of(lab: Lab) -> dict[str, object]:
     [found] = lab.containers()
     state = lab.engine.inspect_container(found["Id"])["State"]
     return {"Id": found["Id"], "StartedAt": state["StartedAt"]}
-
-
-def wait_until_running(lab: Lab, job: int) -> None:
-    lab.server.wait_for_state(job, "running")
-    wait_until(lambda: [one["State"] for one in lab.containers()] == ["running"], "its container runs", DEADLINE_S)
 
 
 # -- whole jobs --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.services import wait_until
-from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Command, Lab, command
+from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Command, Lab, command, wait_until_running
 
 pytestmark = pytest.mark.docker
 
@@ -47,12 +47,6 @@ def container_of(lab: Lab) -> dict[str, Any]:
 def ran_since(lab: Lab, job: int) -> str:
     """When the run began whose results were uploaded, as their record says."""
     return str(json.loads(lab.server.results(job)["log/jobfetcher/provenance.json"])["exit"]["started_at"])
-
-
-def wait_until_running(lab: Lab, job: int) -> None:
-    lab.server.wait_for_state(job, "running")
-    # A container that was made and not yet started, too, is in the list; killed then, the worker runs the job anew.
-    wait_until(lambda: [one["State"] for one in lab.containers()] == ["running"], "its container runs", DEADLINE_S)
 
 
 @pytest.mark.fault("A4")

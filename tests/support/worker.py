@@ -357,6 +357,13 @@ class Lab:
         return Held(sum(not path.startswith(f"{self.server.data_dir}/") for path in opened), frozenset(threads))
 
 
+def wait_until_running(lab: Lab, job_id: int) -> None:
+    """Wait until the server knows that the job runs and its container, the only one, does."""
+    lab.server.wait_for_state(job_id, "running")
+    # A container that was made and not yet started, too, is in the list; killed then, the worker runs the job anew.
+    wait_until(lambda: [one["State"] for one in lab.containers()] == ["running"], "its container runs", DEADLINE_S)
+
+
 def assert_clean(lab: Lab, before: Held) -> None:
     """Assert that no worker runs here any more and that all it did is in order (FAULTS.md, "the same oracle").
 
