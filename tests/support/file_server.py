@@ -196,7 +196,7 @@ class FileServer:
 
     def _one(self, connection: socket.socket, reader: BinaryIO, number: int) -> bool:
         line = reader.readline(65_536).decode("latin-1").split()
-        if len(line) != 3:
+        if len(line) != 3 or not line[2].startswith("HTTP/"):  # a TLS greeting may have three words, too
             return False
         headers: list[tuple[str, str]] = []
         while (raw := reader.readline(65_536)) not in {b"\r\n", b""}:
