@@ -2,6 +2,7 @@
 
 from tests.support.lab import lab
 from tests.support.talk import api, clock, emit, lease, source
+from tests.support.transfers import authority, nap
 from tests.support.wired import wire
 
-__all__ = ["api", "clock", "emit", "lab", "lease", "source", "wire"]
+__all__ = ["api", "authority", "clock", "emit", "lab", "lease", "nap", "source", "wire"]

@@ -265,11 +265,6 @@ def through(proxy: HttpProxy, login: str = IN_URL) -> str:
     return proxy.url.replace("http://", f"http://{login}@")
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpProxy]:
     """A proxy that the environment names and that nobody may ask."""

@@ -70,11 +70,6 @@ def server() -> Iterator[FileServer]:
 
 
 @pytest.fixture
-def nap() -> Nap:
-    return Nap()
-
-
-@pytest.fixture
 def moving(nap: Nap) -> Iterator[Transfer]:
     with closing(transfer(rules=nap.rules, download_budget_s=1800, upload_budget_s=1800)) as made:
         yield made

@@ -32,11 +32,6 @@ TOKEN = "t0k3n-canary"
 DAY = 86_400.0
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
 def client_of(url: str, **settings: str | Proxies | None) -> Client:
     client = Client(url, **settings)  # type: ignore[arg-type]
     client.auth = StaticToken(TOKEN)

@@ -52,11 +52,6 @@ def server() -> Iterator[FileServer]:
 
 
 @pytest.fixture
-def nap() -> Nap:
-    return Nap()
-
-
-@pytest.fixture
 def moving(nap: Nap, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transfer]:
     """As a worker has it: with ranges, and with a cache where the tests run with everything on."""
     cache = made_cache(tmp_path_factory.mktemp("base")) if "cache_size" in TESTS_WITH else None

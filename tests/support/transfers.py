@@ -1,4 +1,7 @@
-"""What the tests of transfers share: a watch that records, items, a policy for a server on loopback, certificates."""
+"""What the tests of transfers share: a watch that records, items, a policy for a server on loopback, certificates.
+
+The folders that use the fixtures `nap` and `authority` import them in their conftest.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -91,6 +95,12 @@ class Nap:
     @property
     def rules(self) -> Rules:
         return Rules(clock=lambda: self.now, pause=self.pause, dice=lambda: 1.0)
+
+
+@pytest.fixture
+def nap() -> Nap:
+    """The pauses of the transfers of one test."""
+    return Nap()
 
 
 def transfer(
@@ -222,3 +232,9 @@ class Authority:
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         return builder.sign(self._key, hashes.SHA256())
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority that nobody trusts unless told to."""
+    return Authority(tmp_path_factory.mktemp("authority"))

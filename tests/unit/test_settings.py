@@ -498,11 +498,6 @@ def test_an_address_that_ends_in_what_the_worker_adds_is_told(last: str) -> None
 # -- certificates and proxies -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
 def test_a_file_of_certificates_may_have_any_usual_form(authority: Authority, tmp_path: Path) -> None:
     pem = authority.file.read_text()
     forms = {
