@@ -13,7 +13,6 @@ from pathlib import Path
 
 import docker
 import pytest
-from cryptography import x509
 
 from jobfetcher.core.errors import JobReason, SourceUnavailable, WorkerReason
 from jobfetcher.core.run import Ending, Outcome
@@ -21,6 +20,7 @@ from jobfetcher.pace import Pace
 from jobfetcher.settings import Settings
 from jobfetcher.sources.worker_api.auth import StaticToken
 from jobfetcher.sources.worker_api.client import Client
+from tests.security.impostors import IMPOSTORS
 from tests.support.jobs import Emitted, FakeClock
 from tests.support.scripted_api import reply, scripted_api
 from tests.support.services import wait_until
@@ -146,20 +146,6 @@ def ask(url: str, ca_file: Path | None) -> bytes:
         return client.request("GET", "/jobs", within_s=10).body
 
 
-def _old_tls(context: ssl.SSLContext) -> ssl.SSLContext:
-    with pytest.warns(DeprecationWarning, match="TLSv1"):
-        context.minimum_version = ssl.TLSVersion.TLSv1
-    with pytest.warns(DeprecationWarning, match="TLSv1"):
-        context.maximum_version = ssl.TLSVersion.TLSv1_1
-    context.set_ciphers("ALL:@SECLEVEL=0")
-    return context
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
 @pytest.mark.fault("T20")
 def test_an_api_with_a_certificate_of_ca_file_gets_the_token(authority: Authority) -> None:
     with secure_api(authority.server()) as (url, heard):
@@ -168,16 +154,7 @@ def test_an_api_with_a_certificate_of_ca_file_gets_the_token(authority: Authorit
 
 
 @pytest.mark.fault("T20", "N11")
-@pytest.mark.parametrize(
-    ("made", "trusted"),
-    [
-        (lambda authority: authority.server(), False),
-        (lambda authority: authority.server(x509.DNSName("elsewhere.example")), True),
-        (lambda authority: authority.server(days=-1), True),
-        (lambda authority: _old_tls(authority.server()), True),
-    ],
-    ids=["unknown authority", "other name", "expired", "TLS 1.1"],
-)
+@IMPOSTORS
 def test_an_api_that_is_not_who_it_says_gets_no_token(
     authority: Authority, made: Callable[[Authority], ssl.SSLContext], trusted: bool
 ) -> None:

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from cryptography import x509
 
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy, parse_origin
 from jobfetcher.transfer.exchange import NetSettings
+from tests.security.impostors import IMPOSTORS
 from tests.support.file_server import Act, FileServer, Object, Seen
 from tests.support.transfers import (
     LOCAL,
@@ -504,11 +504,6 @@ def test_header_lines_without_end_are_not_kept(tmp_path: Path, begin: bytes, aga
 # --- T20: who is there
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
 HTTPS = UrlPolicy(api=parse_origin("https://127.0.0.1:1"))
 
 
@@ -524,26 +519,8 @@ def test_a_server_with_a_certificate_of_the_given_authority_is_trusted(authority
         assert server.objects["/up"].content == b"x" * 3_000_000
 
 
-def _old_tls(context: ssl.SSLContext) -> ssl.SSLContext:
-    with pytest.warns(DeprecationWarning, match="TLSv1"):
-        context.minimum_version = ssl.TLSVersion.TLSv1
-    with pytest.warns(DeprecationWarning, match="TLSv1"):
-        context.maximum_version = ssl.TLSVersion.TLSv1_1
-    context.set_ciphers("ALL:@SECLEVEL=0")
-    return context
-
-
 @pytest.mark.fault("T20")
-@pytest.mark.parametrize(
-    ("made", "trusted"),
-    [
-        (lambda authority: authority.server(), False),
-        (lambda authority: authority.server(x509.DNSName("elsewhere.example")), True),
-        (lambda authority: authority.server(days=-1), True),
-        (lambda authority: _old_tls(authority.server()), True),
-    ],
-    ids=["unknown authority", "other name", "expired", "TLS 1.1"],
-)
+@IMPOSTORS
 def test_a_server_that_is_not_who_it_says_is_sent_nothing(
     authority: Authority, tmp_path: Path, made: Callable[[Authority], ssl.SSLContext], trusted: bool
 ) -> None:
