@@ -25,7 +25,6 @@ from jobfetcher.core.machine import Offer
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.urls import UrlPolicy, parse_origin
 from jobfetcher.heartbeat import ASKED_MOST_S, RETRY_S, beating
-from jobfetcher.sources.worker_api.auth import StaticToken
 from jobfetcher.sources.worker_api.client import BODY_BYTES, Client
 from jobfetcher.sources.worker_api.reply import Reply, failure, is_definite
 from jobfetcher.sources.worker_api.source import Filter, WorkerApi
@@ -35,26 +34,13 @@ from tests.support.http_proxy import HttpProxy, running_http_proxy
 from tests.support.jobs import Emitted, FakeClock
 from tests.support.scripted_api import Answer, ScriptedApi, head, reply
 from tests.support.services import wait_until
+from tests.support.talk import TOKEN, client_of
 from tests.support.transfers import Authority, Recorder, getting, produced, putting, transfer, wanted
 
-TOKEN = "canary-token"
 SEVEN = parse_job_id("7")
 OFFER = Offer(4.0, 4096)
 MIB = 1 << 20
 LOGIN, IN_URL = "lab user:p@ss/word", "lab%20user:p%40ss%2Fword"
-
-
-def client_of(url: str, **settings: str | None) -> Client:
-    client = Client(url, **settings)
-    client.auth = StaticToken(TOKEN)
-    return client
-
-
-@pytest.fixture
-def client(api: ScriptedApi) -> Iterator[Client]:
-    made = client_of(api.url)
-    yield made
-    made.close()
 
 
 def source_of(client: Client) -> WorkerApi:

@@ -21,21 +21,13 @@ from jobfetcher.core.errors import SourceUnavailable, WorkerFault
 from jobfetcher.core.hosts import Proxies
 from jobfetcher.core.tls import apart, in_words
 from jobfetcher.core.urls import UrlPolicy, parse_origin
-from jobfetcher.sources.worker_api.auth import StaticToken
-from jobfetcher.sources.worker_api.client import Client
 from jobfetcher.transfer.exchange import NetSettings
 from tests.support.file_server import Act, FileServer, Object
 from tests.support.http_proxy import HttpProxy, running_http_proxy
+from tests.support.talk import TOKEN, client_of
 from tests.support.transfers import Authority, Recorder, getting, transfer, wanted
 
-TOKEN = "t0k3n-canary"
 DAY = 86_400.0
-
-
-def client_of(url: str, **settings: str | Proxies | None) -> Client:
-    client = Client(url, **settings)  # type: ignore[arg-type]
-    client.auth = StaticToken(TOKEN)
-    return client
 
 
 def complaint(url: str, **settings: str | Proxies | None) -> str:

@@ -4,16 +4,27 @@ The folders that use them import them in their conftest; some use no more of the
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from jobfetcher.core.machine import Offer
-from jobfetcher.core.urls import UrlPolicy, parse_origin
+from jobfetcher.core.urls import UrlPolicy
 from jobfetcher.sources.worker_api.auth import StaticToken
 from jobfetcher.sources.worker_api.client import Client
 from jobfetcher.sources.worker_api.source import ApiLease, Filter, WorkerApi
 from tests.support.jobs import Emitted, FakeClock
 from tests.support.scripted_api import ScriptedApi, reply, scripted_api
+
+#: A secret to look for where none may be.
+TOKEN = "canary-token"
+
+
+def client_of(url: str, **settings: Any) -> Client:
+    """A client of the API at `url` that is signed in with TOKEN; `settings` of Client. The caller closes it."""
+    client = Client(url, **settings)
+    client.auth = StaticToken(TOKEN)
+    return client
 
 
 @pytest.fixture
@@ -36,13 +47,17 @@ def emit() -> Emitted:
 
 
 @pytest.fixture
-def source(api: ScriptedApi, clock: FakeClock, emit: Emitted) -> Iterator[WorkerApi]:
-    """The adapter of that API, on that clock."""
-    client = Client(api.url)
-    client.auth = StaticToken("a-token")
-    made = WorkerApi(client, UrlPolicy(parse_origin(api.url)), wanted=Filter(), emit=emit, clock=clock)
+def client(api: ScriptedApi) -> Iterator[Client]:
+    """A client of that server."""
+    made = client_of(api.url)
     yield made
     made.close()
+
+
+@pytest.fixture
+def source(client: Client, clock: FakeClock, emit: Emitted) -> WorkerApi:
+    """The adapter of the API, on that clock."""
+    return WorkerApi(client, UrlPolicy(client.origin), wanted=Filter(), emit=emit, clock=clock)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,21 +31,13 @@ from jobfetcher.sources.worker_api.reply import ForeignAnswer, retry_after
 from jobfetcher.sources.worker_api.source import ApiLease, Filter, WorkerApi
 from tests.support.jobs import Emitted, FakeClock
 from tests.support.scripted_api import ScriptedApi, drip, hang_up, head, reply, scripted_api
+from tests.support.talk import TOKEN
 
-TOKEN = "canary-token"
 SEVEN = parse_job_id("7")
 FINISHED = Outcome(Ending.FINISHED, None, "")
 FAILED = Outcome(Ending.JOB_FAILED, JobReason.EXIT_CODE, "exit code 3")
 OFFER = Offer(4.0, 4096)
 GOOD = {"handler": {"image_url": "busybox"}}
-
-
-@pytest.fixture
-def client(api: ScriptedApi) -> Iterator[Client]:
-    made = Client(api.url)
-    made.auth = StaticToken(TOKEN)
-    yield made
-    made.close()
 
 
 @pytest.fixture
