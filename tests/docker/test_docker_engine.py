@@ -44,12 +44,6 @@ ARM_PROGRAM = bytes.fromhex("7f454c460201010000000000000000000200b700") + bytes(
 
 
 @pytest.fixture
-def bench(busybox: str, tmp_path: Path) -> Iterator[DockerBench]:
-    with docker_bench(busybox, tmp_path / "files") as ready:
-        yield ready
-
-
-@pytest.fixture
 def proxy() -> Iterator[EngineProxy]:
     with engine_proxy() as running:
         yield running

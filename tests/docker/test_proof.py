@@ -23,19 +23,13 @@ from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.engine.docker import DockerEngine
 from jobfetcher.engine.proof import IMAGE
 from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy
-from tests.support.boxes import DockerBench, docker_bench
+from tests.support.boxes import DockerBench
 from tests.support.engine_proxy import engine_proxy
 from tests.support.private_engine import PrivateEngine, private_engine
 
 pytestmark = pytest.mark.docker
 
 NO_IMAGE = Image("", "none", None, "amd64")  # of a bench on which nothing but the worker's own box runs
-
-
-@pytest.fixture
-def bench(busybox: str, tmp_path: Path) -> Iterator[DockerBench]:
-    with docker_bench(busybox, tmp_path / "files") as bench:
-        yield bench
 
 
 def own(bench: DockerBench, **changes: Any) -> RunSpec:

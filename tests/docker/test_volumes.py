@@ -13,19 +13,13 @@ from jobfetcher.core.errors import JobFault, JobReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.workspace import Workspace
-from tests.support.boxes import LONG_S, DockerBench, docker_bench, no_progress
+from tests.support.boxes import LONG_S, DockerBench, no_progress
 from tests.support.mock_server import running_mock_api
 from tests.support.worker import Lab, work
 
 pytestmark = pytest.mark.docker
 
 MIB = 1024 * 1024
-
-
-@pytest.fixture
-def bench(busybox: str, tmp_path: Path) -> Iterator[DockerBench]:
-    with docker_bench(busybox, tmp_path / "files") as ready:
-        yield ready
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from jobfetcher.core.machine import Gpu
 from jobfetcher.core.run import RunSpec
 from jobfetcher.engine.box import box
 from jobfetcher.engine.run_spec import BoxPolicy
-from tests.support.boxes import LONG_S, DockerBench, docker_bench
+from tests.support.boxes import LONG_S, DockerBench
 
 pytestmark = pytest.mark.docker
 
@@ -26,12 +26,6 @@ GOLDEN = Path(__file__).with_name("golden_inspect.json")
 CONFIG = ("Env", "Cmd", "Entrypoint", "User", "Tty", "OpenStdin", "ExposedPorts", "Volumes", "WorkingDir", "Labels")
 
 ALL_GPUS = {"NVIDIA_VISIBLE_DEVICES": "all", "DOCKER_HOST": "unix:///var/run/docker.sock", "MODE": "fast"}
-
-
-@pytest.fixture
-def bench(busybox: str, tmp_path: Path) -> Iterator[DockerBench]:
-    with docker_bench(busybox, tmp_path / "files") as ready:
-        yield ready
 
 
 @pytest.fixture

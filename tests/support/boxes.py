@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import docker
+import pytest
 
 from demo.busybox_image import IMAGE
 from jobfetcher.core.halt import Halt
@@ -153,6 +154,13 @@ def docker_bench(busybox: str, files: Path, **options: Any) -> Iterator[DockerBe
             for image in client.images(filters={"label": f"{_MADE}={instance}"}):
                 client.remove_image(image["Id"], force=True)
         engine.close()
+
+
+@pytest.fixture
+def bench(busybox: str, tmp_path: Path) -> Iterator[DockerBench]:
+    """A worker of its own for one test. The folders that use it import it in their conftest."""
+    with docker_bench(busybox, tmp_path / "files") as ready:
+        yield ready
 
 
 @contextmanager
