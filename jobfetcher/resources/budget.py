@@ -190,7 +190,8 @@ class Budget:
 
     The probes are called by `offer` and `grant`, outside the lock: `memory_in_use_mib` as said above, `read_gpus` for
     the GPUs that are there now and what is free on them. `reserve_memory_mib` None: see `default_reserve_memory_mib`.
-    `gpu_unasked`: whether a job that does not say if it needs a GPU gets its share of them, as far as any is free.
+    `gpu_unasked`: whether a job that does not say if it needs a GPU gets its share of them. It counts on that, so on a
+    machine with GPUs as many slots are kept for jobs with one, and none of any kind is taken while no GPU works.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class Budget:
         self._least_cores = min(_LEAST_CORES, equal) if self._cores >= _LEAST_CORES else _LEAST_CORES
         self._memory_mib = max(0, inventory.memory_mib - reserve_memory_mib)
         self._gpus = tuple(inventory.gpus)
+        self._slots_with_gpu = min(slots, len(self._gpus)) if gpu_unasked else 0
         self._others_mib = 0
         self._seen_idle = False
         self._probe_memory = memory_in_use_mib
@@ -253,6 +255,11 @@ class Budget:
     def shortage(self) -> str:
         """Where nothing is free: why, and what a person can do."""
         free = self.free()
+        if self._has_enough(free):
+            return (
+                "none of its GPUs works, and a job that does not say whether it needs one counts on one; see what was "
+                "said of the GPUs, or set GPU_UNASKED=none to take jobs that need none"
+            )
         return (
             f"only {free.cpu_cores:.1f} cores and {free.memory_mib} MiB are free: other programs use the rest; close "
             "some, or lower RESERVE_CPUS and RESERVE_MEMORY"
@@ -337,7 +344,8 @@ class Budget:
                 if waiting.misfits > _MISFITS:
                     raise
                 # Of CPU and memory of others that compute nothing comes back before one of them ends, and that is told.
-                return _LOOK_AGAIN_S if waiting.needs.gpu or not self._held else math.inf
+                counts_on_one = waiting.needs.gpu or (waiting.needs.gpu is None and self._slots_with_gpu)
+                return _LOOK_AGAIN_S if counts_on_one or not self._held else math.inf
             self._queue.popleft()
             self._held[waiting] = None
             waiting.set_share(share)
@@ -407,6 +415,17 @@ class Budget:
             self._others_mib = max(0, in_use_mib - sum(one.share.memory_mib for one in self._held))
 
     def _useful(self, free: Offer) -> bool:
+        return self._has_enough(free) and (bool(free.gpus) or not self._counts_on_gpus())
+
+    def _counts_on_gpus(self) -> bool:
+        """Whether the next job must get a GPU if it does not say that it needs none: the slots for jobs without one are
+        taken, or no GPU works, so that each would have to do without."""
+        if not self._slots_with_gpu:
+            return False
+        without = sum(not one.share.gpus for one in self._held)
+        return not self._gpus or without >= self.slots - self._slots_with_gpu
+
+    def _has_enough(self, free: Offer) -> bool:
         return free.cpu_cores >= self._least_cores and free.memory_mib >= _LEAST_MEMORY_MIB
 
     def _may_start(self) -> bool:
@@ -474,6 +493,8 @@ class Budget:
         candidates = sorted(free.gpus, key=lambda gpu: (gpu.memory_mib, gpu.uuid))
         if needs.gpu is False or (needs.gpu is None and not self._gpu_unasked):
             return ()
+        if needs.gpu is None and not candidates and self._counts_on_gpus():
+            raise _does_not_fit("the job does not say whether it needs a GPU, and none is free")
         if needs.gpu is None:
             return tuple(candidates[: max(1, len(self._gpus) // self.slots)])
         for gpu in candidates:

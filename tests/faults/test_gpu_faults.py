@@ -139,7 +139,8 @@ print(json.dumps(dict(aside=aside, every=every, back=uuids(budget.offer().gpus),
 @pytest.mark.fault("E14")
 def test_fewer_gpus_are_offered_and_jobs_without_one_go_on(gpus: GpuStub, tmp_path: Path) -> None:
     script = """
-budget = Budget(Inventory(8.0, 8192, found), slots=2, memory_in_use_mib=lambda: 0, read_gpus=probe)
+budget = Budget(Inventory(8.0, 8192, found), slots=2, memory_in_use_mib=lambda: 0, read_gpus=probe,
+                gpu_unasked=False)
 before = uuids(budget.offer().gpus)
 control("lost 0", "lost 1")
 offer = budget.offer()

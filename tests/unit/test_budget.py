@@ -146,7 +146,7 @@ def test_memory_of_others_is_read_while_idle_and_kept_while_jobs_run() -> None:
 
 def test_gpus_are_read_at_every_offer() -> None:
     others = Others(gpus=(SMALL, LARGE))
-    of = budget(gpus=(SMALL, LARGE), slots=3, others=others)
+    of = budget(gpus=(SMALL, LARGE), slots=3, others=others, gpu_unasked=False)
     with of.reserve(Needs(cpu_cores=1, memory_mib=100, gpu_model=LARGE.model)):
         half = Gpu(SMALL.uuid, SMALL.model, 3_000, SMALL.archi)
         others.gpus = (half, LARGE)
@@ -157,6 +157,41 @@ def test_gpus_are_read_at_every_offer() -> None:
         offer = of.offer()
         assert offer is not None
         assert offer.gpus == ()
+
+
+NULL = Needs(cpu_cores=1, memory_mib=100)  # as the real applications ask, which compute on a GPU all the same
+
+
+@pytest.mark.fault("E14", "T23")
+def test_while_no_gpu_works_nothing_is_taken_that_may_count_on_one() -> None:
+    others = Others(gpus=(SMALL,))
+    of = budget(gpus=(SMALL,), slots=4, others=others)
+    assert of.offer() is not None
+    others.gpus = ()
+    assert of.offer() is None
+    assert "none of its GPUs works" in of.shortage()
+    assert "GPU_UNASKED=none" in of.shortage()
+    with pytest.raises(WorkerFault, match="does not say whether it needs a GPU, and none is free") as fault:
+        of.reserve(NULL)
+    assert fault.value.reason is WorkerReason.DOES_NOT_FIT
+    of.reserve(Needs(cpu_cores=1, memory_mib=100, gpu_mem_mib=0)).release()  # it says that it needs none
+    others.gpus = (SMALL,)
+    assert of.offer() is not None
+
+
+@pytest.mark.fault("E14", "T23")
+def test_as_many_jobs_as_there_are_slots_beyond_the_gpus_may_do_without_one() -> None:
+    others = Others(gpus=(SMALL, LARGE))
+    of = budget(gpus=(SMALL, LARGE), slots=3, others=others)
+    assert [len(of.reserve(NULL).share.gpus) for _ in range(2)] == [1, 1]
+    assert of.offer() is not None, "the third slot was the owner's own wish"
+    of = budget(gpus=(SMALL, LARGE), slots=2, others=others)
+    others.gpus = (SMALL,)  # the other one is set aside
+    assert of.offer() is not None
+    with of.reserve(NULL) as held:
+        assert held.share.gpus == (SMALL,)
+        assert of.offer() is None, "a second one would have none"
+    assert of.offer() is not None
 
 
 @pytest.mark.fault("A4")
@@ -512,7 +547,7 @@ def test_a_job_that_this_machine_has_no_room_for_any_more_does_not_block_it_for_
     """Not even where nothing is ever given back, and no time limits the wait."""
     monkeypatch.setattr(budget_module, "_LOOK_AGAIN_S", 0.001)
     others = Others(gpus=(SMALL,))
-    of = budget(gpus=(SMALL,), slots=1, prefetch=1, others=others)
+    of = budget(gpus=(SMALL,), slots=1, prefetch=1, others=others, gpu_unasked=False)
     first = of.reserve(Needs(gpu_mem_mib=1))
     with of.reserve(Needs(gpu_mem_mib=1)) as second:
         wait = in_background(second)
