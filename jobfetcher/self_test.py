@@ -11,8 +11,12 @@ jobs to see whether it can run them eats them.
 
 A GPU that cannot be given to a box, or that does not answer inside one though the driver lists it (FAULTS.md E14), is
 set aside with its reason and comes back when it passes. The others, and jobs that need none, go on. Inside a box it is
-asked by NVIDIA's own program, on an image that a failed job had: only such an image has the C library it needs. An
-image in which that program once answered well is kept in mind for later tests.
+asked by NVIDIA's own program, on an image that a failed job had: only such an image has the C library it needs.
+
+But an image can make that program fail, by libraries of its own, and one image must not take a GPU away from all. So it
+is asked in the image too in which it answered last, whose word counts more; where there is none, what one image says
+gives the job back, and only the second one sets the GPU aside. It comes back when it answers in any of these images,
+and without any that ever answered it is tried again after half an hour.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ from jobfetcher.core.run import RunSpec
 
 #: An idle machine is tested this often, and a GPU that is set aside, in seconds.
 IDLE_S, GPU_S = 600.0, 120.0
+
+#: A GPU that is set aside by the word of jobs' images alone is tried with another job after so many seconds.
+RETRY_S = 1800.0
 
 #: Why a job was given back that makes this machine doubtful: its engine, its disk or a GPU did not do their part.
 DOUBTFUL = frozenset({WorkerReason.ENGINE, WorkerReason.DISK, WorkerReason.GPU})
@@ -81,9 +88,11 @@ class SelfTest:
         self._lock = threading.Lock()  # one test at a time: they share a directory
         self._asked = True
         self._tested_at = self._gpus_tested_at = clock()
-        #: The image in which NVIDIA's program answered last, and that in which it did not, by the UUID of the GPU.
+        #: The image in which NVIDIA's program answered last; and those in which it did not, by the UUID of a GPU that
+        #: could be given to a box all the same, and since when.
         self._image = ""
-        self._failed_in: dict[str, str] = {}
+        self._failed_in: dict[str, set[str]] = {}
+        self._failed_since: dict[str, float] = {}
 
     def ask(self) -> None:
         """Test before the next job is taken."""
@@ -123,13 +132,7 @@ class SelfTest:
             return ""
         try:
             with self._lock, self._folder() as folder:
-                found = [(gpu, why) for gpu in gpus if (why := self._why((gpu,), folder, image_id))]
-                if not found:
-                    return ""
-                self._engine.prove(self._make_spec(()), folder)  # else it is not the GPU that is broken
-                for gpu, why in found:
-                    self._failed_in[gpu.uuid] = image_id
-                    self._gpus.set_aside(gpu, why)
+                found = [(gpu, why) for gpu in gpus if (why := self._judge(gpu, folder, image_id))]
                 return "; ".join(
                     f"GPU {gpu.model} ({gpu.uuid}) does not work in a container: {why}" for gpu, why in found
                 )
@@ -137,11 +140,30 @@ class SelfTest:
             self.ask()
             return str(error)
 
+    def _judge(self, gpu: Gpu, folder: Path, image_id: str) -> str:
+        """What is wrong with a GPU, if its box or its job's image is to be believed. Raises what `prove` raises where
+        boxes do not work without a GPU either: then it is not the GPU that is broken."""
+        if why := self._why((gpu,), folder):
+            self._engine.prove(self._make_spec(()), folder)
+            self._gpus.set_aside(gpu, why)
+            return why
+        before, (_, why) = self._image, self._ask_in(image_id, (gpu,), folder)
+        if not why:
+            return ""
+        if before and before != image_id and self._ask_in(before, (gpu,), folder)[0]:
+            return ""  # the GPU works, and that job's image is broken
+        self._failed_since.setdefault(gpu.uuid, self._clock())
+        failed_in = self._failed_in.setdefault(gpu.uuid, set())
+        failed_in.add(image_id)
+        if before or len(failed_in) > 1:
+            self._gpus.set_aside(gpu, why)
+        return why
+
     def _test(self, folder: Path) -> None:
         gpus = self._gpus.every()
         if gpus and not self._why(gpus, folder, self._image):
             for gpu in gpus:
-                if not self._failed_in.get(gpu.uuid):
+                if gpu.uuid not in self._failed_in:
                     self._gpus.take_back(gpu)
             self._test_each([gpu for gpu in gpus if self._gpus.is_aside(gpu)], folder)
             return
@@ -150,22 +172,44 @@ class SelfTest:
 
     def _test_each(self, gpus: Sequence[Gpu], folder: Path) -> None:
         for gpu in gpus:
-            if why := self._why((gpu,), folder, self._failed_in.get(gpu.uuid) or self._image):
+            if why := self._why((gpu,), folder):
                 self._gpus.set_aside(gpu, why)
-            else:
+            elif self._works_inside(gpu, folder):
                 self._failed_in.pop(gpu.uuid, None)
+                self._failed_since.pop(gpu.uuid, None)
                 self._gpus.take_back(gpu)
 
-    def _why(self, gpus: Sequence[Gpu], folder: Path, image_id: str) -> str:
-        """Why boxes with these GPUs do not work; nothing where they do."""
-        spec = self._make_spec(gpus)
+    def _works_inside(self, gpu: Gpu, folder: Path) -> bool:
+        """Whether a GPU that can be given to a box works there as well, as far as any image tells."""
+        if gpu.uuid not in self._failed_in:
+            if self._image and (why := self._ask_in(self._image, (gpu,), folder)[1]):
+                self._failed_in[gpu.uuid], self._failed_since[gpu.uuid] = {self._image}, self._clock()
+                self._gpus.set_aside(gpu, why)
+                return False
+            return True
+        images = sorted(self._failed_in[gpu.uuid] | ({self._image} if self._image else set()))
+        if any(self._ask_in(image_id, (gpu,), folder)[0] for image_id in images):
+            return True
+        return not self._image and self._clock() - self._failed_since[gpu.uuid] >= RETRY_S
+
+    def _why(self, gpus: Sequence[Gpu], folder: Path, image_id: str = "") -> str:
+        """Why boxes with these GPUs do not work; nothing where they do, or where this image cannot tell."""
         try:
-            self._engine.prove(spec, folder)
-            if image_id and self._engine.prove(replace(spec, image_id=image_id), folder):
-                self._image = image_id
+            self._engine.prove(self._make_spec(gpus), folder)
         except (WorkerFault, ConfigError) as error:
             return str(error)
-        return ""
+        return self._ask_in(image_id, gpus, folder)[1] if image_id else ""
+
+    def _ask_in(self, image_id: str, gpus: Sequence[Gpu], folder: Path) -> tuple[bool, str]:
+        """Whether NVIDIA's program answers well in a box of this image, which is kept in mind then; and what it says
+        else: nothing where it cannot be run there."""
+        try:
+            answers = self._engine.prove(replace(self._make_spec(gpus), image_id=image_id), folder)
+        except (WorkerFault, ConfigError) as error:
+            return False, str(error)
+        if answers:
+            self._image = image_id
+        return answers, ""
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

@@ -210,12 +210,14 @@ BROKEN_HOOK = (
 def test_a_gpu_that_containers_do_not_get_any_more_is_set_aside_and_comes_back(
     gpu_lab: Lab, gpu_engine: PrivateEngine, gpus: GpuStub, hook: Path, tmp_path: Path
 ) -> None:
-    """The driver lists it all the time. The job goes back; jobs that need no GPU go on; what passes is used again."""
+    """The driver lists it all the time. The job goes back; where GPUs are for those who ask, jobs that need none go on;
+    what passes is used again."""
     lab = gpu_lab
     asks = {"gpu_mem": 16000}
     victim = lab.submit(UNTIL_LET_GO, "&& exit 1", hardware=asks)
     mended = hook.read_text()
-    with command(["run"], env(lab, gpu_engine, gpus, f"{A4000}:16376:8.6"), tmp_path) as worker:
+    given = env(lab, gpu_engine, gpus, f"{A4000}:16376:8.6", gpu_unasked="none")
+    with command(["run"], given, tmp_path) as worker:
         lab.server.wait_for_state(victim, "running")
         _write_program(hook, BROKEN_HOOK)
         lab.let_go(victim)
@@ -241,22 +243,31 @@ def test_a_gpu_that_containers_do_not_get_any_more_is_set_aside_and_comes_back(
 def test_a_gpu_that_does_not_answer_inside_a_container_gives_the_job_back(
     gpu_lab: Lab, gpu_engine: PrivateEngine, gpus: GpuStub, tmp_path: Path
 ) -> None:
-    """NVIDIA's own program is asked on the job's image; here that image has one which says what that one says."""
+    """NVIDIA's own program is asked on the job's image; here both images have one which says what that one says. One
+    alone could be broken itself."""
     lab = gpu_lab
     put = r"mkdir -p /usr/bin; printf '#!/bin/sh\necho Failed to initialize NVML: Unknown Error; exit 255\n' "
     put += "> /usr/bin/nvidia-smi; chmod 755 /usr/bin/nvidia-smi"
-    made = lab.engine.create_container(lab.image, ["/bin/sh", "-c", put])["Id"]
-    lab.engine.start(made)
-    lab.engine.wait(made)
-    lab.engine.commit(made, "jobfetcher-test/smi", "latest")
-    lab.engine.remove_container(made)
-    job = lab.submit("exit 1", hardware={"gpu_mem": 16000}, image="jobfetcher-test/smi:latest")
+    for tag in ("one", "two"):
+        made = lab.engine.create_container(lab.image, ["/bin/sh", "-c", f"{put}; echo {tag} > /tag"])["Id"]
+        lab.engine.start(made)
+        lab.engine.wait(made)
+        lab.engine.commit(made, "jobfetcher-test/smi", tag)
+        lab.engine.remove_container(made)
+    asks = {"gpu_mem": 16000}
     with command(["run"], env(lab, gpu_engine, gpus, f"{A4000}:16376:8.6"), tmp_path) as worker:
+        first = lab.submit("exit 1", hardware=asks, image="jobfetcher-test/smi:one")
+        worker.wait_for("a GPU failed while the job ran: GPU NVIDIA RTX A4000")
+        wait_until(lambda: lab.server.state(first) == "queued", "it is given back")
+        assert "is set aside" not in worker.errors
+        second = lab.submit("exit 1", hardware=asks, image="jobfetcher-test/smi:two")
         worker.wait_for("is set aside")
-        wait_until(lambda: lab.server.state(job) == "queued", "it is given back")
+        wait_until(lambda: lab.server.state(second) == "queued", "it is given back")
+        worker.wait_for("no job can be taken: none of its GPUs works")
+        unsaid = lab.submit("true")  # one that says nothing of GPUs would be run without one, and fail for it
         worker.send(signal.SIGTERM)
         assert worker.wait() == 0
-    assert "a GPU failed while the job ran: GPU NVIDIA RTX A4000" in worker.errors
+    assert lab.server.events("pull", unsaid) == []
     assert "Failed to initialize NVML: Unknown Error" in worker.errors
 
 

@@ -11,7 +11,7 @@ from jobfetcher.core.errors import ConfigError, JobfetcherError, WorkerFault, Wo
 from jobfetcher.core.machine import Share
 from jobfetcher.core.run import RunSpec
 from jobfetcher.engine.run_spec import BoxPolicy, build_proof_spec
-from jobfetcher.self_test import FOLDER, GPU_S, IDLE_S, SelfTest
+from jobfetcher.self_test import FOLDER, GPU_S, IDLE_S, RETRY_S, SelfTest
 from jobfetcher.testing.fake_engine import FakeEngine
 from tests.support.gpus import A4000, TITAN, ListedGpus
 
@@ -138,25 +138,87 @@ def test_a_failed_job_asks_for_its_own_gpu_inside_a_box_of_its_image(make: Calla
     assert bench.test.lost([TITAN], "sha256:1") == (
         f"GPU {TITAN.model} ({TITAN.uuid}) does not work in a container: {INSIDE}"
     )
-    assert bench.gpus.aside == {TITAN.uuid: str(INSIDE)}
+    assert bench.gpus.aside == {TITAN.uuid: str(INSIDE)}  # it had answered in this very image
+
+
+@pytest.mark.fault("E14", "T23")
+def test_an_image_in_which_no_gpu_answers_takes_none_from_others(make: Callable[..., Bench]) -> None:
+    """It may have libraries of its own that NVIDIA's program stumbles over, or want to do harm."""
+    bench = make(TITAN)
+    assert bench.test.lost([TITAN], "sha256:good") == ""
+    bench.breaks(TITAN.uuid, with_=INSIDE, image="sha256:broken")
+    assert bench.test.lost([TITAN], "sha256:broken") == "", "the job keeps its own end"
+    assert bench.gpus.aside == {}
+
+
+@pytest.mark.fault("E14", "T23")
+def test_where_no_image_ever_answered_one_gives_its_job_back_and_two_are_believed(make: Callable[..., Bench]) -> None:
+    bench = make(TITAN)
+    bench.breaks(TITAN.uuid, with_=INSIDE, image="sha256:1")
+    assert str(INSIDE) in bench.test.lost([TITAN], "sha256:1")
+    assert str(INSIDE) in bench.test.lost([TITAN], "sha256:1")
+    assert bench.gpus.aside == {}
+    bench.breaks(TITAN.uuid, with_=INSIDE, image="sha256:2")
+    assert str(INSIDE) in bench.test.lost([TITAN], "sha256:2")
+    assert bench.gpus.aside
 
 
 @pytest.mark.fault("E14")
-def test_what_failed_inside_a_box_comes_back_only_when_it_answers_there(make: Callable[..., Bench]) -> None:
-    bench = make(A4000, TITAN)
-    bench.breaks(TITAN.uuid, with_=INSIDE, image="sha256:1")
-    bench.test.check(busy=False)
-    assert bench.test.lost([TITAN], "sha256:1")
-    bench.test.ask()
-    bench.test.check(busy=False)  # the box alone starts well
-    assert bench.gpus.aside
+def test_what_failed_inside_boxes_comes_back_when_it_answers_in_one_of_them(make: Callable[..., Bench]) -> None:
+    bench = broken_inside(make)
+    for _ in range(2):
+        bench.test.ask()
+        bench.test.check(busy=False)  # the box alone starts well
+        assert bench.gpus.aside
+        bench.now += GPU_S
+        bench.test.check(busy=True)
+        assert bench.gpus.aside
+    bench.breaks(TITAN.uuid, with_=INSIDE, image="sha256:1")  # in the other one it answers
     bench.now += GPU_S
     bench.test.check(busy=True)
-    assert bench.gpus.aside
+    assert bench.gpus.aside == {}
+
+
+@pytest.mark.fault("E14")
+def test_what_failed_inside_boxes_is_tried_again_after_half_an_hour(make: Callable[..., Bench]) -> None:
+    bench = broken_inside(make)
+    bench.now += RETRY_S
+    bench.test.check(busy=True)
+    assert bench.gpus.aside == {}
+    assert bench.test.lost([TITAN], "sha256:1"), "and it begins anew"
+    assert bench.gpus.aside == {}
+
+
+@pytest.mark.fault("E14")
+def test_a_gpu_that_stops_answering_where_it_did_is_set_aside_until_it_answers(make: Callable[..., Bench]) -> None:
+    bench = make(A4000, TITAN)
+    assert bench.test.lost([TITAN], "sha256:1") == ""
+    bench.breaks(TITAN.uuid, with_=INSIDE, image="sha256:1")
+    bench.test.ask()
+    bench.test.check(busy=False)
+    assert bench.gpus.aside == {TITAN.uuid: str(INSIDE)}
+    bench.now += 10 * RETRY_S
+    bench.test.check(busy=True)
+    assert bench.gpus.aside, "this image is to be believed"
     bench.breaks()
     bench.now += GPU_S
     bench.test.check(busy=True)
     assert bench.gpus.aside == {}
+
+
+def broken_inside(make: Callable[..., Bench]) -> Bench:
+    """With a GPU that was set aside because it answered in neither of two images, and never in any."""
+    bench = make(A4000, TITAN)
+
+    def unfit(spec: RunSpec) -> JobfetcherError | None:
+        return INSIDE if TITAN.uuid in spec.gpu_uuids and spec.image_id else None
+
+    bench.engine.unfit = unfit
+    bench.test.check(busy=False)
+    for image in ("sha256:1", "sha256:2"):
+        assert bench.test.lost([TITAN], image)
+    assert bench.gpus.aside == {TITAN.uuid: str(INSIDE)}
+    return bench
 
 
 @pytest.mark.fault("E14")
