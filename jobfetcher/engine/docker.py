@@ -58,6 +58,7 @@ from jobfetcher.engine.sayings import (
     ARGUMENTS,
     INIT_BROKEN,
     INIT_FAILED,
+    NO_COMMAND,
     TOO_LONG,
     Policy,
     cannot_run,
@@ -711,7 +712,8 @@ class DockerContainer:
                 if broken := INIT_BROKEN.fullmatch(said):
                     return str(init_fault(broken["why"])), True
                 if failed := INIT_FAILED.match(said.rpartition("\n")[2]):
-                    return cannot_run(failed["program"] or self._program(), failed["why"]), False
+                    program = failed["program"] or self._program()
+                    return cannot_run(program, failed["why"]) if program else NO_COMMAND, False
         return "", False
 
     def _short_log(self) -> str:
@@ -728,7 +730,7 @@ class DockerContainer:
         return "\n".join(printed.decode(errors="replace").splitlines())
 
     def _program(self) -> str:
-        """What the init of Podman was to start: `catatonit -- PROGRAM ARGUMENTS`."""
+        """What the init of Podman was to start: `catatonit -- PROGRAM ARGUMENTS`. Podman 5 starts even nothing: ``."""
         said = [str(word) for word in self._inspect().get("Args") or ()]
         return next(iter(said[said.index("--") + 1 :] if "--" in said else said), "what it was to start")
 

@@ -47,7 +47,7 @@ from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault
 from jobfetcher.core.run import RunSpec
 from jobfetcher.core.text import clean
 from jobfetcher.engine.api import EngineApi, NotFound, Refused
-from jobfetcher.engine.sayings import INIT_FAILED, init_fault, setting_fault, start_fault
+from jobfetcher.engine.sayings import INIT_BROKEN, INIT_FAILED, init_fault, setting_fault, start_fault
 from jobfetcher.engine.volumes import MOUNT_POINT
 
 #: The image of the box: nothing in it. By this name it is found again.
@@ -188,8 +188,9 @@ def _fault(code: int, said: str, init: str, folder: Path) -> WorkerFault:
     """Why the program in the box did not end with 0."""
     said = _steady(said)
     failed = INIT_FAILED.search(said)
-    if failed is None and f"exec {init}" in said:
-        return init_fault(said)
+    broken = INIT_BROKEN.fullmatch(said)
+    if broken or (failed is None and f"exec {init}" in said):
+        return init_fault(broken["why"] if broken else said)
     why = failed["why"].lower() if failed else said.lower()
     if "no such file" in why:
         return WorkerFault(

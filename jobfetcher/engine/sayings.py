@@ -44,22 +44,34 @@ INIT_FAILED = re.compile(
     r"(?:\[FATAL tini \(\d+\)\] exec (?P<program>.*) failed|ERROR \(catatonit:\d+\): failed to exec pid1): (?P<why>.*)"
 )
 
-#: What is printed instead when not even the init can be run (execve(2), E2BIG).
-TOO_LONG = re.compile(r"exec \S+: argument list too long")
+#: What is printed instead when not even the init can be run (execve(2), E2BIG): by runc, and by crun in other words, as
+#: a line of JSON, for Podman has it write its log so.
+TOO_LONG = re.compile(
+    r'exec \S+: argument list too long|(?:\{"msg":")?exec container process `\S+`: Argument list too long(?:",.*\})?'
+)
 
 #: Linux takes a quarter of the limit for the stack, which is 8 MiB as a rule (execve(2)).
 ARGUMENTS = "command and environment together are longer than Linux takes (2 MiB as a rule); use a file for so much"
 
-#: What runc prints into a container's log, as its only line, when the engine's own init cannot be run in it.
-INIT_BROKEN = re.compile(r"exec (?:/sbin/docker-init|/dev/init|/run/podman-init): (?P<why>.*)")
+#: Said where nothing is to be run.
+NO_COMMAND = "neither the job nor the image says what to run"
+
+#: What runc or crun prints into a container's log, as its only line, when the engine's own init cannot be run in it.
+INIT_BROKEN = re.compile(
+    r'(?:\{"msg":")?exec (?:container process (?:\(.*?\) )?)?`?(?:/sbin/docker-init|/dev/init|/run/podman-init)`?: '
+    r'(?P<why>.*?)(?:",.*\})?'
+)
 
 _RUNC_FAILED = re.compile(r'exec: "(?P<program>[^"]*)": (?P<why>.*?)(?:: unknown)?$')
+
+#: The same of crun, which is Podman's runtime as a rule.
+_CRUN_FAILED = re.compile(r"^crun: (?:executable file|the path) `(?P<program>.*)` (?P<why>.*)$", re.DOTALL)
 
 #: With `Init` the first program of a box is the engine's own init, whatever the job's is: docker-init, or catatonit.
 _INITS = {"docker-init", "/sbin/docker-init", "catatonit", "/dev/init", "/run/podman-init"}
 
-#: Text between quotation marks; with what follows a mark that is never closed.
-_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)')
+#: Text between quotation marks; with what follows a mark that is never closed. crun puts names between backticks.
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|`[^`]*`')
 
 _UNKNOWN_USER = re.compile(
     r"(?:^|: )unable to find (?P<kind>user|group) (?P<name>.*): no matching entries in (?:passwd|group) file",
@@ -68,7 +80,8 @@ _UNKNOWN_USER = re.compile(
 
 #: An image's working directory that cannot be made or entered, the whole of what is said: it quotes the name bare.
 _WORKDIR_BROKEN = re.compile(
-    r"^cannot mkdir: |(?:^|: )chdir to cwd \(|^(?:lstat|stat|mkdir) /.*/(?:merged|rootfs|fs)/.*: "
+    r"^cannot mkdir: |(?:^|: )chdir to cwd \(|^(?:creating container \S+ workdir: )?"
+    r"(?:lstat|stat|mkdir) /.*/(?:merged|rootfs|fs)/.*: "
     r"(?:not a directory|file name too long|too many levels of symbolic links)$",
     re.IGNORECASE | re.DOTALL,
 )
@@ -78,6 +91,9 @@ _RUNTIME_BROKEN = (
     r"unable to retrieve OCI runtime error|failed to start shim|shim .*not installed|binary not installed"
     r"|failed to create shim: .*fork/exec"
 )
+
+#: What Podman says without the program that gives a container a network of its own: pasta, and slirp4netns before 5.0.
+_NETWORK_BROKEN = re.compile(r"^could not find (?P<program>\S+), the network namespace can't be ")
 
 #: In the order in which they are looked for, in what is said without quoted text: whose fault, and a sentence.
 _SAYINGS: tuple[tuple[re.Pattern[str], JobReason | WorkerReason, str], ...] = tuple(
@@ -98,7 +114,11 @@ _SAYINGS: tuple[tuple[re.Pattern[str], JobReason | WorkerReason, str], ...] = tu
             WorkerReason.GPU,
             "the GPU cannot be given",
         ),
-        (r"^no command specified", JobReason.CANNOT_START, "neither the job nor the image says what to run"),
+        (
+            r"^no command specified|^container create: no command or entrypoint provided",
+            JobReason.CANNOT_START,
+            NO_COMMAND,
+        ),
     )
 )
 
@@ -107,7 +127,7 @@ _SETTINGS: tuple[tuple[re.Pattern[str], str, str | None, str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), setting, attribute, cure)
     for pattern, setting, attribute, cure in (
         (
-            r"^(?:network .* not found|unable to find network with name or ID .*)",
+            r"^(?:container create: )?(?:network .* not found|unable to find network with name or ID .*)",
             "JOB_NETWORK",
             "network",
             "the engine has no such network (`docker network ls` shows those it has)",
@@ -144,7 +164,9 @@ def start_fault(said: str, policy: Policy) -> JobFault | WorkerFault:
         return JobFault(JobReason.CANNOT_START, f"the container cannot start, {where}")
     if re.search(_RUNTIME_BROKEN, bare, re.IGNORECASE):
         return WorkerFault(WorkerReason.ENGINE, f"the engine's runtime for containers is broken: {clean(said, 300)}")
-    if failed := _RUNC_FAILED.search(said):
+    if lacks := _NETWORK_BROKEN.search(said):
+        return WorkerFault(WorkerReason.ENGINE, f"the engine lacks {lacks['program']}, which gives jobs their networks")
+    if failed := _RUNC_FAILED.search(said) or _CRUN_FAILED.search(said):
         if failed["program"] in _INITS and "argument list too long" not in failed["why"].lower():
             return init_fault(failed["why"])
         return JobFault(JobReason.CANNOT_START, cannot_run(failed["program"], failed["why"]))
@@ -211,6 +233,8 @@ _CURES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (r"bind source path does not exist", "the engine must see PATH_BASE at that place: see PATH_HOST_BASE"),
         (r"iptables|no chain/target/match", "a firewall that was reloaded took the engine's rules: restart the engine"),
+        (r"lacks pasta", "install it (package passt)"),
+        (r"lacks slirp4netns", "install it (package slirp4netns)"),
         (r"cgroup", "look at the machine's control groups, and restart the engine"),
         (r"read-only file system", "look for errors of the engine's disk (dmesg)"),
     )

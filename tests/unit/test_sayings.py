@@ -8,13 +8,21 @@ from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReaso
 from jobfetcher.engine.images import _fault
 from jobfetcher.engine.references import parse_reference
 from jobfetcher.engine.run_spec import BoxPolicy
-from jobfetcher.engine.sayings import setting_fault, start_fault, with_cure
+from jobfetcher.engine.sayings import INIT_BROKEN, TOO_LONG, setting_fault, start_fault, with_cure
 
 LAYER = "/var/lib/docker/overlay2/4a854d779c5f7aa5f2faad189c8015673a6bf1bdc6ac0c687b8cd748bc86750d/merged"
 RUNC = "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process:"
 INIT = f"{RUNC} error during container init:"
 HOOK = f"{INIT} error running hook #0: error running hook: exit status 1, stdout: , stderr: "
 CWD = f"{RUNC} chdir to cwd"
+PODMANS_LAYER = (
+    "/var/lib/containers/storage/overlay/962d132612be2808d5524a5e7f0d261c06c1cd263a96022e9424f29ef21da932/merged"
+)
+CRUN_MISSES = "No such file or directory: OCI runtime attempted to invoke a command that was not found"
+NO_PASTA = (
+    "could not find pasta, the network namespace can't be configured: "
+    'exec: "pasta": executable file not found in $PATH'
+)
 
 JOBS = [
     # moby 20.10.24 and runc 1.1.5, as they answered; the names are a job's or its image's own
@@ -45,6 +53,14 @@ JOBS = [
     f'{RUNC} exec: "/bin/shim not installed: unknown capability": permission denied: unknown',
     "No command specified",
     "no command specified",
+    # Podman 4.3.1 with crun 1.8.1, and Podman 5.4.2 with crun 1.21
+    f"creating container {'880ddb1f6315' * 5} workdir: mkdir {PODMANS_LAYER}/etc/passwd: not a directory",
+    f"creating container {'880ddb1f6315' * 5} workdir: mkdir {PODMANS_LAYER}/{'n' * 260}: file name too long",
+    "container create: no command or entrypoint provided, and no CMD or ENTRYPOINT from image",
+    f"crun: executable file `/no/such` not found in $PATH: {CRUN_MISSES}",
+    f"crun: executable file `/no/such` not found: {CRUN_MISSES}",
+    f"crun: executable file `failed to start shim: ShmSize` not found: {CRUN_MISSES}",
+    "crun: the path `/closed` exists but it is not executable: Operation not permitted: OCI permission denied",
 ]
 
 MACHINES = [
@@ -86,6 +102,11 @@ MACHINES = [
     ),
     (WorkerReason.ENGINE, 'error looking up logging plugin foo: plugin "foo" not found'),
     (WorkerReason.ENGINE, "driver failed programming external connectivity on endpoint nvidia: iptables failed"),
+    # Podman 5.4.2 without passt, 4.3.1 without slirp4netns: taken for a program of the image as well
+    (WorkerReason.ENGINE, NO_PASTA),
+    (WorkerReason.ENGINE, NO_PASTA.replace("pasta", "slirp4netns")),
+    (WorkerReason.GPU, "setting up CDI devices: unresolvable CDI devices nvidia.com/gpu=GPU-1, nvidia.com/gpu=GPU-2"),
+    (WorkerReason.ENGINE, f"crun: executable file `/run/podman-init` not found: {CRUN_MISSES}"),
     (WorkerReason.ENGINE, "something that nobody has seen before"),
 ]
 
@@ -97,6 +118,12 @@ OWNERS = [
     ),
     (BoxPolicy(user="0:lab"), "unable to find group lab: no matching entries in group file", "JOB_USER=0:lab: "),
     (BoxPolicy(network="brigde"), "network brigde not found", "JOB_NETWORK=brigde: "),
+    (
+        BoxPolicy(network="brigde"),
+        "container create: unable to find network with name or ID brigde: network not found",
+        "JOB_NETWORK=brigde: ",
+    ),
+    (BoxPolicy(cap_add=("FOO",)), 'container create: "CAP_FOO": unknown capability', "JOB_CAP_ADD: "),
     (BoxPolicy(runtime="rnuc"), "Unknown runtime specified rnuc", "JOB_RUNTIME=rnuc: "),
     (BoxPolicy(runtime="rnuc"), "unknown or invalid runtime name: rnuc", "JOB_RUNTIME=rnuc: "),
     (BoxPolicy(runtime="rnuc"), 'default OCI runtime "rnuc" not found: invalid argument', "JOB_RUNTIME=rnuc: "),
@@ -134,6 +161,38 @@ def test_what_the_owner_set_wrongly_is_named_and_never_a_jobs_fault(policy: BoxP
     assert named in str(fault)
 
 
+@pytest.mark.fault("E8")
+@pytest.mark.parametrize(
+    ("printed", "why"),
+    [
+        ("exec /sbin/docker-init: no such file or directory", "no such file or directory"),
+        ("exec container process `/run/podman-init`: Exec format error", "Exec format error"),
+        (
+            '{"msg":"exec container process (missing dynamic library?) `/run/podman-init`: No such file or directory",'
+            '"level":"error","time":"2026-11-29T02:04:19.930030Z"}',
+            "No such file or directory",
+        ),
+        ("exec container process `/opt/program`: Exec format error", None),
+        ("I exec /sbin/docker-init: no such file or directory", None),
+    ],
+)
+def test_an_init_that_does_not_run_is_known_by_what_runc_or_crun_prints(printed: str, why: str | None) -> None:
+    found = INIT_BROKEN.fullmatch(printed)
+    assert (found and found["why"]) == why
+
+
+@pytest.mark.fault("E8")
+def test_a_command_that_is_too_long_is_known_by_what_runc_or_crun_prints() -> None:
+    said = "exec container process `/run/podman-init`: Argument list too long"
+    for printed in (
+        "exec /sbin/docker-init: argument list too long",
+        said,
+        f'{{"msg":"{said}","level":"error","time":"2026-11-29T02:07:07.635437Z"}}',
+    ):
+        assert TOO_LONG.fullmatch(printed)
+    assert not TOO_LONG.fullmatch(f"{said}, I think")
+
+
 def test_a_slip_of_the_finger_is_guessed() -> None:
     wrong = setting_fault("network brigde not found", BoxPolicy(network="brigde"), ["bridge", "none", "lab"])
     assert str(wrong).endswith("; is bridge meant?")
@@ -159,6 +218,7 @@ def test_what_the_owner_did_not_choose_names_no_setting(policy: BoxPolicy, said:
         ('could not select device driver "" with capabilities: [[gpu]]', "nvidia-ctk runtime configure"),
         ("nvidia-container-cli: initialization error: nvml error: driver/library version mismatch", "restart the mach"),
         ('error looking up logging plugin local: plugin "local" not found', "log driver `local`"),
+        ("the engine lacks pasta, which gives jobs their networks", "package passt"),
         ("mkdir /var/lib/docker/x: no space left on device", "docker system df"),
         ("iptables failed: iptables: No chain/target/match by that name", "restart the engine"),
     ],
