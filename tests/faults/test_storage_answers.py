@@ -24,9 +24,10 @@ from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Transfer
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy, parse_origin
 from jobfetcher.reporting import Troubles
+from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.patience import Rules
 from tests.support.file_server import Act, FileServer, Object
-from tests.support.transfers import LOCAL, Nap, Recorder, get, produced, transfer, wanted
+from tests.support.transfers import LOCAL, Authority, Nap, Recorder, get, produced, transfer, wanted
 
 CONTENT = hashlib.shake_128(b"an input").digest(300_000)
 MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
@@ -258,13 +259,22 @@ def test_a_plain_ok_from_the_apis_own_address_is_no_input(server: FileServer, na
     assert len(server.seen) == 2
 
 
+A_DATE = NO_IDS | {"Last-Modified": "Sat, 28 Nov 2026 19:31:55 GMT"}
+
+
 @pytest.mark.fault("C16")
 @pytest.mark.parametrize(
-    "headers",
-    [{}, {"ETag": None}, {"x-amz-request-id": None}, NO_IDS | {"Last-Modified": "Sat, 28 Nov 2026 19:31:55 GMT"}],
-    ids=["both", "an id", "an ETag", "a date"],
+    ("query", "headers"),
+    [
+        (S3, {}),
+        (S3, {"ETag": None}),
+        ("", {}),
+        ("", {"ETag": None}),
+        ("", {"x-amz-request-id": None}),
+        ("", A_DATE),
+    ],
+    ids=["signed: both", "signed: an id", "both", "an id", "an ETag", "a date"],
 )
-@pytest.mark.parametrize("query", [S3, ""], ids=["signed", "plain"])
 def test_an_input_may_be_html(
     server: FileServer, moving: Transfer, tmp_path: Path, query: str, headers: dict[str, str | None]
 ) -> None:
@@ -273,6 +283,29 @@ def test_an_input_may_be_html(
     fetch(moving, tmp_path, get(server.url(f"/in{query}")))
     assert (tmp_path / "in.part").read_bytes() == LOGIN
     assert len(server.seen) == 1
+
+
+@pytest.mark.fault("C16")
+@pytest.mark.parametrize("headers", [{"x-amz-request-id": None}, A_DATE], ids=["an ETag", "a date"])
+def test_a_page_without_tls_on_the_way_to_s3_is_no_input_at_the_first_contact_either(
+    server: FileServer, moving: Transfer, tmp_path: Path, headers: dict[str, str | None]
+) -> None:
+    server.script("/in", Act(status=200, body=LOGIN, headers={"Content-Type": "text/html", **headers}))
+    fetch(moving, tmp_path, get(server.url(f"/in{S3}")))
+    assert (tmp_path / "in.part").read_bytes() == CONTENT
+    assert len(server.seen) == 2
+
+
+@pytest.mark.fault("C16")
+def test_an_input_of_s3_may_be_html_by_its_etag_alone_where_tls_says_who_answers(
+    authority: Authority, nap: Nap, tmp_path: Path
+) -> None:
+    with FileServer(tls=authority.server()) as server:
+        server.objects["/in"] = Object(LOGIN)
+        server.script("/in", Act(headers={"Content-Type": "text/html", "x-amz-request-id": None}))
+        with closing(transfer(rules=nap.rules, net=NetSettings(ca_file=authority.file))) as moving:
+            fetch(moving, tmp_path, get(server.url(f"/in{S3}")))
+        assert (tmp_path / "in.part").read_bytes() == LOGIN
 
 
 @pytest.mark.fault("C16")
