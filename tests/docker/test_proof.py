@@ -209,6 +209,10 @@ def test_a_box_gets_its_gpus_and_is_refused_where_the_toolkit_fails(
         bench.engine.prove(offline(bench, gpu_uuids=("GPU-1",)), bench.files)
     assert seen.value.reason is WorkerReason.GPU
     bench.engine.prove(offline(bench), bench.files)
+    # It wants something of the image that ours does not have, and gave the GPU before.
+    said = "nvidia-container-cli: ldcache error: process /sbin/ldconfig failed with error code: 1"
+    hook.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    bench.engine.prove(offline(bench, gpu_uuids=("GPU-1",)), bench.files)
 
 
 # -- GPUs asked inside -------------------------------------------------------------------------------------------------
