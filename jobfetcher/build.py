@@ -32,7 +32,6 @@ from jobfetcher.engine.docker import DockerEngine, EngineInfo
 from jobfetcher.engine.flavour import Flavour
 from jobfetcher.engine.host_path import check_host_path, find_host_path, runs_inside
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
-from jobfetcher.engine.references import check_pattern
 from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_proof_spec, build_run_spec, dropped_env
 from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
@@ -163,11 +162,6 @@ def make_transfer(settings: Settings, cache: Cache | None = None) -> PresignedTr
 
 def make_engine(settings: Settings, instance: str, emit: Emit) -> DockerEngine:
     """The container engine, not connected yet."""
-    for pattern in settings.allowed_images:
-        try:
-            check_pattern(pattern)
-        except ValueError as error:
-            raise ConfigError(f"ALLOWED_IMAGES: {error}") from None
     pull = PullPolicy(settings.pull_policy)
     images = ImagePolicy(allowed=settings.allowed_images, pull=pull, docker_config=docker_config())
     return DockerEngine(instance, url=settings.docker_host or DEFAULT_URL, images=images, emit=emit)

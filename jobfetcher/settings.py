@@ -36,6 +36,7 @@ from jobfetcher.certificates import read_certificates
 from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.failpoints import Request, parse_request
 from jobfetcher.core.hosts import HostPattern, Proxies
+from jobfetcher.core.patterns import check_pattern
 from jobfetcher.core.urls import Origin, canonical_url, parse_origin
 from jobfetcher.dotenv import read_dotenv, unquoted, without_remark
 
@@ -129,6 +130,12 @@ def _shared_proxy(value: str) -> str:
 def _hosts(value: tuple[str, ...]) -> tuple[str, ...]:
     for entry in value:
         HostPattern.parse(entry)
+    return value
+
+
+def _patterns(value: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in value:
+        check_pattern(entry)
     return value
 
 
@@ -228,7 +235,7 @@ class Settings(BaseModel):
         "image where the registry is out of reach or never had it), always (each time; runs only what the registry "
         "has), if-not-present or never.",
     )
-    allowed_images: Words = _field(
+    allowed_images: Annotated[Words, AfterValidator(_patterns)] = _field(
         (), "Images that may run, as patterns such as docker.io/library/*. Empty: every image the server names."
     )
     job_network: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = _field(

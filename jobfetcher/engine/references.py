@@ -69,20 +69,6 @@ def allowed(reference: Reference, patterns: Iterable[str]) -> bool:
     return any(_matches(reference, pattern) for pattern in patterns)
 
 
-def check_pattern(pattern: str) -> None:
-    """Raise ValueError for a pattern that is a regular expression and not a glob: it would match no image at all.
-
-    Of what regular expressions are made of, `*`, `?` and `[` mean something in a glob; the rest is in no name. A dot
-    begins no part of a name, so `.*` there is meant as `*`; after a letter it may be right (`v1.*`).
-    """
-    wrong = set(pattern) & set("^$\\()|+{}")
-    if wrong or re.search(r"(?:^|[/:@])\.\*", pattern):
-        raise ValueError(
-            f"{pattern} looks like a regular expression; patterns are as those of file names, in which * stands for "
-            "any text, such as docker.io/library/*"
-        )
-
-
 def _matches(reference: Reference, pattern: str) -> bool:
     if pattern == "*":
         return True

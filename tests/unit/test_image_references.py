@@ -2,7 +2,8 @@
 
 import pytest
 
-from jobfetcher.engine.references import allowed, check_pattern, parse_reference
+from jobfetcher.core.patterns import check_pattern
+from jobfetcher.engine.references import allowed, parse_reference
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 

@@ -396,6 +396,8 @@ def test_auto_and_lists() -> None:
         ("MAX_RUNTIME", "1y"),
         ("STOP_GRACE", "x"),
         ("PULL_POLICY", "sometimes"),
+        ("ALLOWED_IMAGES", "docker.io/.*"),
+        ("ALLOWED_IMAGES", r"docker.io/library/*, ^ghcr\.io/lab/.+$"),
         ("JOB_NETWORK", "a b"),
         ("JOB_NETWORK", "container:x"),
         ("JOB_READ_ONLY", "perhaps"),
