@@ -32,7 +32,7 @@ from pydantic import (
     ValidationError,
 )
 
-from jobfetcher.certificates import read_certificates
+from jobfetcher.certificates import is_hashed, read_certificates
 from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.failpoints import Request, parse_request
 from jobfetcher.core.hosts import HostPattern, Proxies
@@ -50,6 +50,9 @@ _ALIASES = {"TIMEOUT_STATUS": "TIMOUT_STATUS"}
 
 #: What other programs call the file of certificates to trust; each counts where none before it is set.
 _CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+#: What other programs go by as well and this one does not, or not always: said where that matters (`_unused`).
+_OTHERS = frozenset({"ALL_PROXY", "SSL_CERT_DIR"})
 
 #: Settings that other programs of the machine know as well, in lower case rather than in upper case (curl, requests).
 _SHARED = frozenset({"http_proxy", "https_proxy", "no_proxy"})
@@ -284,7 +287,8 @@ class Settings(BaseModel):
         0, "Most that all transfers together move in a second, each way, such as 50MiB. 0: no limit."
     )
     ca_file: FilePath | None = _field(
-        None, "File of certificates to trust instead of the system's (PEM or DER). Wins over SSL_CERT_FILE."
+        None,
+        "File (PEM, DER) or directory of certificates to trust instead of the system's. Wins over SSL_CERT_FILE.",
     )
     proxy: Annotated[str, AfterValidator(_proxy)] | None = _field(
         None,
@@ -428,6 +432,7 @@ def load(
         check_server(settings, looked_for)
     layer_of = {name: origin.get(name, "default") for name in Settings.model_fields}
     warnings += [*_unknown(layers), *_readable_by_others(layers), *_odd(settings)]
+    warnings += _unused(layers, settings, origin)
     return Loaded(settings, layer_of, tuple(warnings), looked_for)
 
 
@@ -494,7 +499,7 @@ def _unknown(layers: Mapping[str, _Layer]) -> Iterator[str]:
     for layer, values in layers.items():
         for key in values:
             name = key.removeprefix(PREFIX)
-            if name in _KNOWN or key in _NOT_SETTINGS:
+            if name in _KNOWN or key in _NOT_SETTINGS or key.upper() in _OTHERS:
                 continue
             is_others = layer == "environment" and not key.startswith(PREFIX)
             meant, least = (_OURS, _NEAR) if is_others else (_KNOWN, 0.6)
@@ -508,6 +513,31 @@ def _odd(settings: Settings) -> Iterator[str]:
     address, _, last = settings.api_url.rpartition("/")
     if last in _ENDPOINTS:
         yield f"API_URL ends in /{last}, which the worker adds where it is needed; is {address} meant?"
+
+
+def _unused(layers: Mapping[str, _Layer], settings: Settings, origin: Mapping[str, str]) -> Iterator[str]:
+    """What other programs of this machine go by and this one does not, where that makes a difference."""
+    for layer, values in layers.items():
+        for key, value in values.items():
+            if key.upper() == "ALL_PROXY" and value.strip():
+                if settings.proxy is None and not (settings.http_proxy and settings.https_proxy):
+                    yield f"{layer}: {key} is not used; set PROXY, or HTTPS_PROXY and HTTP_PROXY, if a proxy is needed"
+            elif key == "SSL_CERT_DIR" and value.strip():
+                if settings.ca_file is not None:
+                    yield f"{layer}: {key} is not used: {origin['ca_file']} wins"
+                elif layer != "environment" or not _is_rehashed(value):
+                    yield (
+                        f"{layer}: {key} is not used: it counts only in the environment, as one directory that "
+                        "`openssl rehash` has been through; name the directory in CA_FILE, which takes any"
+                    )
+
+
+def _is_rehashed(folder: str) -> bool:
+    """Whether OpenSSL finds certificates there by itself, as both libraries then do, beside those of the system."""
+    try:
+        return any(is_hashed(entry.name) for entry in Path(folder).iterdir())
+    except OSError:
+        return False
 
 
 def _readable_by_others(layers: Mapping[str, _Layer]) -> Iterator[str]:

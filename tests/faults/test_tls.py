@@ -4,6 +4,7 @@ import datetime
 import ipaddress
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from jobfetcher.certificates import read_certificates
 from jobfetcher.core.errors import SourceUnavailable, WorkerFault
 from jobfetcher.core.hosts import Proxies
 from jobfetcher.core.tls import apart, in_words
@@ -24,6 +26,7 @@ from jobfetcher.core.urls import UrlPolicy, parse_origin
 from jobfetcher.transfer.exchange import NetSettings
 from tests.support.file_server import Act, FileServer, Object
 from tests.support.http_proxy import HttpProxy, running_http_proxy
+from tests.support.services import require_program
 from tests.support.talk import TOKEN, client_of
 from tests.support.transfers import Authority, Recorder, getting, transfer, wanted
 
@@ -142,6 +145,33 @@ def test_certificates_in_any_form_are_trusted_by_both_libraries(authority: Autho
         moving = transfer(net=NetSettings(ca_pem=pem))
         moving.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
         moving.close()
+
+
+@pytest.mark.fault("T20")
+def test_a_directory_of_certificates_is_trusted_by_both_libraries(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its files where CA_FILE or REQUESTS_CA_BUNDLE names it, by OpenSSL's names for them with SSL_CERT_DIR."""
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    (folder / "lab.pem").write_bytes(authority.file.read_bytes())
+    pem = read_certificates(folder).pem
+    with FileServer(tls=authority.server()) as server:
+        server.objects["/jobs"], server.objects["/in"] = Object(b"{}"), Object(b"content")
+
+        def ask_both(ca_pem: str | None, name: str) -> None:
+            client = client_of(f"https://127.0.0.1:{server.port}", ca_pem=ca_pem)
+            assert client.request("GET", "/jobs").body == b"{}"
+            client.close()
+            moving = transfer(net=NetSettings(ca_pem=ca_pem))
+            moving.download([wanted(tmp_path, name, getting(server.url("/in")))], Recorder())
+            moving.close()
+
+        ask_both(pem, "named")
+        subprocess.run([require_program("openssl", "openssl"), "rehash", folder], check=True)
+        assert read_certificates(folder).pem == pem
+        monkeypatch.setenv("SSL_CERT_DIR", str(folder))
+        ask_both(None, "found")
 
 
 # -- words for the storage --------------------------------------------------------------------------------------------

@@ -542,7 +542,67 @@ def test_a_file_without_certificates_is_one_line(tmp_path: Path, content: bytes,
     assert len(text.splitlines()) == 1
     with pytest.raises(ConfigError, match=f"{name}: "):
         load(environ=GOOD | {name: str(path)}, server=False)  # `jobfetcher config` says so as well
-    assert refused(GOOD | {name: str(tmp_path)}).startswith(f"{name}: {tmp_path} is a directory")
+    assert refused(GOOD | {name: str(tmp_path)}).startswith(f"{name}: {tmp_path} is a directory without a certificate")
+
+
+@pytest.mark.parametrize("name", ["CA_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
+def test_a_directory_of_certificates_counts_as_other_programs_take_it(
+    authority: Authority, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "certificates"
+    (folder / "java").mkdir(parents=True)
+    mine = authority.file.read_text()
+    (folder / "lab.crt").write_bytes(ssl.PEM_cert_to_DER_cert(mine))
+    (folder / "bundle.pem").write_text(f"# all of them\n{mine}\n{mine}")
+    (folder / "broken.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    (folder / "README").write_text("Universität")
+    (folder / "gone.pem").symlink_to("/nowhere/gone.pem")
+    assert loaded({name: str(folder)}).settings.ca_file == folder
+    trust = read_certificates(folder, name)
+    assert trust.file is None
+    assert trust.pem is not None
+    assert trust.pem.count("BEGIN CERTIFICATE") == 1
+    assert len(tls(None, trust.pem).get_ca_certs()) == 1
+    (folder / "0123abcd.0").symlink_to("broken.pem")  # then the names of OpenSSL are those that count
+    assert refused(GOOD | {name: str(folder)}).startswith(f"{name}: {folder} is a directory without a certificate")
+
+
+def test_certificates_below_a_closed_directory_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")  # what `stat` says to anybody but root
+
+    path = tmp_path / "ca.pem"
+    monkeypatch.setattr(Path, "is_dir", closed)
+    with pytest.raises(ConfigError, match=f"CA_FILE: {path} cannot be read: Permission denied"):
+        read_certificates(path)
+
+
+@pytest.mark.parametrize("key", ["ALL_PROXY", "all_proxy"])
+def test_a_proxy_that_others_go_by_and_this_worker_does_not_is_told_without_its_password(key: str) -> None:
+    proxy = {key: "http://user:canary@proxy.lab:3128"}
+    (told,) = loaded(proxy).warnings
+    assert told == f"environment: {key} is not used; set PROXY, or HTTPS_PROXY and HTTP_PROXY, if a proxy is needed"
+    assert loaded(proxy | {"PROXY": "none"}).warnings == ()
+    assert loaded(proxy | {"HTTP_PROXY": "p:1", "HTTPS_PROXY": "p:1"}).warnings == ()
+    assert loaded(proxy | {"HTTPS_PROXY": "p:1"}).warnings == (told,)
+    Path(".env").write_text(f"{key}=http://user:canary@proxy.lab:3128\n")
+    assert load(environ=dict(GOOD)).warnings == (told.replace("environment", ".env"),)
+
+
+def test_a_directory_of_certificates_that_has_no_effect_is_told(authority: Authority, tmp_path: Path) -> None:
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    found = {"SSL_CERT_DIR": str(folder)}
+    (told,) = loaded(found).warnings
+    assert told.startswith("environment: SSL_CERT_DIR is not used: it counts only in the environment, as one directory")
+    (folder / "0123abcd.0").symlink_to(authority.file)
+    assert loaded(found).warnings == ()
+    (told,) = loaded(found | {"REQUESTS_CA_BUNDLE": str(authority.file)}).warnings
+    assert told == "environment: SSL_CERT_DIR is not used: environment (REQUESTS_CA_BUNDLE) wins"
+    assert len(loaded({"SSL_CERT_DIR": f"{folder}:/elsewhere"}).warnings) == 1
+    Path(".env").write_text(f"SSL_CERT_DIR={folder}\n")
+    (told,) = load(environ=dict(GOOD)).warnings
+    assert told.startswith(".env: SSL_CERT_DIR is not used: ")
 
 
 def test_certificates_that_others_go_by_count_where_ours_are_not_named(authority: Authority, tmp_path: Path) -> None:
