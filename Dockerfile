@@ -11,8 +11,10 @@ RUN python3 -m venv /pip && python3 -m venv --without-pip /opt/jobfetcher
 COPY pyproject.toml constraints.txt README.md ./
 COPY jobfetcher jobfetcher
 COPY mock_api mock_api
+# the extra `signing` is what JOB_SIGNING_KEYS needs
 RUN /pip/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /dist . \
- && /pip/bin/pip --python /opt/jobfetcher/bin/python install --no-cache-dir --constraint constraints.txt /dist/*.whl
+ && /pip/bin/pip --python /opt/jobfetcher/bin/python install --no-cache-dir --constraint constraints.txt \
+    "$(echo /dist/*.whl)[signing]"
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="jobfetcher" \

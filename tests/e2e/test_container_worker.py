@@ -4,6 +4,7 @@ It reads a `.env` of the form that deployed workers have. The mock API listens o
 knows it as host.docker.internal.
 """
 
+import base64
 import contextlib
 import os
 import subprocess
@@ -16,7 +17,10 @@ from pathlib import Path
 import docker
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from jobfetcher.core.job import parse_job_id
+from jobfetcher.sources.worker_api.signing import sign
 from tests.support.mock_server import MockServer
 from tests.support.services import answers, free_port, running, wait_until
 from tests.support.worker import UNTIL_LET_GO, Lab
@@ -64,19 +68,25 @@ class Bay:
         reserve_disk: str = "0",
         mounted: bool = True,
         read_only: bool = False,
+        keys: Path | None = None,
     ) -> Iterator["Contained"]:
-        """The worker's container with these arguments, removed at the end of the block."""
+        """The worker's container with these arguments, removed at the end of the block. `keys`: JOB_SIGNING_KEYS."""
         self.env_file.write_text(
             ENV_FILE.format(api=self.api, path_host_base=path_host_base, reserve_disk=reserve_disk)
         )
         engine = self.lab.engine
         binds = ["/var/run/docker.sock:/var/run/docker.sock", f"{self.env_file}:/app/.env:ro"]
+        binds += [f"{self.lab.base}:/data"] if mounted else []
+        binds += [f"{keys}:/app/keys:ro"] if keys else []
         config = engine.create_host_config(
-            binds=[*binds, f"{self.lab.base}:/data"] if mounted else binds,
+            binds=binds,
             extra_hosts={"host.docker.internal": "host-gateway"},
             read_only=read_only,
         )
-        container = engine.create_container(self.worker_image, list(arguments), host_config=config)["Id"]
+        environment = {"JOB_SIGNING_KEYS": "/app/keys"} if keys else {}
+        container = engine.create_container(
+            self.worker_image, list(arguments), host_config=config, environment=environment
+        )["Id"]
         try:
             engine.start(container)
             yield Contained(engine, container)
@@ -158,6 +168,21 @@ def test_a_worker_in_a_container_finds_its_host_path_and_runs_a_job(bay: Bay) ->
     assert results["output/out/copy.bin"] == INPUT
     assert set(results) == {"output/out/copy.bin", "log/jobfetcher/container.log", "log/jobfetcher/provenance.json"}
     assert [event["note"] for event in bay.lab.server.events("sign_in")] == ["USER_PASSWORD_AUTH"]
+
+
+@pytest.mark.fault("T15")
+def test_the_image_has_what_checks_signatures(bay: Bay, tmp_path: Path) -> None:
+    private = bytes(range(32))
+    public = Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+    keys = tmp_path / "keys"
+    keys.write_text(f"lab {base64.b64encode(public).decode()}\n")
+    unsigned = bay.lab.submit("true")
+    specs = {"app": {"cmd": ["true"]}, "handler": {"image_url": bay.lab.image, "files_up": {}}, "meta": {}}
+    specs["meta"]["signature"] = sign(private, "lab", parse_job_id(str(unsigned + 1)), specs)
+    signed = bay.lab.server.submit(specs)
+    with bay.worker("run", "--exit-when-idle", "1", keys=keys) as worker:
+        assert worker.ended() == 0
+    assert [bay.lab.server.state(job) for job in (unsigned, signed)] == ["error", "finished"]
 
 
 def test_the_right_path_host_base_is_taken(bay: Bay) -> None:

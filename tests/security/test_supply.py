@@ -81,6 +81,12 @@ def test_the_image_is_built_from_the_pins_and_ships_no_installer() -> None:
     assert not re.search(r"^(RUN|ADD) ", shipped, re.MULTILINE)  # nothing is fetched into what is shipped
 
 
+def test_nobody_is_told_to_ask_a_registry_for_our_name() -> None:
+    """It is published nowhere, so there the name is anybody's."""
+    paths = [REPOSITORY / "README.md", *(REPOSITORY / "jobfetcher").rglob("*.py")]
+    assert [path for path in paths if re.search(r"pip install[^\n`]* '?jobfetcher\b", path.read_text())] == []
+
+
 def test_only_what_belongs_there_goes_into_a_build() -> None:
     ignored = (REPOSITORY / ".dockerignore").read_text().split()
     assert "*" in ignored or {".env", ".git"} <= set(ignored)

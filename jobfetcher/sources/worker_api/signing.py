@@ -39,7 +39,10 @@ def read_keys(path: Path) -> Keys:
     try:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     except ImportError:
-        raise ConfigError("JOB_SIGNING_KEYS needs the extra `signing`: pip install 'jobfetcher[signing]'") from None
+        raise ConfigError(
+            "JOB_SIGNING_KEYS needs the extra `signing`; in a checkout of jobfetcher type: "
+            "pip install -c constraints.txt '.[signing]'"
+        ) from None
     keys: dict[str, bytes] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
