@@ -53,7 +53,7 @@ from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.presigned import PresignedTransfer
 from jobfetcher.watching import Limits
 from jobfetcher.worker import Polling, Worker
-from jobfetcher.workspace import Base
+from jobfetcher.workspace import Base, Watched, check_base, check_reserve, engines_disk, own_root
 
 #: A heartbeat has at least so long to be answered, in seconds, however often it is sent.
 _LEAST_BEAT_S = 2.0
@@ -242,20 +242,45 @@ def check_machine(settings: Settings, inventory: Inventory, emit: Emit) -> None:
 
 
 class Machine(NamedTuple):
-    """The engine, what it and this machine have, and the accounts of that."""
+    """The settings as the engine allows them, the engine, what it and this machine have, the accounts of that, and the
+    disks that jobs fill: that of PATH_BASE first, then the engine's, if it is another that can be seen."""
 
+    settings: Settings
     engine: EngineInfo
     inventory: Inventory
+    gpus: detect.GpuProbe
     budget: Budget
+    disks: tuple[Watched, ...]
 
 
-def look_at_machine(settings: Settings, engine: DockerEngine, inventory: Inventory, gpus: detect.GpuProbe) -> Machine:
-    """What jobs may have here now: for `run` and for `resources`, so that both say the same."""
+def look_at_machine(settings: Settings, engine: DockerEngine, emit: Emit) -> Machine:
+    """What jobs may have here now: all that `run` and `resources` say of the machine, so that both say the same.
+
+    Makes nothing, not even PATH_BASE. `emit` hears what the owner should know. Raises ConfigError, naming the setting,
+    for what the machine or the engine does not have; what only a container shows is found by `self_test`.
+    """
+    if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < _LEAST_FILES:
+        raise ConfigError(f"a worker needs {_LEAST_FILES} open files, and this one may have {files} (ulimit -n)")
+    _check_encoding()
+    engine.check()
+    settings = _as_the_engine_allows(settings, engine.flavour(), emit)
+    make_box(settings)
     info = engine.describe()
-    inventory = _engines_part(inventory, info)
+    inventory = _engines_part(detect.detect(settings.gpus), info)
+    check_machine(settings, inventory, emit)
+    base = settings.path_base
+    check_base(base, reserve_mib=settings.reserve_disk, cache_mib=settings.cache_size)
+    if runs_inside(engine.api):
+        engines = own_root(base)
+    else:  # its directory is not there where the engine runs in a machine of its own
+        engines = engines_disk(Path(info.root_dir) if info.root_dir else None)
+    if engines is not None:
+        check_reserve(engines.path, settings.reserve_disk)
+    gpus = detect.GpuProbe(settings.gpus, emit)
     budget = make_budget(settings, inventory, gpus)
     budget.offer()  # takes the readings
-    return Machine(info, inventory, budget)
+    disks = (Watched(base, str(base)), *([] if engines is None else [engines]))
+    return Machine(settings, info, inventory, gpus, budget, disks)
 
 
 def find_instance(host_base: str) -> str:
@@ -270,18 +295,11 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
     Raises ConfigError for what only a person can change: no engine, wrong PATH_HOST_BASE, PATH_BASE in use.
     """
     os.umask(0o077)  # the journal, the lock and logs are nobody else's business
-    if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < _LEAST_FILES:
-        raise ConfigError(f"a worker needs {_LEAST_FILES} open files, and this one may have {files} (ulimit -n)")
-    _check_encoding()
     with ExitStack() as opened:
         # First all that may be wrong with the settings: until they are accepted nothing is made, not even PATH_BASE.
         finder = make_engine(settings, "", emit)
         opened.callback(finder.close)
-        finder.check()
-        settings = _as_the_engine_allows(settings, finder.flavour(), emit)
-        make_box(settings)
-        inventory = detect.detect(settings.gpus)
-        check_machine(settings, _engines_part(inventory, finder.describe()), emit)
+        settings, info, inventory, gpus, budget, disks = look_at_machine(settings, finder, emit)
         source = make_source(settings, emit)
         opened.callback(source.close)
         base = opened.enter_context(
@@ -303,13 +321,9 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         opened.callback(journal.close)
         transfer = make_transfer(settings, make_cache(settings, base, emit))
         opened.callback(transfer.close)
-        gpus = detect.GpuProbe(settings.gpus, emit)
-        info, inventory, budget = look_at_machine(settings, engine, inventory, gpus)
-        if runs_inside(finder.api):
-            base.also_watch_root()
-        elif info.root_dir:  # not there where the engine runs in a machine of its own
-            base.also_watch(Path(info.root_dir))
-        emit("machine", message=machine_words(info, budget.free(), budget.slots, base.path))
+        for disk in disks[1:]:
+            base.also_watch(disk)
+        emit("machine", message=machine_words(info, budget.free(), budget.slots, disks))
         self_test = make_self_test(settings, engine, inventory, base, host_base, gpus)
         runner = Runner(
             base=base,

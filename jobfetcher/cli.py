@@ -264,25 +264,23 @@ def _stand_firm() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, -5)
 
 
-def _silent(name: str, /, level: str = "info", **fields: object) -> None:
-    """For commands whose whole output is a table."""
-
-
 def _resources(as_json: bool, env_file: Path | None) -> int:
     from jobfetcher import build
     from jobfetcher.resources import detect
     from jobfetcher.show import print_json, print_table, resources_record, resources_rows
 
+    notes: list[str] = []
+
+    def note(name: str, /, level: str = "info", **fields: object) -> None:
+        if level != "info" and name != "gpu_trouble":  # which the reading below says as well
+            notes.append(str(fields["message"]))
+
     settings = _load({}, env_file, server=False).settings
-    with closing(build.make_engine(settings, "", _silent)) as engine:
-        engine.check()
-        gpus = detect.GpuProbe(settings.gpus, _silent)
-        machine = build.look_at_machine(settings, engine, detect.detect(settings.gpus), gpus)
-    problems = detect.read_gpus(settings.gpus).problems
+    with closing(build.make_engine(settings, "", note)) as engine:
+        machine = build.look_at_machine(settings, engine, note)
+    notes += detect.read_gpus(settings.gpus).problems
     budget = machine.budget
-    record = resources_record(
-        machine.inventory, budget.free(), budget.slots, problems, machine.engine, settings.path_base
-    )
+    record = resources_record(machine.inventory, budget.free(), budget.slots, notes, machine.engine, machine.disks)
     if as_json:
         print_json(record)
     else:

@@ -53,15 +53,25 @@ class Engine(Protocol):
     @property
     def version(self) -> str: ...
 
+
+class Place(Protocol):
+    """What is shown of a disk: a place on it, which need not be there yet, and its name for people."""
+
     @property
-    def root_dir(self) -> str: ...
+    def path(self) -> Path: ...
+
+    @property
+    def name(self) -> str: ...
 
 
-def machine_words(engine: Engine, free: Offer, slots: int, base: Path) -> str:
+def machine_words(engine: Engine, free: Offer, slots: int, places: Sequence[Place]) -> str:
     """The same in one line, for the log of `run`."""
     gpus = f"{len(free.gpus)} GPU" if free.gpus else "no GPU"
     jobs = "1 job" if slots == 1 else f"{slots} jobs"
-    disks = ", ".join(f"{disk['free_mib'] / 1024:.1f} GiB free in {disk['path']}" for disk in _disks(base, engine))
+    disks = ", ".join(
+        f"{disk['free_mib'] / 1024:.1f} GiB free {'in' if disk['name'] == disk['path'] else 'on'} {disk['name']}"
+        for disk in _disks(places)
+    )
     return (
         f"for jobs: {max(0, free.whole_cores)} cores, {max(0, free.memory_mib)} MiB, {gpus}, {jobs} at a time; {disks};"
         f" engine: {clean(engine.name, 80)} {clean(engine.version, 40)}"
@@ -69,9 +79,10 @@ def machine_words(engine: Engine, free: Offer, slots: int, base: Path) -> str:
 
 
 def resources_record(
-    inventory: Inventory, free: Offer, slots: int, problems: Sequence[str], engine: Engine, base: Path
+    inventory: Inventory, free: Offer, slots: int, notes: Sequence[str], engine: Engine, places: Sequence[Place]
 ) -> dict[str, Any]:
-    """What the machine has and what would be advertised, memory and disks in MiB. `base`: PATH_BASE."""
+    """What the machine has and what would be advertised, memory and disks in MiB. `places`: on the disks that jobs
+    fill."""
     return {
         "engine": {"name": engine.name, "version": engine.version},
         "machine": {
@@ -88,23 +99,20 @@ def resources_record(
                 for gpu in free.gpus
             ],
         },
-        "disks": _disks(base, engine),
+        "disks": _disks(places),
         "slots": slots,
-        "notes": list(problems),
+        "notes": list(notes),
     }
 
 
-def _disks(base: Path, engine: Engine) -> list[dict[str, Any]]:
-    """The disk of PATH_BASE, which need not be there yet, and that of the engine, where it can be seen and is another;
-    sizes in MiB."""
+def _disks(places: Sequence[Place]) -> list[dict[str, Any]]:
+    """The disks of these places, each once, sizes in MiB."""
     found: dict[int, dict[str, Any]] = {}
-    for path in (base, Path(engine.root_dir)) if engine.root_dir else (base,):
-        there = next((folder for folder in (path, *path.parents) if folder.exists()), None)
-        if there is None or (path != base and there != path):
-            continue
+    for place in places:
+        there = next(folder for folder in (place.path, *place.path.parents) if folder.exists())
         disk = shutil.disk_usage(there)
-        known = {"path": str(path), "size_mib": disk.total >> 20, "free_mib": disk.free >> 20}
-        found.setdefault(there.stat().st_dev, known)
+        sizes = {"size_mib": disk.total >> 20, "free_mib": disk.free >> 20}
+        found.setdefault(there.stat().st_dev, {"path": str(place.path), "name": place.name, **sizes})
     return list(found.values())
 
 
@@ -121,11 +129,13 @@ def resources_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
         rows.append({"resource": f"  {clean(gpu['model'], 80)}", "machine": gpu["uuid"], "offered": about})
     rows.append({"resource": "jobs side by side", "machine": "", "offered": str(record["slots"])})
     for disk in record["disks"]:
-        name = f"disk of {clean(disk['path'], 200)} (MiB)"
-        rows.append({"resource": name, "machine": str(disk["size_mib"]), "offered": f"{disk['free_mib']} free"})
+        name = disk["name"] if disk["name"] != disk["path"] else f"disk of {clean(disk['path'], 200)}"
+        rows.append(
+            {"resource": f"{name} (MiB)", "machine": str(disk["size_mib"]), "offered": f"{disk['free_mib']} free"}
+        )
     about = f"{clean(engine['name'], 80)} {clean(engine['version'], 40)}"
     rows.append({"resource": "container engine", "machine": about, "offered": ""})
-    rows += [{"resource": "note", "machine": clean(note, 300), "offered": ""} for note in record["notes"]]
+    rows += [{"resource": "note", "machine": clean(note, 400), "offered": ""} for note in record["notes"]]
     return rows
 
 

@@ -59,8 +59,9 @@ _LIBC = ctypes.CDLL(None, use_errno=True)  # Python has no syncfs(2)
 
 
 @dataclass(frozen=True, slots=True)
-class _Watched:
-    """A place on a disk on which the reserve is kept free. `sealed`: it need not be writable by itself."""
+class Watched:
+    """A place on a disk on which the reserve is kept free, and its name for people. `sealed`: it need not be writable
+    by itself."""
 
     path: Path
     name: str
@@ -73,6 +74,63 @@ class Full:
 
     why: str
     disk: int | None = None
+
+
+def check_base(path: Path, *, reserve_mib: int | None, cache_mib: int) -> None:
+    """Raise ConfigError where PATH_BASE must not lie, or its disk has less than RESERVE_DISK (None: auto) or, beside
+    that, less than CACHE_SIZE. Makes nothing."""
+    try:
+        _check_links(path)
+        if not path.exists():
+            _check_owners(path)  # where it must not lie, nothing is made
+        check_reserve(path, reserve_mib, cache_mib)
+    except OSError as error:
+        raise _unusable(path, error) from None
+
+
+def check_reserve(path: Path, reserve_mib: int | None, cache_mib: int = 0) -> None:
+    """Raise ConfigError where RESERVE_DISK leaves nothing of the disk of `path`, which need not be there yet, or
+    CACHE_SIZE is more than it leaves."""
+    disk = _disk(_there(path))
+    total = disk.f_blocks * disk.f_frsize
+    left = total - _reserve_bytes(total, reserve_mib)
+    if left <= 0:
+        raise ConfigError(
+            f"RESERVE_DISK={reserve_mib}MiB is more than all of the disk of {path}, {total / _GIB:.3g} GiB: "
+            "no job would ever be taken; lower it"
+        )
+    if cache_mib << 20 > left:
+        raise ConfigError(
+            f"CACHE_SIZE={cache_mib}MiB is more than the disk of {path} has beside RESERVE_DISK, "
+            f"{left / _GIB:.3g} GiB; lower it"
+        )
+
+
+def engines_disk(root_dir: Path | None) -> Watched | None:
+    """Where an engine keeps its images, if that directory is on this machine.
+
+    Of one that this user may not look into, the disk of the nearest folder above it that can be looked at is taken: an
+    engine's directory is seldom a mount point of its own.
+    """
+    while root_dir is not None:
+        try:
+            return Watched(root_dir, str(root_dir)) if root_dir.is_dir() else None
+        except PermissionError:
+            root_dir = root_dir.parent
+    return None
+
+
+def own_root(base: Path, root: Path = Path("/")) -> Watched | None:
+    """For a worker in a container: its own root lies on the engine's disk, whose directory it does not see.
+
+    An overlay says of its disk what the one below it says that is written to (Linux, fs/overlayfs/super.c, ovl_statfs),
+    so what is free there is what the engine has for images and layers. Whether the container's root may be written to
+    says nothing (`docker run --read-only`). None where it is the disk of PATH_BASE, `base`: that is watched already,
+    and counting it twice would be wrong.
+    """
+    if _is_one_disk(root, _there(base)):
+        return None
+    return Watched(root, "the engine's disk (as / of the worker's container)", sealed=True)
 
 
 class Base:
@@ -88,15 +146,12 @@ class Base:
         self._awaited: dict[JobId, int] = {}
         self._awaited_lock = threading.Lock()
         self._spare: Callable[[int], None] | None = None
+        check_base(path, reserve_mib=reserve_mib, cache_mib=cache_mib)
         try:
-            _check_links(path)
-            if not path.exists():
-                _check_owners(path)  # where it must not lie, nothing is made
-            self._check_reserve(path, cache_mib)
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Followed once, here: below it no link ever is.
             self.path = path = path.resolve()
-            self._watched = [_Watched(path, str(path))]
+            self._watched = [Watched(path, str(path))]
             _check_first_user(path)
             _make_private(path)
             _check_owners(path)
@@ -106,7 +161,7 @@ class Base:
             self._lock, before = _lock(path / "lock")
             self.crashed = bool(before) and not before.startswith(_LEFT)
         except OSError as error:
-            raise ConfigError(f"PATH_BASE: {path} cannot be used: {error.strerror or error}") from None
+            raise _unusable(path, error) from None
 
     def job(self, job_id: JobId) -> Workspace:
         """Where one job lives; nothing is made yet."""
@@ -151,50 +206,12 @@ class Base:
         """Whether no program that lies there can be run, which is then so in /files as well."""
         return bool(os.statvfs(self.path).f_flag & os.ST_NOEXEC)
 
-    def also_watch(self, path: Path | None) -> None:
-        """Keep the reserve free on the disk of `path` as well: the engine's own directory, if it is on this machine.
-        Raises ConfigError where that disk has less.
-
-        Of one that this user may not look into, the disk of the nearest folder above it that can be looked at is taken:
-        an engine's directory is seldom a mount point of its own.
-        """
-        while path is not None:
-            try:
-                if path.is_dir():
-                    self._check_reserve(path)
-                    self._watched.append(_Watched(path, str(path)))
-                return
-            except PermissionError:
-                path = path.parent
-
-    def also_watch_root(self, root: Path = Path("/")) -> None:
-        """For a worker in a container: its own root lies on the engine's disk, whose directory it does not see.
-
-        An overlay says of its disk what the one below it says that is written to (Linux, fs/overlayfs/super.c,
-        ovl_statfs), so what is free there is what the engine has for images and layers. Whether the container's root
-        may be written to says nothing (`docker run --read-only`). Where it is the disk of PATH_BASE, that is watched
-        already, and counting it twice would be wrong.
-        """
-        if not any(_is_one_disk(root, watched.path) for watched in self._watched):
-            self._check_reserve(root)
-            self._watched.append(_Watched(root, "the engine's disk (as / of the worker's container)", sealed=True))
-
-    def _check_reserve(self, path: Path, cache_mib: int = 0) -> None:
-        """Raise ConfigError where RESERVE_DISK leaves nothing of the disk of `path`, which need not be there yet, or
-        CACHE_SIZE is more than it leaves."""
-        disk = _disk(next(place for place in (path, *path.absolute().parents) if place.exists()))
-        total = disk.f_blocks * disk.f_frsize
-        left = total - self.reserve_bytes(total)
-        if left <= 0:
-            raise ConfigError(
-                f"RESERVE_DISK={self._reserve_mib}MiB is more than all of the disk of {path}, {total / _GIB:.3g} GiB: "
-                "no job would ever be taken; lower it"
-            )
-        if cache_mib << 20 > left:
-            raise ConfigError(
-                f"CACHE_SIZE={cache_mib}MiB is more than the disk of {path} has beside RESERVE_DISK, "
-                f"{left / _GIB:.3g} GiB; lower it"
-            )
+    def also_watch(self, place: Watched | None) -> None:
+        """Keep the reserve free there as well: on the engine's disk, if there is one to be seen (`engines_disk`,
+        `own_root`). Raises ConfigError where that disk has less."""
+        if place is not None:
+            check_reserve(place.path, self._reserve_mib)
+            self._watched.append(place)
 
     def also_spare(self, make_room: Callable[[int], None]) -> None:
         """Before the disk counts as full, `make_room(size)` may delete what only saves time, until `room_for(size)` is
@@ -308,9 +325,7 @@ class Base:
 
     def reserve_bytes(self, total: int) -> int:
         """Bytes that must stay free of a disk of `total` bytes."""
-        if self._reserve_mib is not None:
-            return self._reserve_mib << 20
-        return min(max(_RESERVE_BYTES, int(total * _RESERVE_SHARE)), total // 2)
+        return _reserve_bytes(total, self._reserve_mib)
 
     def say_goodbye(self) -> None:
         """Note that this process leaves because it was told to, however abruptly. One write; raises OSError."""
@@ -446,6 +461,21 @@ class Workspace:
     def remove(self) -> None:
         """Delete everything. Raises OSError for what could not be deleted."""
         tree.remove(self.path.parent, self.path.name)
+
+
+def _there(path: Path) -> Path:
+    """The nearest of it and the folders above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def _reserve_bytes(total: int, reserve_mib: int | None) -> int:
+    if reserve_mib is not None:
+        return reserve_mib << 20
+    return min(max(_RESERVE_BYTES, int(total * _RESERVE_SHARE)), total // 2)
+
+
+def _unusable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"PATH_BASE: {path} cannot be used: {error.strerror or error}")
 
 
 def _device(path: Path) -> int:

@@ -4,6 +4,7 @@ The worker is the command, of the user whose Podman it is. After each test the o
 and that nothing is left. `tests/contract/test_engine.py` asks the same Podman for what every engine promises.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -30,7 +31,7 @@ from tests.support.as_user import python_as
 from tests.support.boxes import LONG_S, DockerBench, no_progress, podman_bench
 from tests.support.mock_server import running_mock_api
 from tests.support.podman import PrivatePodman, private_podman
-from tests.support.services import REPOSITORY, Registry, wait_until
+from tests.support.services import REPOSITORY, GpuStub, Registry, wait_until
 from tests.support.worker import DEADLINE_S, UNTIL_LET_GO, Command, Lab, assert_clean, command, wait_until_running
 
 pytestmark = pytest.mark.docker
@@ -100,6 +101,35 @@ def container_of(lab: Lab) -> dict[str, object]:
     [found] = lab.containers()
     state = lab.engine.inspect_container(found["Id"])["State"]
     return {"Id": found["Id"], "StartedAt": state["StartedAt"]}
+
+
+# -- what is offered ---------------------------------------------------------------------------------------------------
+
+
+@ROOTFUL
+def test_resources_offers_no_more_than_run_where_the_engine_has_less(
+    podman_lab: Lab, engine_of_kind: PrivatePodman, gpus: GpuStub, tmp_path: Path
+) -> None:
+    """Debian's Podman hands out no GPU (NVIDIA's driver is a double here), and has one runtime."""
+    settings = podman_lab.env(docker_host=engine_of_kind.url) | {
+        name: value
+        for name, value in gpus.env("NVIDIA RTX A4000:16376:8.6").items()
+        if name in {"LD_LIBRARY_PATH", "JF_STUB_GPUS"}
+    }
+    with command(["resources", "--json"], settings | {"GPUS": "all"}, tmp_path) as run:
+        assert run.wait() == 0, run.errors
+        said = json.loads(run.output)
+    assert (said["offer"]["gpus"], said["slots"]) == ([], 1)
+    [note] = [note for note in said["notes"] if "no GPU is offered: Podman" in note]
+    with command(["run", "--exit-when-idle", "0.1"], settings | {"GPUS": "all"}, tmp_path) as run:
+        assert run.wait() == 0, run.errors
+        assert note in run.errors
+        assert ", no GPU, 1 job at a time; " in run.errors
+    refused = settings | {"JOB_RUNTIME": "runsc"}
+    for arguments in (["resources"], ["run"]):
+        with command(arguments, refused, tmp_path) as run:
+            assert run.wait() == 2
+            assert "jobfetcher: JOB_RUNTIME=runsc has no effect here" in run.errors
 
 
 # -- whole jobs --------------------------------------------------------------------------------------------------------

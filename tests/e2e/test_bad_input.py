@@ -28,9 +28,9 @@ NOBODY = 65534
 CORES = len(os.sched_getaffinity(0))
 
 
-def complaint(lab: Lab, cwd: Path, **changes: str) -> str:
-    """Run the command with these settings: it must end with code 2 and one line on standard error, returned."""
-    with command(["run"], lab.env(**changes), cwd) as run:
+def complaint(lab: Lab, cwd: Path, name: str = "run", **changes: str) -> str:
+    """Run that command with these settings: it must end with code 2 and one line on standard error, returned."""
+    with command([name], lab.env(**changes), cwd) as run:
         assert run.wait() == 2
         (line,) = [line for line in run.errors.splitlines() if line.startswith("jobfetcher: ")]
         assert "Traceback" not in run.errors
@@ -96,8 +96,32 @@ def test_what_this_machine_or_its_engine_does_not_have_is_named_and_costs_no_job
     assert said in complaint(lab, tmp_path, **changes)
     assert lab.server.state(job) == "queued"
     assert lab.server.events("pull") == []
-    asks_the_engine = changes.keys() & {"job_user", "job_network", "job_runtime", "job_cap_add"}
-    assert asks_the_engine or not lab.base.exists(), "nothing is made before the settings are accepted"
+    if not changes.keys() & {"job_user", "job_network", "job_runtime", "job_cap_add"}:  # those only a container shows
+        assert said in complaint(lab, tmp_path, "resources", **changes), "what run refuses is not offered either"
+        assert not lab.base.exists(), "nothing is made before the settings are accepted"
+
+
+def test_run_and_resources_refuse_the_same_in_the_same_words(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/nowhere/jobs")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    for changes in (
+        {"gpus": "GPU-none-such"},
+        {"job_network": "host"},
+        {"path_base": str(tmp_path / "link")},
+        {"path_base": str(tmp_path / "open" / "jobs")},
+    ):
+        assert complaint(lab, tmp_path, "resources", **changes) == complaint(lab, tmp_path, **changes)
+
+
+def test_run_and_resources_say_the_same_of_what_is_odd(lab: Lab, tmp_path: Path) -> None:
+    settings = lab.env(max_jobs=str(CORES + 1))
+    with command(["resources", "--json"], settings, tmp_path) as run:
+        assert run.wait() == 0
+        [note] = [note for note in json.loads(run.output)["notes"] if note.startswith("MAX_JOBS=")]
+    with command(["run", "--exit-when-idle", "0.1"], settings, tmp_path) as run:
+        assert run.wait() == 0
+        assert note in run.errors
 
 
 @pytest.mark.fault("E12")

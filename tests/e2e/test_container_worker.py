@@ -6,6 +6,7 @@ knows it as host.docker.internal.
 
 import base64
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import docker
 import httpx
@@ -109,6 +111,13 @@ class Contained:
         """All it printed so far."""
         return self.engine.logs(self.id).decode(errors="replace")
 
+    def types(self, *words: str) -> str:
+        """What `docker exec` of this prints on standard output; it must succeed."""
+        made = self.engine.exec_create(self.id, list(words), stderr=False)["Id"]
+        printed: str = self.engine.exec_start(made).decode()
+        assert self.engine.exec_inspect(made)["ExitCode"] == 0, printed
+        return printed
+
     def ended(self) -> int:
         """Its exit code, when it ends by itself."""
         return int(self.engine.wait(self.id, timeout=60)["StatusCode"])
@@ -177,7 +186,11 @@ def test_the_image_has_what_checks_signatures(bay: Bay, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"lab {base64.b64encode(public).decode()}\n")
     unsigned = bay.lab.submit("true")
-    specs = {"app": {"cmd": ["true"]}, "handler": {"image_url": bay.lab.image, "files_up": {}}, "meta": {}}
+    specs: dict[str, Any] = {
+        "app": {"cmd": ["true"]},
+        "handler": {"image_url": bay.lab.image, "files_up": {}},
+        "meta": {},
+    }
     specs["meta"]["signature"] = sign(private, "lab", parse_job_id(str(unsigned + 1)), specs)
     signed = bay.lab.server.submit(specs)
     with bay.worker("run", "--exit-when-idle", "1", keys=keys) as worker:
@@ -229,6 +242,13 @@ def test_the_engines_disk_is_watched_from_inside_a_container(bay: Bay, read_only
         with bay.worker("run", reserve_disk=f"{reserve_mib}MiB", read_only=read_only) as worker:
             wait_until(lambda: "no job can be taken" in worker.printed, "it says that there is no room")
             assert "the engine's disk (as / of the worker's container) has less than" in worker.printed
+            assert " GiB free on the engine's disk (as / of the worker's container); engine: " in worker.printed
+            record = json.loads(worker.types("jobfetcher", "resources", "--json"))
+            assert [(disk["path"], disk["name"]) for disk in record["disks"]] == [
+                ("/data", "/data"),
+                ("/", "the engine's disk (as / of the worker's container)"),
+            ]
+            assert "\nPATH_BASE\t/data\t.env (PATH_BASE)\n" in worker.types("jobfetcher", "config")
         assert bay.lab.server.state(job) == "queued"
         with bay.worker("run", "--once", read_only=read_only) as worker:
             assert worker.ended() == 0

@@ -29,7 +29,7 @@ from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
 from jobfetcher.testing.fake_engine import FakeEngine
 from jobfetcher.tree import disk_usage
-from jobfetcher.workspace import Base
+from jobfetcher.workspace import Base, engines_disk
 from tests.support.boxes import Bench, no_progress
 from tests.support.jobs import Emitted, make_job
 from tests.support.mounts import break_ext4, ext4, failing_ext4, fill, make_ext4, mounted_ext4, needs_root, tmpfs
@@ -81,7 +81,7 @@ class ImagesOnDisk(FakeEngine):
 @pytest.mark.fault("D1")
 def test_no_job_is_taken_below_the_reserve_of_either_disk(tmp_path: Path, disk: Path) -> None:
     with ext4(tmp_path / "engines") as engines, Base(disk) as base:
-        base.also_watch(engines)
+        base.also_watch(engines_disk(engines))
         base.check_room()
         assert sum(base.free_bytes().values()) > 100 * MIB
         for full in (disk, engines):
@@ -102,7 +102,7 @@ def test_room_is_made_from_leftovers_first_and_then_from_own_images(tmp_path: Pa
         Base(disk) as base,
         closing(Journal(disk / "journal.db", wall=lambda: now[0])) as journal,
     ):
-        base.also_watch(engines)
+        base.also_watch(engines_disk(engines))
         engine = ImagesOnDisk(engines, mib=8)
         keeper = Housekeeper(engine, base, journal, emitted, clock=lambda: 1e9 + DAY)
         for name in ("8", "9"):

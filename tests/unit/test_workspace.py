@@ -19,7 +19,7 @@ from jobfetcher.core.errors import ConfigError, JobFault, JobReason, Stopped, St
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.run import Stored
-from jobfetcher.workspace import Base, Workspace
+from jobfetcher.workspace import Base, Workspace, engines_disk, own_root
 from tests.support.jobs import make_job
 from tests.support.mounts import needs_root, overlay, tmpfs
 from tests.support.trees import fingerprint, names_in, open_descriptors
@@ -117,8 +117,8 @@ def test_the_engines_disk_is_watched_where_it_can_be_seen(tmp_path: Path, monkey
     engines.mkdir()
     with Base(tmp_path / "base", reserve_mib=1) as base:
         both = base.free_bytes()
-        base.also_watch(tmp_path / "of another machine")
-        base.also_watch(engines)
+        base.also_watch(engines_disk(tmp_path / "of another machine"))
+        base.also_watch(engines_disk(engines))
         assert base.is_full() == ""
         assert base.free_bytes().keys() == both.keys()  # the same disk is counted once
         engines.rmdir()
@@ -139,7 +139,7 @@ def test_of_an_engines_directory_that_is_closed_to_us_the_disk_is_watched(tmp_pa
     with Base(tmp_path / "base", reserve_mib=1) as base:
         os.seteuid(65534)
         try:
-            base.also_watch(engines)
+            base.also_watch(engines_disk(engines))
             assert base.fullness() > 0
         finally:
             os.seteuid(0)
@@ -157,7 +157,7 @@ def test_the_root_of_a_workers_container_stands_for_the_engines_disk(tmp_path: P
         Base(here / "base", reserve_mib=16) as base,
     ):
         alone = base.free_bytes()
-        base.also_watch_root(root)
+        base.also_watch(own_root(base.path, root))
         [engines] = base.free_bytes().keys() - alone.keys()
         assert base.free_bytes()[engines] == pytest.approx(32 << 20, rel=0.01)
         assert [base.used_on(disk, 1, 10) for disk in (*alone, engines)] == [1, 10]
@@ -178,7 +178,7 @@ def test_the_disk_of_path_base_is_not_counted_twice_for_a_worker_in_a_container(
         Base(disk / "base", reserve_mib=1) as base,
     ):
         alone = base.free_bytes()
-        base.also_watch_root(root)
+        base.also_watch(own_root(base.path, root))
         assert base.free_bytes() == alone
         assert [base.used_on(disk, 1, 10) for disk in alone] == [11]
 
@@ -194,9 +194,9 @@ def test_a_reserve_or_a_cache_beyond_the_disk_is_refused(tmp_path: Path) -> None
         assert list(here.iterdir()) == [], "nothing is made before"
         with Base(here / "a", reserve_mib=63, cache_mib=1) as base:
             with pytest.raises(ConfigError, match=r"RESERVE_DISK=63MiB is more than all of .*/there, 0\.0312 GiB"):
-                base.also_watch(there)
+                base.also_watch(engines_disk(there))
             with pytest.raises(ConfigError, match="RESERVE_DISK=63MiB"):
-                base.also_watch_root(there)
+                base.also_watch(own_root(base.path, there))
         with Base(here / "c", cache_mib=31):
             """auto: half of a small disk"""
 
