@@ -197,12 +197,16 @@ class Settings(BaseModel):
         None, "Where PATH_BASE lies on the engine's host. Found by itself; a wrong one is refused."
     )
     timeout_job: Seconds = _field(30.0, "How often to ask for a job when there was none, in seconds.")
-    timeout_status: Seconds = _field(30.0, "How often to send a keep-alive for a running job, in seconds.", le=120)
+    timeout_status: Seconds = _field(
+        30.0, "How often to tell the server that a job is still in hand (a keep-alive), in seconds.", le=120
+    )
     groups: Words = _field(
         (), "Groups (comma-separated) whose jobs are asked for first. A preference: any other job may come, too."
     )
     older_than: Annotated[int, Field(ge=0)] = _field(
-        0, "Take only jobs that have waited for this many seconds; servers heed it for jobs without an environment."
+        0,
+        "Take only jobs that have waited for this many seconds; servers heed it only for jobs that name no environment "
+        "(local or cloud).",
     )
     gpus: Annotated[str, AfterValidator(_gpus)] = _field(
         "all", "GPUs to use: all, none, or a comma-separated list of UUIDs."
@@ -212,11 +216,11 @@ class Settings(BaseModel):
     )
     gpu_unasked: Literal["give", "none"] = _field(
         "give",
-        "What a job gets that does not say whether it needs a GPU: give (one that is free), or none (GPUs are for jobs "
-        "that ask).",
+        "What a job gets that does not say whether it needs a GPU: give (its share of those that are free: one with "
+        "MAX_JOBS=auto), or none (GPUs are for jobs that ask).",
     )
     reserve_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _field(
-        0.1, "Cores no job may use, so that heartbeats never starve. May be a fraction."
+        0.1, "Cores no job may use, so that keep-alives never starve. May be a fraction."
     )
     reserve_memory: AutoMib = _field("auto", "Memory no job may use. auto: 512 MiB or 5 %, whichever is more.")
     reserve_disk: AutoMib = _field(

@@ -706,6 +706,14 @@ def test_the_example_file_has_every_setting_and_no_other() -> None:
     assert set(named) - extra == {name.upper() for name in Settings.model_fields}
 
 
+def test_readme_and_the_example_file_say_of_every_setting_what_it_says_of_itself() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| [^|]*\| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    example = re.findall(r"^# (.+)\n#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    texts = {name.upper(): field.description for name, field in Settings.model_fields.items()}
+    assert {name: text.replace("`", "") for name, text in rows} == texts
+    assert {name: text for text, name in example} == texts
+
+
 def test_the_example_file_can_be_read_as_it_is() -> None:
     found = load(environ=dict(GOOD), env_file=ROOT / ".env.example", server=False)
     assert found.settings.api_url == GOOD["API_URL"]
