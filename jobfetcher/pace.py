@@ -2,9 +2,11 @@
 
 Used by the worker, in its main thread; `ended` comes from the slots. Jobs that end badly never hold up those of others
 for long, for they may all be one user's: five in a row make this machine test itself (`self_test`), and as long as it
-passes, jobs are taken at the usual pace, at most one a second (FAULTS.md T23). Waits are spread, so that a thousand
-workers do not come back together (J8), and every trouble is said once, not once per try (J10); of a server that is away
-`outage` tells.
+passes, jobs are taken at the usual pace, at most one a second (FAULTS.md T23). A machine that gives each job back, for
+it cannot use the storage or its owner's policy refuses them all, would pass that test and eat the queue, since no
+account gets a job again that it gave back (PROTOCOL.md S3): it takes ever fewer instead. Waits are spread, so that a
+thousand workers do not come back together (J8), and every trouble is said once, not once per try (J10); of a server
+that is away `outage` tells.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from jobfetcher.core.errors import EXPECTED, JobfetcherError, SourceError, SourceUnavailable
+from jobfetcher.core.errors import EXPECTED, JobfetcherError, SourceError, SourceUnavailable, WorkerReason
 from jobfetcher.core.ports import Emit
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.outage import Outage
@@ -27,6 +29,15 @@ _CAP_S = 300.0
 #: and until a job ends well, so many seconds lie between a bad end and the next job.
 _BAD_ENDS, _BAD_WITHIN_S = 5, 600.0
 _BAD_PAUSE_S = 1.0
+
+#: Reasons that are this machine's and that no box of its own would show, each with what its owner should look at. After
+#: `_BAD_ENDS` jobs in a row were given back for them, one is tried after 1, 2, 4, 8 min and then every 10 min: that is
+#: some ten jobs in the first hour, and the first user after the cure waits for ten minutes at most.
+_UNPROVEN = {
+    WorkerReason.STORAGE: "this machine cannot use the storage of their files",
+    WorkerReason.POLICY: "what this worker's settings allow is not what jobs need (ALLOWED_IMAGES, PULL_POLICY)",
+}
+_REST_S, _REST_CAP_S = 60.0, 600.0
 
 #: PROTOCOL.md S1, S19: a server that cannot reach its user's side hands a job out and answers 500. The job is lost to
 #: this account (S3), so while words about jobs in hand are not accepted, the next one is asked for once in so many
@@ -68,6 +79,11 @@ class Pace:
         self._bad_ends: deque[float] = deque(maxlen=_BAD_ENDS)
         self._bad_row = 0
         self._told = False
+        #: How many were given back in a row for a reason of `_UNPROVEN`; and, once that are too many, how many were
+        #: taken since, and until when no other one is.
+        self._given_back = self._tries = 0
+        self._rest_until = 0.0
+        self._has_finished = False
 
     @property
     def in_trouble(self) -> bool:
@@ -77,7 +93,8 @@ class Pace:
     def left_s(self) -> float:
         """Seconds during which nothing may be asked, whatever gets free meanwhile."""
         now = self._clock()
-        return max(0.0, self._not_before - now, min(self._held_s(now), self.interval_s))
+        left_s = max(self._not_before, self._rest_until) - now
+        return max(0.0, left_s, min(self._held_s(now), self.interval_s))
 
     def idle(self) -> float:
         """How long to wait when there was no job."""
@@ -121,9 +138,14 @@ class Pace:
         """A job ended; True: so many have ended badly in a row that this machine must test itself (T23)."""
         if outcome.ending is Ending.DROPPED or outcome.reason in EXPECTED:
             return False
+        if outcome.ending is Ending.WORKER_FAILED and outcome.reason in _UNPROVEN:
+            self._was_given_back(outcome)
+            return False
+        self._took_part()
         with self._lock:
             now = self._clock()
             if outcome.ending is Ending.FINISHED:
+                self._has_finished = True
                 self._bad_ends.clear()
                 self._bad_row, self._told = 0, False
                 return False
@@ -152,6 +174,46 @@ class Pace:
                 "usual pace"
             )
             self._emit("many_failures", level="warning", message=message)
+
+    def took(self) -> None:
+        """A job was taken. Where that was to see whether jobs can be run here again, no other one is before its end."""
+        with self._lock:
+            if self._given_back >= _BAD_ENDS:
+                self._tries += 1
+                self._rest()
+
+    def _was_given_back(self, outcome: Outcome) -> None:
+        """A job was given back for a reason that no box of the worker's own would show."""
+        with self._lock:
+            self._not_before = max(self._not_before, self._clock() + _BAD_PAUSE_S)
+            # A policy under which a job has ended well is meant as it is: it refuses some jobs and must delay no other.
+            if outcome.reason is WorkerReason.POLICY and self._has_finished:
+                return
+            self._given_back += 1
+            if self._given_back >= _BAD_ENDS:
+                self._rest()
+            tell = self._given_back == _BAD_ENDS
+        if tell and isinstance(outcome.reason, WorkerReason):
+            message = (
+                f"{_BAD_ENDS} jobs in a row were given back: {_UNPROVEN[outcome.reason]}; the next one is tried in "
+                f"{_REST_S / 60:.0f} min, and as long as that does not change one in {_REST_CAP_S / 60:.0f} min at "
+                f"most. The last one said: {outcome.message}"
+            )
+            self._emit("giving_back", level="warning", message=message)
+
+    def _took_part(self) -> None:
+        """A job ended otherwise, so it is not that all are given back."""
+        with self._lock:
+            tell = self._given_back >= _BAD_ENDS
+            self._given_back = self._tries = 0
+            self._rest_until = 0.0
+        if tell:
+            self._emit("taking_again", message="a job was not given back any more; taking jobs at the usual pace")
+
+    def _rest(self) -> None:
+        """Take no job for a while. The lock is held."""
+        rest_s = min(_REST_CAP_S, _REST_S * 2.0 ** min(self._tries, 10) * self._jitter())
+        self._rest_until = max(self._rest_until, self._clock() + rest_s)
 
     def _held_s(self, now: float) -> float:
         if not self._outage.is_met_by_others(_POLLING):

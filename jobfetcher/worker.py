@@ -278,6 +278,7 @@ class Worker:
             self._emit("job_again", level="warning", job=job.id, message="handed out again while it is in hand here")
             return
         self._taken += 1
+        self._pace.took()
         try:
             failpoint("before:claim")
             self._journal.claim(job.id, lease.token, job)

@@ -188,3 +188,78 @@ def test_a_job_with_a_trouble_of_its_own_holds_up_no_other_once_a_question_was_a
     assert shared.left_s() == 0
     outage.failed("9", "the end of job 9", DOWN, 2.0)
     assert shared.left_s() == 30
+
+
+def given_back(reason: WorkerReason, why: str = "that host is not in STORAGE_ALLOW") -> Outcome:
+    return Outcome(Ending.WORKER_FAILED, reason, why)
+
+
+@pytest.mark.fault("T23", "S3")
+@pytest.mark.parametrize("reason", [WorkerReason.STORAGE, WorkerReason.POLICY])
+def test_a_machine_that_gives_back_each_job_takes_ever_fewer(
+    pace: Pace, clock: FakeClock, emit: Emitted, reason: WorkerReason
+) -> None:
+    pauses = []
+    for _ in range(12):
+        assert not pace.ended(given_back(reason))  # a box of its own would show nothing of it
+        pauses.append(pace.left_s())
+        clock.now += pauses[-1]
+        assert pace.left_s() == 0
+        pace.took()
+    assert pauses == [1] * 4 + [60, 120, 240, 480, 600, 600, 600, 600]
+    [said] = emit.named("giving_back")
+    assert emit.levels("giving_back") == ["warning"]
+    assert "5 jobs in a row were given back" in str(said["message"])
+    assert "that host is not in STORAGE_ALLOW" in str(said["message"])
+    assert emit.named("many_failures") == []
+
+
+@pytest.mark.fault("T23")
+def test_only_one_job_is_taken_to_see_whether_it_is_over(pace: Pace, clock: FakeClock) -> None:
+    for _ in range(5):
+        pace.ended(given_back(WorkerReason.STORAGE))
+    clock.now += 60
+    assert pace.left_s() == 0
+    pace.took()  # a slot is still free, and this one has not ended yet
+    assert pace.left_s() == 120
+    clock.now += 20
+    pace.ended(given_back(WorkerReason.STORAGE))
+    assert pace.left_s() == 120
+
+
+@pytest.mark.fault("T23")
+@pytest.mark.parametrize("end", [GOOD, BAD, given_back(WorkerReason.ENGINE)], ids=["well", "badly", "by the engine"])
+def test_any_other_end_makes_it_take_jobs_as_usual(pace: Pace, emit: Emitted, end: Outcome) -> None:
+    for _ in range(4):
+        pace.ended(given_back(WorkerReason.STORAGE))
+    pace.ended(end)
+    for _ in range(4):
+        pace.ended(given_back(WorkerReason.STORAGE))
+    assert pace.left_s() == 1
+    assert emit.named("giving_back") == []
+    pace.ended(given_back(WorkerReason.STORAGE))
+    assert pace.left_s() == 60
+    pace.ended(end)
+    assert pace.left_s() <= 1
+    assert len(emit.named("taking_again")) == 1
+    pace.took()
+    assert pace.left_s() <= 1
+
+
+@pytest.mark.fault("T23")
+def test_ends_that_say_nothing_about_it_change_nothing(pace: Pace) -> None:
+    for _ in range(5):
+        pace.ended(given_back(WorkerReason.STORAGE))
+    pace.ended(Outcome(Ending.DROPPED, None, "taken back"))
+    pace.ended(Outcome(Ending.WORKER_FAILED, WorkerReason.SHUTDOWN, "shut down"))
+    assert pace.left_s() == 60
+
+
+@pytest.mark.fault("T23")
+def test_a_policy_that_has_let_a_job_pass_is_meant_and_holds_up_nobody(pace: Pace, emit: Emitted) -> None:
+    """One user's two hundred jobs with an image that is not allowed here, in front of another one's good job."""
+    pace.ended(GOOD)
+    for _ in range(200):
+        pace.ended(given_back(WorkerReason.POLICY, "image x is not among the ALLOWED_IMAGES of this worker"))
+        assert pace.left_s() == 1
+    assert emit.named("giving_back") == []

@@ -637,6 +637,31 @@ def test_five_bad_ends_on_a_machine_that_fails_its_test_are_the_last(bench: Benc
     assert [fields["message"] for fields in bench.emit.named("not_polling")] == [f"no job can be taken: {wrong}"]
 
 
+@pytest.mark.fault("T23", "S3")
+@pytest.mark.parametrize("error", [True, False], ids=["reported", "given back"])
+def test_a_machine_that_cannot_use_the_storage_does_not_eat_the_queue(bench: Bench, error: bool) -> None:
+    why = "storage host s has the internal address 10.0.0.1; if that storage is yours, add the host to STORAGE_ALLOW"
+    fault = WorkerFault(WorkerReason.STORAGE, why)
+    bench.rules = Rules(beat_interval_s=3600.0, limits=Limits(stop_grace_s=0.1), worker_fault_is_error=error)
+    bench.worker = bench.make_worker()
+    for number in range(100):
+        bench.transfer.failures[str(number)] = [fault]
+        bench.put(make_job(str(number), inputs={str(number): "b/in"}))
+    bench.budget.is_busy = lambda: bool(bench.worker.running)
+    bench.stop_when = lambda taken, idle_s: bench.budget.skipped > 3600
+    bench.worker.run()
+    spoilt = sum(bool(bench.ends(str(number))) for number in range(100))
+    assert 5 <= spoilt <= 15, "five, and then ever more rarely one, in an hour"
+    [said] = bench.emit.named("giving_back")
+    assert why in str(said["message"])
+    bench.transfer.failures.clear()
+    bench.transfer.objects[f"{URL}/b/in"] = b"input"  # its owner mended it
+    bench.stop_when = lambda taken, idle_s: idle_s > 60
+    bench.worker = bench.make_worker()
+    bench.worker.run()
+    assert sum(bench.ends(str(number)) == ["finished"] for number in range(100)) == 100 - spoilt
+
+
 @pytest.mark.fault("T23")
 def test_an_idle_machine_is_tested_every_ten_minutes(bench: Bench) -> None:
     bench.stop_when = lambda taken, idle_s: idle_s > 3600
