@@ -31,10 +31,9 @@ _MAX_HOPS = 3
 #: So many authorities are remembered as checked.
 _MOST_ORIGINS = 256
 
-#: Trying again would not help: the certificate, the CA file or the URL stays what it is.
+#: Trying again would not help: the CA file or the URL stays what it is.
 _HOPELESS = frozenset(
     {
-        pycurl.E_PEER_FAILED_VERIFICATION,
         pycurl.E_SSL_CACERT_BADFILE,
         pycurl.E_URL_MALFORMAT,
         pycurl.E_UNSUPPORTED_PROTOCOL,
@@ -128,7 +127,7 @@ class Wire:
             since=since,
         )
         yield exchange
-        _check(exchange, place, is_upload=True)
+        _check(exchange, place)
         return exchange.reply
 
     def _look_up(self, place: _Place) -> Tale[None]:
@@ -177,11 +176,11 @@ def _anything(_: str) -> None:
     """The address is the proxy's, which the machine's owner named."""
 
 
-def _check(exchange: Exchange, place: _Place, *, is_upload: bool = False) -> None:
+def _check(exchange: Exchange, place: _Place) -> None:
     """Raise what went wrong with it, if it matters.
 
-    A certificate that is not the store's may be a portal's, which leaves. An input can be had elsewhere, so the job is
-    given back at once; an output is in no other place, so it waits.
+    A certificate that is not the store's may be a portal's, which leaves. So the file waits for one that is: a job that
+    is given back at once is one that this account never gets again (PROTOCOL.md S3).
     """
     if isinstance(exchange.error, NotHttp):
         raise TryAgain(f"{place.host}: {exchange.error}")
@@ -189,7 +188,7 @@ def _check(exchange: Exchange, place: _Place, *, is_upload: bool = False) -> Non
         raise exchange.error
     if exchange.code and exchange.reply.status < 400:  # an error's status is enough, even if its words were cut
         failure = f"{place.host}: {in_words(exchange.failure) or clean(exchange.failure, 200)}"
-        if exchange.code in _HOPELESS and not (is_upload and exchange.code == pycurl.E_PEER_FAILED_VERIFICATION):
+        if exchange.code in _HOPELESS:
             raise WorkerFault(WorkerReason.STORAGE, f"the storage cannot be trusted or asked: {failure}")
         raise TryAgain(failure)
 

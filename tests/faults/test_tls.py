@@ -185,11 +185,12 @@ def test_a_storage_that_cannot_be_trusted_is_told_in_the_same_words(authority: A
         (authority.server(x509.DNSName("other.example")), authority.file, "its certificate is for another name"),
     ):
         with FileServer(tls=context) as server:
-            moving = transfer(net=NetSettings(ca_file=ca_file))
+            moving, watch = transfer(net=NetSettings(ca_file=ca_file), download_budget_s=600.0), Recorder()
             with pytest.raises(WorkerFault) as fault:
-                moving.download([wanted(tmp_path, "in", getting(server.url("/in")))], Recorder())
+                moving.download([wanted(tmp_path, "in", getting(server.url("/in")))], watch)
             moving.close()
             assert told in str(fault.value)
+            assert [told in why for _, why, _ in watch.retries] == [True]  # it waits, and its owner hears at once why
 
 
 def test_a_storage_without_tls_on_its_port_is_told(tmp_path: Path) -> None:
