@@ -101,13 +101,17 @@ class SourceError(JobfetcherError):
 class SourceUnavailable(SourceError):
     """No usable answer. `retry_after_s`: what the server asked for, in seconds, if it did.
 
-    `sent` is False when the request certainly never reached the server, so that repeating it is safe.
+    `sent` is False when the request certainly never reached the server, so that repeating it is safe. `only_this`: the
+    source itself failed at this one question and takes what else it is told, so that it is no outage.
     """
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None, sent: bool = True) -> None:
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, sent: bool = True, only_this: bool = False
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.sent = sent
+        self.only_this = only_this
 
 
 class TooSoon(SourceUnavailable):

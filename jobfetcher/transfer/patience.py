@@ -94,10 +94,7 @@ class Patience:
         """Wait until the next try is due, or raise WorkerFault when the budget is spent."""
         spent = self._rules.clock() - self._since
         if spent > self._budget_s:
-            raise WorkerFault(
-                WorkerReason.STORAGE,
-                f"{self._what} could not be moved for {spent / 3600:.1f} hours, given up: {clean(why, 400)}",
-            )
+            raise self._given_up(spent, why)
         yield from self._pause(retry_after_s, why, self._budget_s - spent)
 
     def refused(
@@ -124,10 +121,13 @@ class Patience:
     ) -> Tale[SignedRequest]:
         """What `sign` gives, asked again while the source is out of reach; its other errors are final.
 
-        That costs nothing of the budget: a source that is away for a day takes no job back (FAULTS.md B2, B3).
-        `first`: what it gave already.
+        That costs nothing of the budget: a source that is away for a day takes no job back (FAULTS.md B2, B3). One that
+        is there and fails at this file only is no outage: it gets as long as a storage that is away, from its first
+        such answer on, and then WorkerFault is raised (C2). `first`: what it gave already.
         """
         began = self._rules.clock()
+        spent = 0.0  # while only this file was given no link
+        failed_at: float | None = None
         while True:
             try:
                 if isinstance(first, BaseException):
@@ -135,13 +135,26 @@ class Patience:
                 request: SignedRequest = first or (yield Aside(sign))
             except (SourceUnavailable, SourceRefused) as error:
                 first = None
-                yield from self._pause(getattr(error, "retry_after_s", None), f"no link to be had: {error}", None)
+                why, now, for_s = f"no link to be had: {error}", self._rules.clock(), None
+                spent += 0.0 if failed_at is None else now - failed_at
+                failed_at = None
+                if isinstance(error, SourceUnavailable) and error.only_this:
+                    if spent > self._budget_s:
+                        raise self._given_up(spent, why) from error
+                    failed_at, for_s = now, self._budget_s - spent
+                yield from self._pause(getattr(error, "retry_after_s", None), why, for_s)
             else:
                 passed = self._rules.clock() - began
                 self._since += passed
                 if self._refused_since is not None:
                     self._refused_since += passed
                 return request
+
+    def _given_up(self, spent_s: float, why: str) -> WorkerFault:
+        hours = f"{spent_s / 3600:.1f} hours"
+        return WorkerFault(
+            WorkerReason.STORAGE, f"{self._what} could not be moved for {hours}, given up: {clean(why, 400)}"
+        )
 
     def _pause(self, retry_after_s: float | None, why: str, for_s: float | None) -> Tale[None]:
         self._failures += 1

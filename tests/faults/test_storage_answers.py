@@ -700,6 +700,51 @@ def test_an_api_that_gives_no_link_is_said_too(server: FileServer, nap: Nap, mov
     assert "no link to be had: no answer; it is tried again as long as the job is held" in said.lines[0][1]
 
 
+@pytest.mark.fault("C2", "B2", "C21")
+@pytest.mark.parametrize("how", ["get", "put"])
+def test_a_link_that_only_this_file_is_not_given_is_asked_for_as_long_as_a_storage_that_is_away(
+    nap: Nap, moving: Transfer, tmp_path: Path, out: Path, how: str
+) -> None:
+    asked = 0
+
+    def sign(*_: bool) -> SignedRequest:
+        nonlocal asked
+        asked += 1
+        raise SourceUnavailable("the server answered 500", only_this=True)
+
+    watch, began = Recorder(), nap.now
+    move = partial(moving.download, [wanted(tmp_path, "in", sign)], watch)
+    if how == "put":
+        move = partial(moving.upload, [produced(out, sign)], watch)
+    with pytest.raises(WorkerFault, match=r"could not be moved for 0\.5 hours, given up: no link to be had: ") as fault:
+        move()
+    assert fault.value.reason is WorkerReason.STORAGE
+    assert 1800 < nap.now - began < 1900
+    assert asked > 20
+    [(_, why, for_s)] = watch.retries
+    assert why == "no link to be had: the server answered 500"
+    assert for_s is not None
+    assert 1790 <= for_s <= 1800
+
+
+@pytest.mark.fault("B2", "B3")
+def test_of_a_file_that_is_given_no_link_only_the_time_counts_in_which_the_api_was_there(
+    server: FileServer, nap: Nap, moving: Transfer, tmp_path: Path
+) -> None:
+    """For half an hour in all it fails at this file, now and then, and for two days it is away."""
+    began, tries = nap.now, 0
+
+    def sign() -> SignedRequest:
+        nonlocal tries
+        tries += 1
+        if nap.now - began > 2 * 86_400:
+            return get(server.url("/in"))
+        raise SourceUnavailable("the server answered 500", only_this=tries % 200 < 2)
+
+    moving.download([wanted(tmp_path, "in", sign)], Recorder())
+    assert tries > 1800
+
+
 @pytest.mark.fault("C21", "B17")
 @pytest.mark.parametrize("how", ["get", "put"])
 def test_leaving_cuts_a_wait_short(server: FileServer, tmp_path: Path, out: Path, how: str) -> None:

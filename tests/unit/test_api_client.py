@@ -974,6 +974,29 @@ def test_a_put_is_for_one_object(api: ScriptedApi, lease: ApiLease) -> None:
     assert dict(api.asked[0].query)["base_path"] == ""
 
 
+@pytest.mark.fault("B2", "C2")
+def test_a_500_to_one_link_is_no_outage_while_keep_alives_are_accepted(
+    api: ScriptedApi, lease: ApiLease, clock: FakeClock
+) -> None:
+    def asked_for_a_link() -> SourceUnavailable:
+        with pytest.raises(SourceUnavailable) as error:
+            lease.sign_input(parse_file_ref("s3://b/in"))
+        return error.value
+
+    api.then(500)
+    assert asked_for_a_link().only_this
+    api.then(reply(500, b"<html>no</html>", content_type="text/html"))
+    assert not asked_for_a_link().only_this, "a page is not the API's word"
+    api.then(429)
+    assert not asked_for_a_link().only_this, "it asks for patience"
+    clock.now += 301
+    api.then(500)
+    assert not asked_for_a_link().only_this, "nothing else was accepted for as long as a lease lasts"
+    api.then(reply(200, b'"preprocessing"'), 204, 500)
+    assert lease.beat(Phase.CLAIMED) is Standing.KEEP
+    assert asked_for_a_link().only_this
+
+
 @pytest.mark.fault("S8")
 @pytest.mark.parametrize("status", [500, 404])
 def test_an_upload_refused_for_a_lost_lease_ends_the_job(api: ScriptedApi, lease: ApiLease, status: int) -> None:

@@ -382,7 +382,10 @@ class ApiLease:
         self, reply: Reply, good: set[int], what: str, methods: set[Method], mend: Callable[[Any], Any] = lambda it: it
     ) -> SignedRequest:
         if reply.status not in good:
-            raise failure(reply, what)
+            refusal = failure(reply, what)
+            if reply.status >= 500 and isinstance(refusal, SourceUnavailable):
+                refusal.only_this = not self._is_unsure()  # its own word, and it takes our keep-alives meanwhile
+            raise refusal
         request = self._policy.parse_request(mend(reply.json()))
         if request.method not in methods:
             raise JobFault(JobReason.UNSAFE_REQUEST, f"the server answered {what} with method {request.method.value}")
