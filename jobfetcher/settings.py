@@ -436,7 +436,7 @@ def load(
         check_server(settings, looked_for)
     layer_of = {name: origin.get(name, "default") for name in Settings.model_fields}
     warnings += [*_unknown(layers), *_readable_by_others(layers), *_odd(settings)]
-    warnings += _unused(layers, settings, origin)
+    warnings += _unused(layers, settings)
     return Loaded(settings, layer_of, tuple(warnings), looked_for)
 
 
@@ -519,21 +519,20 @@ def _odd(settings: Settings) -> Iterator[str]:
         yield f"API_URL ends in /{last}, which the worker adds where it is needed; is {address} meant?"
 
 
-def _unused(layers: Mapping[str, _Layer], settings: Settings, origin: Mapping[str, str]) -> Iterator[str]:
+def _unused(layers: Mapping[str, _Layer], settings: Settings) -> Iterator[str]:
     """What other programs of this machine go by and this one does not, where that makes a difference."""
     for layer, values in layers.items():
         for key, value in values.items():
             if key.upper() == "ALL_PROXY" and value.strip():
                 if settings.proxy is None and not (settings.http_proxy and settings.https_proxy):
                     yield f"{layer}: {key} is not used; set PROXY, or HTTPS_PROXY and HTTP_PROXY, if a proxy is needed"
-            elif key == "SSL_CERT_DIR" and value.strip():
-                if settings.ca_file is not None:
-                    yield f"{layer}: {key} is not used: {origin['ca_file']} wins"
-                elif layer != "environment" or not _is_rehashed(value):
-                    yield (
-                        f"{layer}: {key} is not used: it counts only in the environment, as one directory that "
-                        "`openssl rehash` has been through; name the directory in CA_FILE, which takes any"
-                    )
+            elif key == "SSL_CERT_DIR" and value.strip() and settings.ca_file is None:  # a file that is named wins
+                if layer == "environment" and _is_rehashed(value):
+                    continue
+                yield (
+                    f"{layer}: {key} is not used: it counts only in the environment, as one directory that "
+                    "`openssl rehash` has been through; name the directory in CA_FILE, which takes any"
+                )
 
 
 def _is_rehashed(folder: str) -> bool:
