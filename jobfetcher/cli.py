@@ -79,8 +79,9 @@ def run(
 ) -> None:
     """Take jobs and run them until told to stop.
 
-    Ctrl-C once: finish the jobs in hand, then exit. Twice: stop them and give them back. Three times: exit at once,
-    saying what the next start does with each of them.
+    Ctrl-C once: finish the jobs in hand, then exit; a job that has not run yet and waits for a registry or a storage
+    that does not answer is given back. Twice: stop all and give them back. Three times: exit at once, saying what the
+    next start does with each of them.
     With STOP_MODE=detach, once: exit and leave them running; the next start goes on with them. Twice: exit at once.
 
     Needs API_URL and either ACCESS_TOKEN or USERNAME and PASSWORD, from the environment or .env.

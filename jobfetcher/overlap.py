@@ -18,10 +18,10 @@ _B = TypeVar("_B")
 
 def both(halt: Halt, here: Callable[[Halt], _A], beside: Callable[[Halt], _B], name: str) -> tuple[_A, _B]:
     """What both return. `here` runs in this thread and `beside` in one called `name`, each with a halt of its own that
-    is set with `halt`, and with FAILED when the other one fails; so both must heed it. Returns, and raises the first
-    failure, when both have ended.
+    is set with `halt`, and with FAILED when the other one fails; so both must heed it. What one waits for is known to
+    `halt` as well. Returns, and raises the first failure, when both have ended.
     """
-    inner = Halt()
+    inner = Halt(on_wait=halt.waits_for)
     done: list[_B] = []
     failures: list[BaseException] = []  # in the order of time: a failure that the other one caused comes second
 

@@ -22,10 +22,19 @@ _EVERY_S = 0.2
 _MOST_NOTICES = 5
 
 
+def _unheard(_step: str, _what: str) -> None:
+    pass
+
+
 def file_progress(
-    emit: Emit, job_id: JobId, step: str, clock: Callable[[], float], note: Callable[[str], None]
+    emit: Emit,
+    job_id: JobId,
+    step: str,
+    clock: Callable[[], float],
+    note: Callable[[str], None],
+    waits_for: Callable[[str, str], None] = _unheard,
 ) -> Progress:
-    """A progress of files that is told as `step` (`download` or `upload`). `note` hears what they wait for."""
+    """A progress of files that is told as `step` (`download` or `upload`). `note` and `waits_for`: see `Troubles`."""
     due = _every(clock)
 
     def changed(progress: Progress) -> None:
@@ -40,14 +49,15 @@ def file_progress(
                 files_total=progress.files_total,
             )
 
-    return Progress(changed=changed, troubles=Troubles(emit, job_id, step, clock, note))
+    return Progress(changed=changed, troubles=Troubles(emit, job_id, step, clock, note, waits_for))
 
 
 class Troubles:
     """Says which files of a job, or its image, have to be tried again, why, and until when; and that it is over.
 
     One line at WARN for each reason, which names the first file that it concerns, and one at INFO when no file waits
-    any more. `note` hears the same sentence, for the job's user; `wall` is the wall clock, in seconds since 1970.
+    any more. `note` hears the same sentence, for the job's user; `waits_for` hears the step with one while anything of
+    it waits, and with an empty one when nothing does any more; `wall` is the wall clock, in seconds since 1970.
     """
 
     def __init__(
@@ -57,10 +67,11 @@ class Troubles:
         step: str,
         clock: Callable[[], float],
         note: Callable[[str], None],
+        waits_for: Callable[[str, str], None] = _unheard,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._emit, self._job_id, self._step, self._clock, self._wall = emit, job_id, step, clock, wall
-        self._note = note
+        self._note, self._waits_for = note, waits_for
         self._waiting: set[str] = set()
         self._said: set[str] = set()
         self._noticed = 0
@@ -71,6 +82,7 @@ class Troubles:
         if not self._waiting:
             self._since = self._clock()
             self._said.clear()
+            self._waits_for(self._step, f"the {self._step} of {clean(name, 120)} has to wait: {clean(why, 300)}")
         self._waiting.add(name)
         reason = unnumbered(why.replace(name, ""))
         if reason in self._said:
@@ -89,6 +101,7 @@ class Troubles:
             return
         self._waiting.discard(name)
         if not self._waiting:
+            self._waits_for(self._step, "")
             message = f"the {self._step} goes on after {_span(self._clock() - self._since)}"
             self._emit("transfer_recovered", job=self._job_id, step=self._step, file=clean(name), message=message)
 

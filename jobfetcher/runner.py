@@ -252,7 +252,7 @@ class Runner:
                 halt=halt,
                 have=kept,
                 mark=lambda stored: self._journal.mark(job.id, "in", stored),
-                progress=file_progress(self._emit, job.id, "download", self._clock, waits),
+                progress=file_progress(self._emit, job.id, "download", self._clock, waits, halt.waits_for),
                 awaits=partial(self._base.awaits, job.id),
             )
         failpoint("after:stage_in")
@@ -261,7 +261,8 @@ class Runner:
     def _prepare(self, job: Job, halt: Halt, pulse: Pulse, seconds: Seconds) -> Image:
         """Step 6, beside step 5: a pull needs the network as well, but mostly another part of it."""
         with self._step(job.id, "prepare", "pull", seconds):
-            troubles = Troubles(self._emit, job.id, "pull", self._clock, partial(self._waits, job.id, pulse))
+            note = partial(self._waits, job.id, pulse)
+            troubles = Troubles(self._emit, job.id, "pull", self._clock, note, halt.waits_for)
             progress, waits = pull_progress(self._emit, job.id, self._clock), partial(troubles.retrying, job.image)
             image = self._engine.prepare(job.image, halt, progress, waits)
             troubles.recovered(job.image)

@@ -111,6 +111,7 @@ class _Watch:
 
     def done(self, item: Download | Upload, stored: Stored) -> None:
         self._done(item, stored)
+        self.recovered(item)
         self._progress.files += 1
         self._progress.changed(self._progress)
 

@@ -52,6 +52,8 @@ _OPEN_PER_SLOT = 2
 #: Stray containers are looked for, and images tidied, this often; a stray must be as old (FAULTS.md E10).
 _RECONCILE_S = 300.0
 
+_IN_QUEUE = "it waits for one that computes"
+
 #: FAULTS.md F2: detached within 5 s. A slot that is not out by then is cut off, which the journal bears.
 _DETACH_S = 4.0
 
@@ -191,11 +193,10 @@ class Worker:
             self._journal, self._source, self._budget, self._emit, crashed=self._base.crashed
         ):
             lease, job, hold, outcome = found.lease, found.job, found.hold, found.outcome
-            halt = Halt()
             if outcome is not None:
-                self._in_slot(lease, halt, partial(self._outbox.settle, lease, outcome))
+                self._in_slot(lease, Halt(), partial(self._outbox.settle, lease, outcome))
             elif job is not None and hold is not None:
-                self._run(lease, job, hold, halt)
+                self._run(lease, job, hold)
         recovery.clear_strays(self._journal, self._engine, self._base, self._emit)
         self._reconcile_due = self._clock() + _RECONCILE_S
         failpoint("after:recover")
@@ -292,9 +293,10 @@ class Worker:
             outcome = Outcome(Ending.WORKER_FAILED, error.reason, str(error))
             self._in_slot(lease, Halt(), partial(self._outbox.settle, lease, outcome))
         else:
-            self._run(lease, job, hold, Halt())
+            self._run(lease, job, hold)
 
-    def _run(self, lease: Lease, job: Job, hold: Reservation, halt: Halt) -> None:
+    def _run(self, lease: Lease, job: Job, hold: Reservation) -> None:
+        halt = Halt(on_wait=lambda *_: self._budget.wake() if self._leaving else None)  # for `_drain` to look at it
         if not self._in_slot(lease, halt, partial(self._runner.run, lease, job, hold, halt), hold):
             hold.release()
 
@@ -354,12 +356,10 @@ class Worker:
 
     def _drain(self) -> None:
         """Wait until all jobs have ended; heartbeats go on meanwhile. Stop or let go of them when `leave` says so."""
-        told = Leaving.NO
-        detached_at = self._clock()
+        told, detached_at = Leaving.NO, self._clock()
         while self._slots:
             if told is not self._leaving:
-                told = self._leaving
-                detached_at = self._clock()
+                told, detached_at = self._leaving, self._clock()
                 what, then = _FAREWELL[told]
                 jobs = ", ".join(sorted(job for job, slot in list(self._slots.items()) if not self._gives_back(slot)))
                 self._emit("draining", message=f"{what} job {jobs}; {then}" if jobs else "leaving")
@@ -368,8 +368,8 @@ class Worker:
             for job, slot in sorted(self._slots.items(), key=lambda held: not held[1].hold.is_waiting):
                 if reason is not None:
                     slot.halt.set(reason)
-                elif self._gives_back(slot) and slot.hold.cancel():
-                    self._emit("draining", job=job, message="giving it back: it waits for one that computes")
+                elif self._gives_back(slot) and (why := _IN_QUEUE if slot.hold.cancel() else slot.halt.waits):
+                    self._emit("draining", job=job, message=f"giving it back: {why}")
                     slot.halt.set(StopReason.SHUTDOWN)
             if self._leaving is Leaving.DETACH and self._clock() - detached_at >= _DETACH_S:
                 return  # what is still busy is cut off with this process
@@ -385,8 +385,10 @@ class Worker:
             self._emit("unheard", level="warning", message=f"job {jobs} is not wholly ended; the next start goes on")
 
     def _gives_back(self, slot: _Slot) -> bool:
-        """Whether a drain gives the job back: it was prefetched and computes nothing yet, so others run it sooner."""
-        return self._leaving is Leaving.DRAIN and self._runner.gives_back and slot.hold.is_waiting
+        """Whether a drain gives the job back, which has not run yet: others run it sooner than this machine, where it
+        was prefetched, or waits for a registry or a storage that may be away for hours (FAULTS.md C21)."""
+        waits = slot.halt.reason is None and (slot.hold.is_waiting or slot.halt.waits != "")
+        return self._leaving is Leaving.DRAIN and self._runner.gives_back and waits
 
 
 #: What is said on the way out, and what another signal does.

@@ -1,7 +1,8 @@
 """The one bit that flows back into a running job: it must end now, and why.
 
 One `Halt` per job. Whoever learns that the job must end (heartbeat, signal handler, time limit) sets it; the first
-reason wins. Whoever blocks registers what ends the wait (stop the container, abort the transfer).
+reason wins. Whoever blocks registers what ends the wait (stop the container, abort the transfer). What the job has to
+wait for before it can run is known here as well: it may be a reason to end it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from jobfetcher.core.errors import Stopped, StopReason
 
 
 class Halt:
-    """Set once, read by all. Thread-safe."""
+    """Set once, read by all. Thread-safe. `on_wait` is called with what `waits_for` is; it must not raise."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_wait: Callable[[str, str], None] = lambda step, what: None) -> None:  # noqa: ARG005
         self._lock = threading.Lock()
         self._event = threading.Event()
         self._reason: StopReason | None = None
         self._wakers: list[Callable[[], None]] = []
+        self._on_wait = on_wait
+        self._waits: dict[str, str] = {}
 
     @property
     def reason(self) -> StopReason | None:
@@ -37,6 +40,21 @@ class Halt:
         self._event.set()
         for wake in wakers:
             wake()
+
+    @property
+    def waits(self) -> str:
+        """What the job has to wait for before it can run, in a sentence; empty while it makes progress, and later."""
+        with self._lock:
+            return next(iter(self._waits.values()), "")
+
+    def waits_for(self, step: str, what: str) -> None:
+        """A step before the run has to wait, as the sentence `what` says; an empty one: it goes on."""
+        with self._lock:
+            if what:
+                self._waits[step] = what
+            else:
+                self._waits.pop(step, None)
+        self._on_wait(step, what)
 
     def check(self) -> None:
         """Raise Stopped if the job must end."""

@@ -140,7 +140,8 @@ class FakeEngine:
     `images`: what `prepare` answers, by reference; None: every reference is an image, pulled the first time. `specs`,
     `prepared`, `owned` and `forgotten` record what was asked; `here` are the images on the machine, by id, and their
     names. While `fault` is set, every call raises it (an engine that is away). `proved` are the specs of boxes of the
-    worker's own, and `unfit(spec)` says what is wrong with one. `pull_waits`: what each pull has to wait for first.
+    worker's own, and `unfit(spec)` says what is wrong with one. `pull_waits`: what each pull has to wait for first,
+    and `pull_stalls`: whether it then waits until the halt is set or this is not so any more.
     `clock`: in seconds, for ages.
     """
 
@@ -158,6 +159,7 @@ class FakeEngine:
         self.fault: JobfetcherError | None = None
         self.proved: list[RunSpec] = []
         self.pull_waits: list[tuple[str, float]] = []
+        self.pull_stalls = False
         self.unfit: Callable[[RunSpec], JobfetcherError | None] = lambda spec: None  # noqa: ARG005 - all is well
         self._clock = clock
         self._script = script
@@ -193,6 +195,8 @@ class FakeEngine:
         if waits is not None:
             for why, for_s in self.pull_waits:
                 waits(why, for_s)
+        while self.pull_stalls and not halt.wait(0.05):
+            pass
         halt.check()
         with self._lock:
             self.prepared.append(reference)

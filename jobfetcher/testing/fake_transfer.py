@@ -24,20 +24,22 @@ _SIGN_TRIES = 20
 class FakeTransfer:
     """`objects` is what is stored. `failures`: by item name, raised instead of moving it, once per entry.
 
-    `stall`: names of items at which it waits until the halt is set. Closed, it refuses to move anything.
+    `stall`: names of items at which it waits until the halt is set, or they are not in it any more; `troubles`: why an
+    item is tried again first, by name. Closed, it refuses to move anything.
     """
 
     def __init__(self, *, max_upload_bytes: int = 5 * 1024**3) -> None:
         self.objects: dict[str, bytes] = {}
         self.failures: dict[str, list[Exception]] = {}
         self.stall: set[str] = set()
+        self.troubles: dict[str, str] = {}
         self.closed = False
         self._max_upload_bytes = max_upload_bytes
 
     def download(self, items: Iterable[Download], watch: Watch) -> None:
         """As `core.ports.Transfer.download`."""
         for item in items:
-            self._begin(item.name, watch)
+            self._begin(item, watch)
             request = _signed(item.sign, watch)
             content = self.objects.get(request.url)
             if request.method is not Method.GET:
@@ -67,17 +69,20 @@ class FakeTransfer:
     def close(self) -> None:
         self.closed = True
 
-    def _begin(self, name: str, watch: Watch) -> None:
+    def _begin(self, item: Download | Upload, watch: Watch) -> None:
+        name = item.name
         if self.closed:
             raise WorkerFault(WorkerReason.INTERNAL, "files cannot be moved any more: the worker is closing")
-        while name in self.stall and not watch.halt.wait(1.0):
+        if name in self.troubles:
+            watch.retrying(item, self.troubles[name], 3600.0)
+        while name in self.stall and not watch.halt.wait(0.05):
             pass
         watch.halt.check()
         if self.failures.get(name):
             raise self.failures[name].pop(0)
 
     def _send(self, item: Upload, watch: Watch) -> Stored:
-        self._begin(item.name, watch)
+        self._begin(item, watch)
         if item.size > self._max_upload_bytes:
             raise JobFault(JobReason.OUTPUT_TOO_LARGE, f"output {item.name} is larger than the store takes")
         request = _signed(lambda: item.sign(False), watch)

@@ -1009,6 +1009,114 @@ def test_the_first_signal_lets_jobs_end_and_takes_no_other(bench: Bench) -> None
     assert bench.nothing_is_left()
 
 
+def stuck(bench: Bench, where: str, *, waits: bool = True) -> None:
+    """Job 1 waits for what may be away for hours, or is slow."""
+    if where == "pull":
+        bench.engine.pull_waits = [("the registry does not answer", 1800.0)] if waits else []
+        bench.engine.pull_stalls = True
+    else:
+        bench.transfer.troubles = {"in": "the storage answers HTTP 503"} if waits else {}
+        bench.transfer.stall.add("in")
+    bench.transfer.objects[f"{URL}/b/in"] = b"input"
+    bench.put(make_job("1", inputs={"in": "b/in"}))
+
+
+WHAT_WAITS = {
+    "pull": "giving it back: the pull of busybox:latest has to wait: the registry does not answer",
+    "download": "giving it back: the download of in has to wait: the storage answers HTTP 503",
+}
+
+
+@pytest.mark.fault("F2", "C21")
+@pytest.mark.parametrize("where", WHAT_WAITS)
+def test_the_first_signal_gives_back_what_waits_in_trouble_and_has_not_run(two: Bench, where: str) -> None:
+    stuck(two, where)
+    two.stop_when = lambda taken, idle_s: False
+    thread = beside(two.worker.run)
+    until(lambda: two.emit.named("transfer_retrying") != [])
+    two.worker.leave(Leaving.DRAIN)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert two.ends("1") == ["released"]
+    assert two.worker.worker_faults == 0
+    assert [event["message"] for event in two.emit.named("draining") if event.get("job") == "1"] == [WHAT_WAITS[where]]
+    assert two.nothing_is_left()
+
+
+@pytest.mark.fault("F2", "C21")
+@pytest.mark.parametrize("where", WHAT_WAITS)
+def test_what_is_slow_is_finished_and_given_back_when_it_begins_to_wait(
+    two: Bench, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck(two, where, waits=False)
+    halts: list[Halt] = []
+    made = Halt.__init__
+
+    def keep(self: Halt, **how: Callable[[str, str], None]) -> None:
+        made(self, **how)
+        halts.append(self)
+
+    monkeypatch.setattr(Halt, "__init__", keep)
+    two.stop_when = lambda taken, idle_s: False
+    thread = beside(two.worker.run)
+    until(lambda: two.emit.named("stage_in") != [] and len(halts) == 2)
+    two.worker.leave(Leaving.DRAIN)
+    until(lambda: two.emit.named("draining") != [])
+    waits = len(two.budget.waits)
+    until(lambda: len(two.budget.waits) > waits + 5)
+    assert "finishing job 1" in str(two.emit.named("draining")[0]["message"])
+    assert two.ends("1") == []
+    two.budget.is_busy = lambda: True  # a drain that would only look again after its interval would take 20 s here
+    halts[1].waits_for(where, "the storage is away")
+    thread.join(10)
+    assert not thread.is_alive()
+    assert two.ends("1") == ["released"]
+    assert two.nothing_is_left()
+
+
+@pytest.mark.fault("F2", "C21")
+@pytest.mark.parametrize("where", WHAT_WAITS)
+def test_a_job_whose_trouble_is_over_is_finished(two: Bench, where: str) -> None:
+    stuck(two, where)
+    two.engine.pull_stalls = False
+    two.transfer.stall.clear()
+    two.scripts["1"] = Script(held=True)
+    two.stop_when = lambda taken, idle_s: False
+    thread = beside(two.worker.run)
+    until(lambda: two.engine.containers != [])
+    assert len(two.emit.named("transfer_retrying")) == len(two.emit.named("transfer_recovered")) == 1
+    two.worker.leave(Leaving.DRAIN)
+    until(lambda: two.emit.named("draining") != [])
+    waits = len(two.budget.waits)
+    until(lambda: len(two.budget.waits) > waits + 5)
+    two.engine.containers[0].release()
+    thread.join(20)
+    assert two.ends("1") == ["finished"]
+    assert two.nothing_is_left()
+
+
+@pytest.mark.fault("F2", "C21")
+@pytest.mark.parametrize("error", [True, False], ids=["nothing is given back", "it had enough"])
+def test_what_waits_in_trouble_is_not_given_back_otherwise(two: Bench, error: bool) -> None:
+    two.rules = Rules(beat_interval_s=3600.0, worker_fault_is_error=error)
+    two.worker = two.make_worker()
+    stuck(two, "pull")
+    if error:
+        two.stop_when = lambda taken, idle_s: False
+    thread = beside(two.worker.run)
+    until(lambda: two.emit.named("transfer_retrying") != [])
+    if error:
+        two.worker.leave(Leaving.DRAIN)
+        until(lambda: two.emit.named("draining") != [])
+    waits = len(two.budget.waits)
+    until(lambda: len(two.budget.waits) > waits + 5)
+    assert two.ends("1") == []
+    two.engine.pull_stalls = False
+    thread.join(20)
+    assert two.ends("1") == ["finished"]
+    assert two.nothing_is_left()
+
+
 @pytest.mark.fault("F3")
 def test_the_second_signal_stops_the_jobs_and_gives_them_back(two: Bench) -> None:
     two.scripts = {"1": Script(held=True), "2": Script(held=True, ignores_term=True)}
