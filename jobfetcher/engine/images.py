@@ -108,6 +108,15 @@ class ImagePolicy:
     docker_config: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Pull:
+    """Who hears of a pull: `progress` of its bytes, and `begins` when the registry has something that is not here,
+    before it is."""
+
+    progress: PullProgress
+    begins: Callable[[], None]
+
+
 class Images:
     """The images of one engine. Thread-safe; the same image is prepared by one thread at a time.
 
@@ -139,9 +148,14 @@ class Images:
         with self._alone(str(wanted), halt):
             cached = self._find(wanted)
             if self._asks(wanted, cached is not None):
-                before = self._ids()
-                found = self._refresh(wanted, cached, halt, progress, waits or _nobody_waits)
-                return self._check(wanted, found, pulled=found["Id"] not in before)
+                before = self._ids() if cached is None else None
+
+                def begins() -> None:  # where nothing has changed, that costs more than all the rest
+                    nonlocal before
+                    before = self._ids() if before is None else before
+
+                found = self._refresh(wanted, cached, halt, _Pull(progress, begins), waits or _nobody_waits)
+                return self._check(wanted, found, pulled=before is not None and found["Id"] not in before)
             if cached is None:
                 raise WorkerFault(WorkerReason.POLICY, f"image {wanted} is not on this machine, and PULL_POLICY=never")
             return self._check(wanted, cached)
@@ -249,7 +263,7 @@ class Images:
         wanted: Reference,
         cached: Mapping[str, Any] | None,
         halt: Halt,
-        progress: PullProgress,
+        pull: _Pull,
         waits: PullWaits,
     ) -> Mapping[str, Any]:
         """Pull, again while the registry is out of reach and the budget lasts; then what is cached, if anything."""
@@ -258,9 +272,9 @@ class Images:
             return lenient
         try:
             if lenient is None:
-                self._pull(wanted, halt, progress, waits)
+                self._pull(wanted, halt, pull, waits)
             else:
-                self._pull_once(wanted, halt, progress, min(_PATIENCE_S, self._policy.inactivity_s))
+                self._pull_once(wanted, halt, pull, min(_PATIENCE_S, self._policy.inactivity_s))
             failpoint("after:pull")
         except JobFault as fault:
             if lenient is not None and _was_made_here(wanted, lenient):
@@ -290,13 +304,13 @@ class Images:
         message = f"using the local image of {wanted}: {fault}"
         self._emit("image_cached", level="debug" if known else "warning", message=message)
 
-    def _pull(self, wanted: Reference, halt: Halt, progress: PullProgress, waits: PullWaits) -> None:
+    def _pull(self, wanted: Reference, halt: Halt, pull: _Pull, waits: PullWaits) -> None:
         give_up = self._clock() + self._policy.registry_budget_s
         pause = 1.0
         while True:
             halt.check()
             try:
-                return self._pull_once(wanted, halt, progress, self._policy.inactivity_s)
+                return self._pull_once(wanted, halt, pull, self._policy.inactivity_s)
             except WorkerFault as fault:
                 if fault.reason is not WorkerReason.REGISTRY or self._clock() + pause > give_up:
                     raise
@@ -304,7 +318,7 @@ class Images:
             halt.wait(pause)
             pause = min(pause * 2, _PAUSE_MAX_S)
 
-    def _pull_once(self, wanted: Reference, halt: Halt, progress: PullProgress, inactivity_s: float) -> None:
+    def _pull_once(self, wanted: Reference, halt: Halt, pull: _Pull, inactivity_s: float) -> None:
         # The API takes a digest where it takes a tag.
         query = urlencode({"fromImage": wanted.repository, "tag": wanted.digest or wanted.tag})
         headers = {"X-Registry-Auth": self._credentials(wanted)}
@@ -318,7 +332,7 @@ class Images:
                 with line.getresponse() as answer:
                     if answer.status != http.client.OK:
                         raise _fault(wanted, _message(answer.read(_LINE_MAX)))
-                    _follow(wanted, answer, progress)
+                    _follow(wanted, answer, pull)
             except TimeoutError:
                 raise WorkerFault(
                     WorkerReason.REGISTRY,
@@ -351,9 +365,10 @@ def _hang_up(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def _follow(wanted: Reference, answer: http.client.HTTPResponse, progress: PullProgress) -> None:
+def _follow(wanted: Reference, answer: http.client.HTTPResponse, pull: _Pull) -> None:
     """Read a pull's progress, one JSON object a line, to its end; raise what it reports as an error."""
     layers: dict[str, tuple[int, int]] = {}
+    begun = False
     while line := answer.readline(_LINE_MAX):
         if not line.strip():
             continue
@@ -362,8 +377,12 @@ def _follow(wanted: Reference, answer: http.client.HTTPResponse, progress: PullP
             raise ValueError("a line of progress is no object")
         if "error" in report:
             raise _fault(wanted, str(report["error"]))
+        # Of an image that is up to date no layer is spoken of: only the tag, `Pulling from`, and its digest.
+        if not begun and report.get("id") and not str(report.get("status")).startswith("Pulling from"):
+            begun = True
+            pull.begins()
         if _note(layers, report):
-            progress(sum(done for done, _ in layers.values()), sum(total for _, total in layers.values()))
+            pull.progress(sum(done for done, _ in layers.values()), sum(total for _, total in layers.values()))
 
 
 def _note(layers: dict[str, tuple[int, int]], report: Mapping[str, Any]) -> bool:

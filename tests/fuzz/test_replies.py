@@ -267,7 +267,8 @@ def test_a_pulls_progress_is_numbers_or_an_error_of_our_own(lines: list[bytes]) 
     seen: list[tuple[int, int]] = []
     with contextlib.suppress(ValueError):  # no JSON: `EngineApi.calling`, around it, makes a WorkerFault of it
         follow = partial(images._follow, parse_reference("busybox"), answer)
-        fault = attempt(lambda: follow(lambda done, total: seen.append((done, total))))
+        heard = images._Pull(lambda done, total: seen.append((done, total)), lambda: None)
+        fault = attempt(lambda: follow(heard))
         assert fault is None or str(fault) == clean(str(fault), 2000)
     assert all(isinstance(number, int) for pair in seen for number in pair)
 
