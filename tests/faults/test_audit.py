@@ -264,7 +264,8 @@ def test_a_job_that_fails_on_a_gpu_that_is_gone_is_given_back(gpus: GpuStub, tmp
         job = lab.submit(UNTIL_LET_GO, "; exit 3", hardware={"gpu_mem": 1}, files_up=OUT)
         stub = {**gpus.env("NVIDIA RTX A4000:16376:8.6"), "JF_STUB_CONTROL": str(control)}
         machine = {name: stub[name] for name in ("LD_LIBRARY_PATH", "JF_STUB_GPUS", "JF_STUB_CONTROL")}
-        env = {**lab.env(gpus="all", docker_host=own.url), **machine}
+        # Else it would ask for nothing without a GPU: tests/e2e/test_gpu.py.
+        env = {**lab.env(gpus="all", docker_host=own.url, gpu_unasked="none"), **machine}
         with command(["run", "--exit-when-idle", "1"], env, tmp_path) as run:
             server.wait_for_state(job, "running", timeout_s=DEADLINE_S)
             if lost:
