@@ -273,7 +273,8 @@ def test_no_bars_on_a_terminal_that_cannot_move_its_cursor(monkeypatch: pytest.M
 
 #: Run on a pseudo terminal. `{body}` sees `events` and `moved`, and waits for the test with `pause`.
 ON_A_TERMINAL = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs in the background ignore Ctrl-C
 from jobfetcher.telemetry.events import Events
 from jobfetcher.telemetry.logs import configure
 from jobfetcher.telemetry.progress import ProgressBars
