@@ -150,12 +150,17 @@ class SelfTest:
         before, (_, why) = self._image, self._ask_in(image_id, (gpu,), folder)
         if not why:
             return ""
-        if before and before != image_id and self._ask_in(before, (gpu,), folder)[0]:
-            return ""  # the GPU works, and that job's image is broken
+        failed_in = {image_id}
+        if before and before != image_id:
+            answers, said = self._ask_in(before, (gpu,), folder)
+            if answers:
+                return ""  # the GPU works, and that job's image is broken
+            if said:  # else it is gone, and tells nothing
+                failed_in.add(before)
         self._failed_since.setdefault(gpu.uuid, self._clock())
-        failed_in = self._failed_in.setdefault(gpu.uuid, set())
-        failed_in.add(image_id)
-        if before or len(failed_in) > 1:
+        failed_in |= self._failed_in.get(gpu.uuid, set())
+        self._failed_in[gpu.uuid] = failed_in
+        if before in failed_in or len(failed_in) > 1:
             self._gpus.set_aside(gpu, why)
         return why
 
@@ -190,7 +195,8 @@ class SelfTest:
         images = sorted(self._failed_in[gpu.uuid] | ({self._image} if self._image else set()))
         if any(self._ask_in(image_id, (gpu,), folder)[0] for image_id in images):
             return True
-        return not self._image and self._clock() - self._failed_since[gpu.uuid] >= RETRY_S
+        is_believed = self._image in self._failed_in[gpu.uuid]
+        return not is_believed and self._clock() - self._failed_since[gpu.uuid] >= RETRY_S
 
     def _why(self, gpus: Sequence[Gpu], folder: Path, image_id: str = "") -> str:
         """Why boxes with these GPUs do not work; nothing where they do, or where this image cannot tell."""

@@ -152,6 +152,21 @@ def test_an_image_in_which_no_gpu_answers_takes_none_from_others(make: Callable[
 
 
 @pytest.mark.fault("E14", "T23")
+def test_an_image_that_is_gone_bears_no_witness_against_a_gpu(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(TITAN)
+    assert bench.test.lost([TITAN], "sha256:good") == ""
+    bench.breaks(TITAN.uuid, with_=INSIDE, image="sha256:broken")
+    prove = bench.engine.prove
+    monkeypatch.setattr(
+        bench.engine, "prove", lambda spec, folder: spec.image_id != "sha256:good" and prove(spec, folder)
+    )
+    assert str(INSIDE) in bench.test.lost([TITAN], "sha256:broken"), "the job is given back"
+    assert bench.gpus.aside == {}, "by the word of one image alone"
+
+
+@pytest.mark.fault("E14", "T23")
 def test_where_no_image_ever_answered_one_gives_its_job_back_and_two_are_believed(make: Callable[..., Bench]) -> None:
     bench = make(TITAN)
     bench.breaks(TITAN.uuid, with_=INSIDE, image="sha256:1")
