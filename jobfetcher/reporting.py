@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from jobfetcher.core.halt import unheard
 from jobfetcher.core.job import JobId
 from jobfetcher.core.machine import Share
 from jobfetcher.core.ports import Emit, PullProgress
@@ -22,17 +23,13 @@ _EVERY_S = 0.2
 _MOST_NOTICES = 5
 
 
-def _unheard(_step: str, _what: str) -> None:
-    pass
-
-
 def file_progress(
     emit: Emit,
     job_id: JobId,
     step: str,
     clock: Callable[[], float],
     note: Callable[[str], None],
-    waits_for: Callable[[str, str], None] = _unheard,
+    waits_for: Callable[[str, str], None] = unheard,
 ) -> Progress:
     """A progress of files that is told as `step` (`download` or `upload`). `note` and `waits_for`: see `Troubles`."""
     due = _every(clock)
@@ -67,7 +64,7 @@ class Troubles:
         step: str,
         clock: Callable[[], float],
         note: Callable[[str], None],
-        waits_for: Callable[[str, str], None] = _unheard,
+        waits_for: Callable[[str, str], None] = unheard,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._emit, self._job_id, self._step, self._clock, self._wall = emit, job_id, step, clock, wall

@@ -14,10 +14,14 @@ from contextlib import contextmanager
 from jobfetcher.core.errors import Stopped, StopReason
 
 
+def unheard(_step: str, _what: str) -> None:
+    """Nobody asks what a job waits for."""
+
+
 class Halt:
     """Set once, read by all. Thread-safe. `on_wait` is called with what `waits_for` is; it must not raise."""
 
-    def __init__(self, on_wait: Callable[[str, str], None] = lambda step, what: None) -> None:  # noqa: ARG005
+    def __init__(self, on_wait: Callable[[str, str], None] = unheard) -> None:
         self._lock = threading.Lock()
         self._event = threading.Event()
         self._reason: StopReason | None = None
