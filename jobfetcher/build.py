@@ -186,7 +186,7 @@ def make_build_spec(settings: Settings, instance: str, emit: Emit) -> BuildSpec:
     policy = make_box(settings)
 
     def build_spec(job: Job, share: Share, *, image: Image, files_host_path: str, attempt: int) -> RunSpec:
-        dropped = ", ".join(dropped_env(job.env))
+        dropped = ", ".join(dropped_env(job.env, gpus=bool(share.gpus)))
         if dropped:
             emit("env_dropped", level="warning", job=job.id, message=f"not passed on to the job: {dropped}")
         return build_run_spec(

@@ -18,7 +18,8 @@ class Image:
     `digest` is the registry's (`repo@sha256:...`), or None for an image that never was in one. `pulled`: this worker
     brought it just now, so it may remove it again one day (FAULTS.md D7). `volumes`: the paths that it declares to hold
     files (VOLUME), in its author's words. `own_init`: its entry point, or its own command, is an init program, which
-    runs as process 1 or not at all.
+    runs as process 1 or not at all. `labels`: the keys of its labels. `env`: of its variables (`NAME=value`) those that
+    may act outside of its container (NVIDIA_*, LD_*).
     """
 
     id: str
@@ -29,6 +30,8 @@ class Image:
     pulled: bool = False
     volumes: tuple[str, ...] = ()
     own_init: Literal["", "entry point", "command"] = ""
+    labels: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class RunSpec:
     of the job's directory, relative to it, which must be there before the start: each is mounted once more at its own
     place, over a volume that the image declares. `volumes`: what it declares elsewhere, where the engine makes its own.
     `init`: the engine's small init program is process 1. `withheld`: variables that the job asked for and does not get.
+    `unset`: variables that its image has and the job does not get.
     """
 
     job_id: JobId
@@ -64,6 +68,7 @@ class RunSpec:
     volumes: tuple[str, ...] = ()
     init: bool = True
     withheld: tuple[str, ...] = ()
+    unset: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """A RunSpec in the engine's own words (Docker Engine API, "Create a container"). Pure; used by `docker`.
 
 Promises: what is not in the spec is not in the container: no ports, devices, volumes, privileges, restarts. Below
-/files nothing is mounted that does not lie in the job's own directory, whatever the image declares (`volumes`).
+/files nothing is mounted that does not lie in the job's own directory, whatever the image declares (`volumes`). Of the
+image's own configuration comes along what `image_config` says of each field, and a job's labels are the worker's.
 `tests/security/golden_inspect.json` is what the engine makes of it, field by field (FAULTS.md T11).
 """
 
@@ -12,10 +13,17 @@ from typing import Any
 
 from jobfetcher.core.run import RunSpec
 from jobfetcher.engine.flavour import DOCKER, Flavour
+from jobfetcher.engine.image_config import NO_HEALTHCHECK, STOP_SIGNAL
 from jobfetcher.engine.run_spec import BASE_CAPABILITIES
 from jobfetcher.engine.volumes import MOUNT_POINT
 
 _MIB = 1024 * 1024
+
+#: In every container of ours, so that what an image says of the same does not come along (`image_config`).
+_IMAGE_SAYS_NOTHING: Mapping[str, Any] = {
+    "Healthcheck": {name: list(value) for name, value in NO_HEALTHCHECK.items()},
+    "StopSignal": STOP_SIGNAL,
+}
 
 
 def box(spec: RunSpec, network_mode: str, flavour: Flavour = DOCKER) -> dict[str, Any]:
@@ -23,8 +31,9 @@ def box(spec: RunSpec, network_mode: str, flavour: Flavour = DOCKER) -> dict[str
     memory = spec.memory_mib * _MIB
     config: dict[str, Any] = {
         "Image": spec.image_id,
-        "Env": [f"{name}={value}" for name, value in spec.env.items()],
+        "Env": [f"{name}={value}" for name, value in spec.env.items()] + flavour.without_env(spec.unset),
         "Labels": dict(spec.labels),
+        **_IMAGE_SAYS_NOTHING,
         "HostConfig": _closed([_bind(spec.files_host_path), *_inner_binds(spec)], spec.cap_add)
         | {
             "IpcMode": "private",
@@ -37,6 +46,7 @@ def box(spec: RunSpec, network_mode: str, flavour: Flavour = DOCKER) -> dict[str
             "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],  # a core dump can be as large as the memory
             "Init": spec.init,  # reaps zombies and passes TERM on (FAULTS.md E9)
             "NetworkMode": network_mode,
+            "PublishAllPorts": False,  # an image's EXPOSE cannot be left out, and opens nothing
             "LogConfig": dict(flavour.log),  # bounded, however much a job prints (FAULTS.md D4)
             "ReadonlyRootfs": spec.read_only,
         },
@@ -69,6 +79,7 @@ def chown_box(
         "User": "0",
         "WorkingDir": "/",
         "Labels": dict(labels),
+        **_IMAGE_SAYS_NOTHING,
         "HostConfig": _closed([_bind(host_path, target)], BASE_CAPABILITIES)
         | {"NetworkMode": "none", "PidsLimit": 16, "Memory": 256 * _MIB, "MemorySwap": 256 * _MIB}
         | ({"UsernsMode": "host"} if host_users else {}),

@@ -53,7 +53,14 @@ from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
 from jobfetcher.engine.polling import runs
 from jobfetcher.engine.printed import Frames, missing, time_of
-from jobfetcher.engine.run_spec import LABEL_ATTEMPT, LABEL_INSTANCE, LABEL_JOB, OWN_NETWORK, BoxPolicy
+from jobfetcher.engine.run_spec import (
+    LABEL_ATTEMPT,
+    LABEL_INSTANCE,
+    LABEL_JOB,
+    OWN_NETWORK,
+    BoxPolicy,
+    against_image,
+)
 from jobfetcher.engine.sayings import (
     ARGUMENTS,
     INIT_BROKEN,
@@ -329,6 +336,10 @@ class DockerEngine:
             self._proofs.discard(lost)
         name = f"jobfetcher-{self.instance}-proof-{uuid.uuid4().hex[:12]}"
         spec = replace(spec, name=name, labels={LABEL_INSTANCE: self.instance})
+        if spec.image_id:
+            if (image := self._images.known(spec.image_id)) is None:
+                return False  # it tells nothing
+            spec = against_image(spec, image)
         self._helpers.add(name)
         self._proofs.add(name)
         try:

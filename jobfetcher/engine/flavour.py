@@ -79,7 +79,8 @@ class Flavour:
     better than that network, if any. `gpu_driver`, `gpu_prefix`: of a DeviceRequest; the driver None: the engine gives
     no GPU. `takes_runtime`: whether a container may have a runtime of its own. `rootless`: whether its user is no root,
     so that files of a container's root are that user's; `remapped`: whether containers have other users although its
-    own is root (userns-remap). `missing`: the limits that it cannot hold.
+    own is root (userns-remap). `removes_env`: whether a variable without a value takes the image's away. `missing`: the
+    limits that it cannot hold.
     """
 
     kind: str = ""
@@ -104,6 +105,7 @@ class Flavour:
     takes_runtime: bool = True
     rootless: bool = False
     remapped: bool = False
+    removes_env: bool = True
     missing: frozenset[Limit] = frozenset()
 
     @property
@@ -123,6 +125,11 @@ class Flavour:
             "Capabilities": [["gpu"]],
         }
         return request | ({"Driver": self.gpu_driver} if self.gpu_driver else {})
+
+    def without_env(self, names: Sequence[str]) -> list[str]:
+        """Entries of a container's environment by which it does not have these variables of its image. Podman reads one
+        without a value from the environment of its own service, so there it is empty."""
+        return [name if self.removes_env else f"{name}=" for name in names]
 
     def fitted(self, config: dict[str, Any]) -> dict[str, Any]:
         """A container's configuration (`box`) without the limits that this engine cannot hold."""
@@ -193,6 +200,7 @@ def podman_flavour(version: str, info: Mapping[str, Any]) -> Flavour:
         gpu_driver="cdi" if cdi else None,
         gpu_prefix="nvidia.com/gpu=" if cdi else "",
         takes_runtime=False,
+        removes_env=False,
         rootless=rootless,
         # A Podman that says nothing of controllers is taken to have them all.
         missing=frozenset() if there is None else frozenset(x for x, name in _CONTROLLERS.items() if name not in there),

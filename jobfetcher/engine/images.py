@@ -31,6 +31,7 @@ from jobfetcher.core.ports import Emit, PullProgress, PullWaits
 from jobfetcher.core.run import Image
 from jobfetcher.core.text import clean
 from jobfetcher.engine.api import EngineApi, NotFound, Refused
+from jobfetcher.engine.image_config import acting_env, label_keys
 from jobfetcher.engine.references import Reference, allowed, parse_reference
 from jobfetcher.engine.volumes import inner_folders
 
@@ -160,6 +161,15 @@ class Images:
                 raise WorkerFault(WorkerReason.POLICY, f"image {wanted} is not on this machine, and PULL_POLICY=never")
             return self._check(wanted, cached)
 
+    def known(self, image_id: str) -> Image | None:
+        """Of an image on this machine, by its id, what must not come along. None: it is gone, or no job can have it."""
+        with self._api.calling("inspect an image"):
+            try:
+                config = self._api.ask("GET", f"/images/{image_id}/json").json().get("Config") or {}
+                return Image(image_id, image_id, None, "", labels=label_keys(config), env=acting_env(config))
+            except (NotFound, JobFault):
+                return None
+
     def forget(self, image_id: str, reference: str) -> bool:
         """See `Engine.forget_image`; `reference` is what `prepare` named it.
 
@@ -256,6 +266,8 @@ class Images:
             pulled=pulled,
             volumes=volumes,
             own_init=_own_init(config),
+            labels=label_keys(config),
+            env=acting_env(config),
         )
 
     def _refresh(

@@ -7,13 +7,14 @@ come from the policy and the share alone, never from the job (DESIGN.md "The job
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jobfetcher.core.errors import ConfigError, JobFault, JobReason
 from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.machine import Share
 from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.core.text import clean
+from jobfetcher.engine.image_config import blanked, changed_env, loader_value
 from jobfetcher.engine.volumes import inner_folders, outer_volumes
 
 LABEL_INSTANCE = "jobfetcher.instance"
@@ -36,7 +37,8 @@ _MIN_CORES = 0.01
 #: Linux takes no longer argument or environment string (MAX_ARG_STRLEN, execve(2)), its closing NUL included.
 _MAX_STRING = 131_072
 
-#: Names that say which devices a container sees, or that steer the engine's client. A job has no say in either.
+#: Names that say which devices a container sees, or that steer the engine's client. A job has no say in either. What is
+#: left of LD_* in a job that gets GPUs: `image_config.loader_value`.
 _REFUSED_ENV = ("NVIDIA_", "DOCKER_")
 
 
@@ -84,13 +86,15 @@ def build_run_spec(
     """
     memory_mib = max(share.memory_mib, _MIN_MEMORY_MIB)
     command = _command(job)
+    changed, removed = changed_env(image.env, gpus=bool(share.gpus))
+    env = changed | _env(job, share)
     return RunSpec(
         job_id=job.id,
         name=container_name(instance, job.id, attempt),
-        labels={LABEL_INSTANCE: instance, LABEL_JOB: job.id, LABEL_ATTEMPT: str(attempt)},
+        labels=blanked(image.labels) | {LABEL_INSTANCE: instance, LABEL_JOB: job.id, LABEL_ATTEMPT: str(attempt)},
         image_id=image.id,
         command=command,
-        env=_env(job, share),
+        env=env,
         files_host_path=files_host_path,
         cpu_cores=max(share.cpu_cores, _MIN_CORES),
         cpu_shares=policy.cpu_shares,
@@ -107,7 +111,10 @@ def build_run_spec(
         volumes=outer_volumes(image.volumes),
         init=not (image.own_init == "entry point" or (image.own_init == "command" and command is None)),
         # NVIDIA_VISIBLE_DEVICES is not withheld: the job has it, with what it was given.
-        withheld=tuple(name for name in dropped_env(job.env) if name != "NVIDIA_VISIBLE_DEVICES"),
+        withheld=tuple(
+            name for name in dropped_env(job.env, gpus=bool(share.gpus)) if name != "NVIDIA_VISIBLE_DEVICES"
+        ),
+        unset=tuple(name for name in removed if name not in env),
     )
 
 
@@ -129,9 +136,17 @@ def container_name(instance: str, job_id: JobId, attempt: int) -> str:
     return f"jobfetcher-{instance}-{job_id}-{attempt}"
 
 
-def dropped_env(env: Mapping[str, str]) -> tuple[str, ...]:
-    """Names in a job's environment that it does not get, for a warning."""
-    return tuple(sorted(name for name in env if name.startswith(_REFUSED_ENV)))
+def against_image(spec: RunSpec, image: Image) -> RunSpec:
+    """A box of the worker's own that runs on a job's image: of that, no more comes along than with a job."""
+    changed, removed = changed_env(image.env, gpus=bool(spec.gpu_uuids))
+    env = changed | dict(spec.env)
+    unset = tuple(name for name in removed if name not in env)
+    return replace(spec, labels=blanked(image.labels) | dict(spec.labels), env=env, unset=unset)
+
+
+def dropped_env(env: Mapping[str, str], *, gpus: bool) -> tuple[str, ...]:
+    """Names in a job's environment that it does not get, for a warning. `gpus`: it gets GPUs (`loader_value`)."""
+    return tuple(sorted(env.keys() - _kept(env, gpus=gpus).keys()))
 
 
 def _command(job: Job) -> tuple[str, ...] | None:
@@ -150,9 +165,18 @@ def _checked(what: str, text: str) -> str:
 
 
 def _env(job: Job, share: Share) -> dict[str, str]:
-    env = {name: value for name, value in job.env.items() if not name.startswith(_REFUSED_ENV)}
+    env = _kept(job.env, gpus=bool(share.gpus))
     for name, value in env.items():
         _checked(f"environment variable {clean(name, 80)}", f"{name}={value}")
     # `void`: no device at all, even where the image asks for all of them (FAULTS.md T13).
     env["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpu.uuid for gpu in share.gpus) or "void"
     return env
+
+
+def _kept(env: Mapping[str, str], *, gpus: bool) -> dict[str, str]:
+    kept = {}
+    for name, value in env.items():
+        safe = loader_value(name, value) if gpus else value
+        if safe is not None and not name.startswith(_REFUSED_ENV):
+            kept[name] = safe
+    return kept

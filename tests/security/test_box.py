@@ -23,7 +23,10 @@ pytestmark = pytest.mark.docker
 GOLDEN = Path(__file__).with_name("golden_inspect.json")
 
 #: Of `Config`, what a job's container may not differ in. The rest is the image's.
-CONFIG = ("Env", "Cmd", "Entrypoint", "User", "Tty", "OpenStdin", "ExposedPorts", "Volumes", "WorkingDir", "Labels")
+CONFIG = (
+    *("Env", "Cmd", "Entrypoint", "User", "Tty", "OpenStdin", "ExposedPorts", "Volumes", "WorkingDir", "Labels"),
+    *("Healthcheck", "StopSignal", "StopTimeout", "OnBuild", "Shell", "NetworkDisabled", "MacAddress", "Domainname"),
+)
 
 ALL_GPUS = {"NVIDIA_VISIBLE_DEVICES": "all", "DOCKER_HOST": "unix:///var/run/docker.sock", "MODE": "fast"}
 
@@ -53,8 +56,10 @@ def reduced(found: Mapping[str, Any], bench: DockerBench) -> dict[str, Any]:
         host["Runtime"] = "<default>"
     mounts = [
         {name: mount[name] for name in ("Type", "Source", "Destination", "RW", "Propagation")}
+        | ({"Source": "<volume>"} if mount["Type"] == "volume" else {})
         for mount in found["Mounts"]
     ]
+    mounts.sort(key=lambda mount: str(mount["Destination"]))
     whole = {
         "Config": config,
         "HostConfig": host,

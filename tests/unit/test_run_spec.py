@@ -80,7 +80,7 @@ def test_a_job_sees_the_gpus_it_was_given_and_no_others() -> None:
         "DOCKER_HOST": "tcp://x",
         "MODE": "fast",
     }
-    assert dropped_env(wish) == ("DOCKER_HOST", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES")
+    assert dropped_env(wish, gpus=False) == ("DOCKER_HOST", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES")
 
     without = build(env=wish)
     assert without.env == {"MODE": "fast", "NVIDIA_VISIBLE_DEVICES": "void"}
