@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo setup test check faults bench
+.PHONY: help demo setup test check faults bench lock
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -25,3 +25,6 @@ faults: setup ## the tests of faults and threats, and a table of which row each 
 
 bench: setup ## how fast it is, against its peers; half an hour, rows in build/bench.json
 	.venv/bin/python -m benchmarks
+
+lock: ## the lock files below requirements/, after a change of pyproject.toml
+	scripts/lock

@@ -203,7 +203,7 @@ WAITING = {
     "T18": "the whole row: there is no status page yet",
     "T19": "that `doctor` tries the metadata address from a container",
     **dict.fromkeys(SECOND_PASS, "the whole row: it comes with the second pass over who can get in and out"),
-    "T24": "hashes, a bill of materials and a signature: they come with the first release",
+    "T24": "the base image's digest and a signature: they come with the first release",
 }
 
 #: What of a row one machine cannot show, and what stands in for it.

@@ -41,7 +41,7 @@ def read_keys(path: Path) -> Keys:
     except ImportError:
         raise ConfigError(
             "JOB_SIGNING_KEYS needs the extra `signing`; in a checkout of jobfetcher type: "
-            "pip install -c constraints.txt '.[signing]'"
+            "pip install --require-hashes --only-binary :all: -r requirements/worker.txt"
         ) from None
     keys: dict[str, bytes] = {}
     try:
