@@ -328,7 +328,8 @@ class EngineApi:
                 cure = (
                     "it is root's; your own is at unix:///run/user/$(id -u)/podman/podman.sock (DOCKER_HOST)"
                     if self._is_podmans
-                    else "add the user to the group docker (usermod -aG docker USER) and log in again"
+                    else "add the user to the group docker (usermod -aG docker USER) and log in again, or the socket's "
+                    "group to the worker's container (docker run --group-add GROUP_ID)"
                 )
                 return Unreachable(f"no permission to use the container engine at {self.url}; {cure}", setup=True)
             if isinstance(cause, FileNotFoundError):

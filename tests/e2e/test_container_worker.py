@@ -29,6 +29,9 @@ from tests.support.worker import UNTIL_LET_GO, Lab
 
 pytestmark = pytest.mark.docker
 
+#: The user that the Dockerfile makes, in numbers: as the host sees him.
+IMAGES_USER = 10001
+
 INPUT = bytes(range(256)) * 100
 COPY = ["cp /files/data/in.bin /files/out/copy.bin"]
 
@@ -71,8 +74,13 @@ class Bay:
         mounted: bool = True,
         read_only: bool = False,
         keys: Path | None = None,
+        user: str = "",
+        groups: list[int] | None = None,
     ) -> Iterator["Contained"]:
-        """The worker's container with these arguments, removed at the end of the block. `keys`: JOB_SIGNING_KEYS."""
+        """The worker's container with these arguments, removed at the end of the block. `keys`: JOB_SIGNING_KEYS.
+
+        `user` and `groups`: as whom it runs, as `--user` and `--group-add` say it; empty: as the image says.
+        """
         self.env_file.write_text(
             ENV_FILE.format(api=self.api, path_host_base=path_host_base, reserve_disk=reserve_disk)
         )
@@ -84,10 +92,11 @@ class Bay:
             binds=binds,
             extra_hosts={"host.docker.internal": "host-gateway"},
             read_only=read_only,
+            group_add=groups,
         )
         environment = {"JOB_SIGNING_KEYS": "/app/keys"} if keys else {}
         container = engine.create_container(
-            self.worker_image, list(arguments), host_config=config, environment=environment
+            self.worker_image, list(arguments), user=user, host_config=config, environment=environment
         )["Id"]
         try:
             engine.start(container)
@@ -293,3 +302,36 @@ def test_a_worker_that_is_removed_and_made_anew_goes_on_with_its_job(bay: Bay) -
         assert worker.ended() == 0
     assert bay.lab.ended(job) == ("finished", "")
     assert bay.lab.server.results(job)["output/out/result"] == b"result\n"
+
+
+@pytest.mark.fault("T24", "E13")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give the directory to another user")
+def test_a_worker_that_is_not_root_in_its_container_runs_a_job_of_root(bay: Bay) -> None:
+    """As the image's own user, who is let at the socket by its group. The job's files belong to root, and go, too."""
+    socket = Path("/var/run/docker.sock").stat()
+    if not socket.st_gid or not socket.st_mode & 0o020:
+        pytest.skip("the engine's socket belongs to no group that may use it")
+    bay.env_file.touch(mode=0o600)
+    for path in (bay.lab.base, bay.env_file):
+        os.chown(path, IMAGES_USER, IMAGES_USER)
+    file_id = bay.lab.server.put_input("in.bin", INPUT)
+    commands = [*COPY, "mkdir -m 700 /files/out/deep", "echo deep > /files/out/deep/file", "id -u > /files/out/user"]
+    job = bay.lab.submit(" && ".join(commands), files_down={"data/in.bin": file_id}, files_up={"output": "out"})
+    with bay.worker("run", "--once", user="jobfetcher", groups=[socket.st_gid]) as worker:
+        assert worker.ended() == 0
+    assert bay.lab.ended(job) == ("finished", "")
+    results = bay.lab.server.results(job)
+    assert results["output/out/copy.bin"] == INPUT
+    assert results["output/out/deep/file"] == b"deep\n"
+    assert results["output/out/user"] == b"0\n"
+    assert {path.stat().st_uid for path in bay.lab.base.rglob("*")} == {IMAGES_USER}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give the directory to another user")
+def test_a_worker_that_is_not_root_and_not_let_at_the_socket_says_so(bay: Bay) -> None:
+    os.chown(bay.lab.base, IMAGES_USER, IMAGES_USER)
+    with bay.worker("run", "--once", user="jobfetcher") as worker:
+        assert worker.ended() == 2
+        last = worker.printed.splitlines()[-1]
+    assert last.startswith("jobfetcher: no permission to use the container engine at unix:///var/run/docker.sock; ")
+    assert last.endswith("or the socket's group to the worker's container (docker run --group-add GROUP_ID)")
