@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo setup test check faults bench lock
+.PHONY: help demo setup test check faults bench lock release
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -28,3 +28,6 @@ bench: setup ## how fast it is, against its peers; half an hour, rows in build/b
 
 lock: ## the lock files below requirements/, after a change of pyproject.toml
 	scripts/lock
+
+release: ## the image of a release, from a committed base by digest
+	scripts/image-release

@@ -1,9 +1,15 @@
-"""What is in the worker's image: what its bill of materials says, each by a hash of the lock file; no installer (T24)."""
+"""What is in the worker's image: what its bill of materials says, each by a hash of the lock file; no installer (T24).
+
+Also how the image of a release is made, with the real engine and a registry of our own.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +20,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from scripts import sbom
 from tests.support.lock_files import locked
-from tests.support.services import REPOSITORY
+from tests.support.services import REPOSITORY, Registry, require_program
 
 pytestmark = pytest.mark.fault("T24")
 
@@ -143,3 +149,105 @@ def test_the_image_has_a_user_who_owns_his_home_and_nothing_else(engine: docker.
     writable = "find /opt /usr /etc /app -xdev ! -type l -writable 2>/dev/null; exit 0"
     assert printed(engine, worker_image, "sh", "-c", writable, user="jobfetcher") == ""
     assert printed(engine, worker_image, "sh", "-c", "echo $HOME", user="jobfetcher") == "/home/jobfetcher\n"
+
+
+# -- the image of a release -------------------------------------------------------------------------------------------
+
+
+class Checkout:
+    """A small repository with this project's own scripts/image-release, and a Dockerfile of one layer."""
+
+    def __init__(self, directory: Path, base: str) -> None:
+        self.directory = directory
+        (directory / "scripts").mkdir(parents=True)
+        shutil.copy(REPOSITORY / "scripts" / "image-release", directory / "scripts")
+        (directory / "pyproject.toml").write_text('version = "0.0.1.dev0"\n')
+        (directory / "Dockerfile").write_text(f"ARG BASE_IMAGE={base}\nFROM ${{BASE_IMAGE}}\nLABEL a=b\n")
+        self.git("init", "--quiet")
+        self.commit()
+
+    def git(self, *words: str) -> str:
+        who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+        command = ["git", *who, *words]
+        return subprocess.run(command, cwd=self.directory, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self) -> None:
+        self.git("add", ".")
+        self.git("commit", "--quiet", "--message", "all")
+
+    def release(self, *words: str) -> subprocess.CompletedProcess[str]:
+        command = ["scripts/image-release", *words]
+        return subprocess.run(command, cwd=self.directory, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def pushed(engine: docker.APIClient, busybox: str, registry: Registry) -> Iterator[tuple[str, str]]:
+    """An image's tag in a registry of our own, and the digest that the registry gave it."""
+    name = f"{registry.address}/tests/base"
+    engine.tag(busybox, name, "1")
+    lines = list(engine.push(name, "1", stream=True, decode=True))
+    [digest] = [line["aux"]["Digest"] for line in lines if "aux" in line]
+    yield f"{name}:1", digest
+    engine.remove_image(f"{name}:1")
+
+
+@pytest.fixture
+def released(engine: docker.APIClient) -> Iterator[str]:
+    """The tag that the release gets; its image is gone afterwards."""
+    yield "jobfetcher:0.0.1.dev0"
+    if engine.images(name="jobfetcher:0.0.1.dev0"):
+        engine.remove_image("jobfetcher:0.0.1.dev0")
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "python:3.12-slim",
+        "python",
+        "python@sha256:0123",
+        f"python@sha512:{'0' * 128}",
+        f"python:3.12-slim # @sha256:{'0' * 64}",
+        "",
+    ],
+)
+def test_no_release_is_built_from_a_base_without_a_digest(tmp_path: Path, base: str) -> None:
+    require_program("git", "git")
+    done = Checkout(tmp_path / "checkout", base).release()
+    assert done.returncode == 1
+    assert f"no release from {base}: a tag can be moved" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_a_release_is_built_from_the_digest_that_was_committed(
+    engine: docker.APIClient, pushed: tuple[str, str], released: str, tmp_path: Path
+) -> None:
+    tag, digest = pushed
+    require_program("docker", "docker.io")
+    require_program("git", "git")
+    checkout = Checkout(tmp_path / "checkout", tag)
+    assert checkout.release().returncode == 1
+    pinned = checkout.release("--pin")
+    assert pinned.returncode == 0, pinned.stderr
+    assert (checkout.directory / "Dockerfile").read_text().startswith(f"ARG BASE_IMAGE={tag}@{digest}\nFROM ")
+
+    done = checkout.release()
+    assert done.returncode == 1
+    assert "no release from files that are not committed:" in done.stderr
+
+    checkout.commit()
+    done = checkout.release()
+    assert done.returncode == 0, done.stderr
+    assert listed(engine, released)["Labels"] == {
+        "a": "b",
+        "org.opencontainers.image.version": "0.0.1.dev0",
+        "org.opencontainers.image.revision": checkout.git("rev-parse", "HEAD"),
+        "org.opencontainers.image.base.digest": digest,
+    }
+
+
+def test_the_release_finds_the_base_of_this_dockerfile() -> None:
+    """The script reads that line and writes it anew, so there is one, and it has an image's name."""
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    assert len(re.findall(r"^ARG BASE_IMAGE=[^@\s]+(?:@sha256:[0-9a-f]{64})?$", dockerfile, re.MULTILINE)) == 1
