@@ -195,7 +195,7 @@ def install(wheel: Path, into: Path) -> subprocess.CompletedProcess[str]:
     [line] = [line for line in lines("worker") if line.startswith("mdurl==")]
     requirements = into.parent / f"{into.name}.txt"
     requirements.write_text(f"{line}\n")
-    where = ("--no-index", "--find-links", str(wheel.parent), "--no-cache-dir", "--target", str(into))
+    where = ("--no-index", "--find-links", str(wheel.parent), "--no-cache-dir", "--no-compile", "--target", str(into))
     return pip("install", *where, "--require-hashes", "--only-binary", ":all:", "--requirement", str(requirements))
 
 
@@ -207,7 +207,7 @@ def test_a_wheel_as_the_registry_has_it_is_installed(genuine: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("where", ["a flipped bit", "a file more", "its own record corrected"])
 def test_a_wheel_that_somebody_changed_is_refused(genuine: Path, tmp_path: Path, where: str) -> None:
-    """All of it is a sound wheel of the right name and version, which pip installs when it is asked for no hash."""
+    """The last is a wheel as sound as the genuine one, and pip installs it where it is asked for no hash."""
     changed = tmp_path / genuine.name
     with zipfile.ZipFile(genuine) as source, zipfile.ZipFile(changed, "w", zipfile.ZIP_DEFLATED) as target:
         for info in source.infolist():
@@ -224,5 +224,6 @@ def test_a_wheel_that_somebody_changed_is_refused(genuine: Path, tmp_path: Path,
     assert done.returncode != 0
     assert "DO NOT MATCH THE HASHES" in done.stderr
     assert not into.exists() or list(into.iterdir()) == []
-    careless = pip("install", "--no-index", "--no-deps", "--no-cache-dir", "--target", str(into), str(changed))
-    assert careless.returncode == 0, careless.stderr  # so it was the hash
+    if where == "its own record corrected":
+        careless = pip("install", "--no-index", "--no-deps", "--no-compile", "--target", str(into), str(changed))
+        assert careless.returncode == 0, careless.stderr  # so it was the hash
