@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import ValidationError
 
 from jobfetcher.certificates import read_certificates
+from jobfetcher.core.addresses import OwnHost
 from jobfetcher.core.errors import ConfigError, SourceUnavailable
 from jobfetcher.core.job import Job
 from jobfetcher.core.machine import Gpu, Inventory, Share
@@ -50,6 +51,7 @@ from jobfetcher.telemetry.logs import redact
 from jobfetcher.transfer.cache import Cache
 from jobfetcher.transfer.cache import clear as clear_cache
 from jobfetcher.transfer.exchange import NetSettings
+from jobfetcher.transfer.guard import resolve
 from jobfetcher.transfer.presigned import PresignedTransfer
 from jobfetcher.watching import Limits
 from jobfetcher.worker import Polling, Worker
@@ -65,7 +67,12 @@ _PROOF_MIB = 512
 _LEAST_FILES = 64
 
 
-def make_source(settings: Settings, emit: Emit) -> WorkerApi:
+def make_own_host(settings: Settings) -> OwnHost:
+    """The API's host. One for the whole worker: all who speak to it, or because of it, must see the same change."""
+    return OwnHost(settings.origin.host, resolve)
+
+
+def make_source(settings: Settings, emit: Emit, own: OwnHost | None = None) -> WorkerApi:
     """The worker API, signed in lazily. Close it when done."""
     for proxy in settings.proxies.addresses:
         redact(unquote(urlsplit(proxy).password or ""))
@@ -75,6 +82,7 @@ def make_source(settings: Settings, emit: Emit) -> WorkerApi:
         ca_file=None if trust.file is None else str(trust.file),
         ca_pem=trust.pem,
         proxy=settings.proxies,
+        own=own or make_own_host(settings),
     )
     client.auth = make_auth(settings, client, emit)
     keys = settings.job_signing_keys
@@ -146,7 +154,7 @@ def make_cache(settings: Settings, base: Base, emit: Emit) -> Cache | None:
     return cache
 
 
-def make_transfer(settings: Settings, cache: Cache | None = None) -> PresignedTransfer:
+def make_transfer(settings: Settings, cache: Cache | None = None, own: OwnHost | None = None) -> PresignedTransfer:
     """Moves files by presigned requests. Close it when done."""
     _check_encoding()
     trust = read_certificates(settings.ca_file)
@@ -156,6 +164,7 @@ def make_transfer(settings: Settings, cache: Cache | None = None) -> PresignedTr
         ranges=settings.transfer_ranges,
         bandwidth_limit=settings.bandwidth_limit * 2**20 or None,
         cache=cache,
+        own=own or make_own_host(settings),
         net=NetSettings(ca_file=trust.file, ca_pem=trust.pem, proxy=settings.proxies),
     )
 
@@ -300,7 +309,8 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         finder = make_engine(settings, "", emit)
         opened.callback(finder.close)
         settings, info, inventory, gpus, budget, disks = look_at_machine(settings, finder, emit)
-        source = make_source(settings, emit)
+        own = make_own_host(settings)
+        source = make_source(settings, emit, own)
         opened.callback(source.close)
         base = opened.enter_context(
             Base(settings.path_base, reserve_mib=settings.reserve_disk, cache_mib=settings.cache_size)
@@ -319,7 +329,7 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         opened.callback(engine.close)
         journal = Journal(base.path / "journal.db")
         opened.callback(journal.close)
-        transfer = make_transfer(settings, make_cache(settings, base, emit))
+        transfer = make_transfer(settings, make_cache(settings, base, emit), own)
         opened.callback(transfer.close)
         for disk in disks[1:]:
             base.also_watch(disk)

@@ -1,7 +1,7 @@
 """Hosts as people name them in settings: one host, one port of it, all below a domain, a network of addresses.
 
-STORAGE_ALLOW says with such names which storage may have internal addresses (`core.urls`), NO_PROXY which hosts are
-asked without a proxy (`Proxies`). Pure: no name is resolved here.
+STORAGE_ALLOW and REGISTRY_ALLOW say with such names who may have internal addresses (`is_allowed`), NO_PROXY which
+hosts are asked without a proxy (`Proxies`). Pure: no name is resolved here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from functools import lru_cache
 from typing import Self
 from urllib.parse import urlsplit
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from jobfetcher.core.addresses import Address, Kind, Network, kind_of, plain
 
 #: Letters, digits and hyphens (RFC 1123), and the underscore that names inside a lab often have.
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
@@ -62,6 +61,11 @@ class HostPattern:
         host = str(_address(host) or host)  # an address can be written in more than one way
         return host.endswith(f".{self.name}") if self.below else host == self.name
 
+    @property
+    def is_one_address(self) -> bool:
+        """Whether the entry is a network of a single address."""
+        return self.network is not None and self.network.num_addresses == 1
+
     def covers(self, address: Address) -> bool:
         """Whether the entry is a network that `address` lies in."""
         return self.network is not None and address.version == self.network.version and address in self.network
@@ -102,6 +106,23 @@ def _address(host: str) -> Address | None:
 def host_patterns(entries: frozenset[str]) -> tuple[HostPattern, ...]:
     """All entries, parsed. Raises ValueError for the first that is none."""
     return tuple(HostPattern.parse(entry) for entry in sorted(entries))
+
+
+def is_allowed(entries: frozenset[str], host: str, port: int | None, address: str | None = None) -> bool:
+    """Whether one of them names the host, or the network that the host or `address`, which it has, lies in.
+
+    Others answer for a name, so a name opens no link-local address and no metadata service of a cloud; nor does a
+    network that has other addresses, too. Who means such an address writes it down itself.
+    """
+    ip = None if address is None else plain(address)
+    is_special = ip is not None and kind_of(ip) is Kind.NEVER
+    for pattern in host_patterns(entries):
+        if pattern.network is None or ip is None:
+            if pattern.matches(host, port) and (not is_special or _address(pattern.name) is not None):
+                return True
+        elif pattern.covers(ip) and (not is_special or pattern.network.is_link_local or pattern.is_one_address):
+            return True
+    return False
 
 
 # -- proxies ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ resolution, by whoever connects (T7): a name is only a name. Pure: nothing here 
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -16,8 +15,9 @@ from enum import StrEnum
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from jobfetcher.core.addresses import Kind, class_of, is_open, kind_of, plain
 from jobfetcher.core.errors import JobFault, JobReason, WorkerFault, WorkerReason
-from jobfetcher.core.hosts import host_patterns
+from jobfetcher.core.hosts import is_allowed
 from jobfetcher.core.text import clean
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")  # RFC 9110, token
@@ -132,16 +132,8 @@ class UrlPolicy:
     storage_allow: frozenset[str] = frozenset()
 
     def allows(self, host: str, port: int | None, address: str | None = None) -> bool:
-        """Whether STORAGE_ALLOW names the host, or the network that the host or `address` lies in. A network does not
-        open link-local addresses (cloud metadata) along with others, only if it has no others."""
-        ip = None if address is None else _plain(address)
-        for pattern in host_patterns(self.storage_allow):
-            if pattern.network is None or ip is None:
-                if pattern.matches(host, port):
-                    return True
-            elif pattern.covers(ip) and (not _is_special(ip) or pattern.network.is_link_local):
-                return True
-        return False
+        """Whether STORAGE_ALLOW names the host, or the network that the host or `address` lies in (`is_allowed`)."""
+        return is_allowed(self.storage_allow, host, port, address)
 
     def tidy(self, url: str) -> str:
         """`url` as it can be asked: raw characters encoded, and a link to the API's own host as safe as the API is.
@@ -180,26 +172,31 @@ class UrlPolicy:
     ) -> None:
         """Raise WorkerFault unless a file may be moved to or from `address`, which `host` resolved to.
 
-        Public addresses may; the API's own host and STORAGE_ALLOW may; private ones where the API itself is private or
-        on this machine, loopback where the API is on this machine. Link-local (cloud metadata), multicast and
-        unspecified ones never, unless allow-listed by name (FAULTS.md T7). `port`: the one that is asked, for entries
-        that name one.
+        Public addresses may; STORAGE_ALLOW may; private ones where the API itself is private or on this machine,
+        loopback where the API is on this machine (FAULTS.md T7). Link-local ones, the clouds' metadata, multicast and
+        unspecified ones never, unless allow-listed by number. The API's own host may have what is of the API's class,
+        and nothing else. `api_addresses`: what the API's host had when the worker started; none: that is not known.
+        `port`: the one that is asked, for entries that name one.
         """
-        if host == self.api.host or self.allows(host, port, address):
+        if self.allows(host, port, address):
             return
-        ip = _plain(address)
-        special = _is_special(ip)
-        if _is_public(ip) and not special:
+        ip = plain(address)
+        kind, own = kind_of(ip), class_of(api_addresses)
+        if host != self.api.host:
+            if is_open(kind, own):
+                return
+            raise WorkerFault(
+                WorkerReason.STORAGE,
+                f"storage host {host} has the internal address {ip}, which this worker does not connect to; "
+                "if that storage is yours, add the host to STORAGE_ALLOW",
+            )
+        if kind is not Kind.NEVER and own in {kind, None}:
             return
-        api = [_plain(text) for text in api_addresses]
-        api_here = any(known.is_loopback for known in api)
-        api_private = any(not _is_public(known) for known in api)
-        if not special and (api_here if ip.is_loopback else api_private):
-            return
+        was = "" if own is None else f"; the API was {own} when this worker started"
         raise WorkerFault(
             WorkerReason.STORAGE,
-            f"storage host {host} has the internal address {ip}, which this worker does not connect to; "
-            "if that storage is yours, add the host to STORAGE_ALLOW",
+            f"the API's own host {host} leads to {ip}, which is {kind}{was}: no file is moved there. If the server has "
+            "moved, start the worker anew; if it is meant to be so, add the host to STORAGE_ALLOW",
         )
 
     def parse_request(self, raw: object) -> SignedRequest:
@@ -267,35 +264,3 @@ def _field_text(name: object, value: object) -> str:
 
 def _kind(value: object) -> str:
     return "an object" if isinstance(value, Mapping) else "a list"
-
-
-#: IPv6 addresses whose last 32 bits are the IPv4 address that the packet ends up at: IPv4-compatible (RFC 4291),
-#: -mapped, -translated (RFC 2765), NAT64 (RFC 6052) and its local form (RFC 8215).
-_WRAPPED = tuple(
-    ipaddress.IPv6Network(text)
-    for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
-)
-
-#: Not public, whatever this Python's `ipaddress` knows of them: site-local (RFC 3879), documentation (RFC 9637), 6to4
-#: relays (RFC 7526).
-_NOT_PUBLIC = tuple(ipaddress.ip_network(text) for text in ("fec0::/10", "3fff::/20", "192.88.99.0/24"))
-
-
-def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address, an IPv4 one where it only wears IPv6 clothes (::ffff:127.0.0.1, 64:ff9b::7f00:1)."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.sixtofour is not None:
-            return ip.sixtofour
-        # ::1 and :: lie in the first of them and are themselves.
-        if int(ip) > 1 and any(ip in network for network in _WRAPPED):
-            return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    return ip
-
-
-def _is_special(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return ip.is_link_local or ip.is_multicast or ip.is_unspecified
-
-
-def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return ip.is_global and not any(ip.version == network.version and ip in network for network in _NOT_PUBLIC)

@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from jobfetcher.core.addresses import OwnHost, Resolver
 from jobfetcher.core.ports import Download, Upload, Watch
 from jobfetcher.core.urls import SignedRequest, UrlPolicy
 from jobfetcher.transfer import batch, download, upload
 from jobfetcher.transfer.exchange import NetSettings
 from jobfetcher.transfer.flights import Flights
-from jobfetcher.transfer.guard import AddressGuard, Resolver, resolve
+from jobfetcher.transfer.guard import AddressGuard, resolve
 from jobfetcher.transfer.multi import TransferLoop
 from jobfetcher.transfer.patience import Rules
 from jobfetcher.transfer.wire import Wire
@@ -61,6 +62,7 @@ class PresignedTransfer:
         max_connections: int = 64,
         net: NetSettings | None = None,
         resolver: Resolver = resolve,
+        own: OwnHost | None = None,
         rules: Rules | None = None,
         download_budget_s: float = DOWNLOAD_BUDGET_S,
         upload_budget_s: float = UPLOAD_BUDGET_S,
@@ -78,7 +80,7 @@ class PresignedTransfer:
             max_connections=max_connections,
             bandwidth_limit=bandwidth_limit,
         )
-        self._guard = AddressGuard(policy, resolver, rules.clock)
+        self._guard = AddressGuard(policy, resolver, own or OwnHost(policy.api.host, resolver, rules.clock))
         wire = Wire(policy, self._guard, proxies=net.proxies)
         # One signed request for each signer lies ready while the connections are busy.
         self._run = partial(batch.run, loop=self._loop, signers=concurrency, window=concurrency + max_host_connections)

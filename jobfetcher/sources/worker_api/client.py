@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 import httpcore
 import httpx
 
+from jobfetcher.core.addresses import OwnHost
 from jobfetcher.core.errors import SourceRefused, SourceUnavailable
 from jobfetcher.core.hosts import Proxies
 from jobfetcher.core.text import clean
@@ -46,6 +47,8 @@ class Client:
 
     `proxy`: the address of an HTTP proxy for all of them, a name and password in it if it wants some, or which is for
     what. Without one none is used, whatever the environment says. Raises ConfigError for one that cannot be read.
+    `own`: the API's host, which is connected to where its addresses are of the kind they were at first (FAULTS.md T7);
+    None: wherever it is, for tools. Through a proxy the address is the proxy's to find.
     """
 
     def __init__(
@@ -55,13 +58,14 @@ class Client:
         ca_file: str | None = None,
         ca_pem: str | None = None,
         proxy: str | Proxies | None = None,
+        own: OwnHost | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.origin: Origin = parse_origin(base_url)
         proxies = proxy if isinstance(proxy, Proxies) else Proxies.everything_through(proxy)
         # Without httpx.Client: all that it adds (redirects, cookies, the environment's proxies and netrc) is unwanted
         # here, and costs a seventh of a call.
-        self._transport = DeadlineTransport(ca_file=ca_file, ca_pem=ca_pem, proxies=proxies)
+        self._transport = DeadlineTransport(ca_file=ca_file, ca_pem=ca_pem, proxies=proxies, own=own)
         self.auth: Auth | None = None
         #: Whether the API ever took a call: until then its address may be wrong.
         self._met = False

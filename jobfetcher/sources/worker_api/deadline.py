@@ -13,7 +13,7 @@ import ssl
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 import httpcore
 import httpx
 
+from jobfetcher.core.addresses import OwnHost
 from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.hosts import NO_PROXIES, Proxies
 
@@ -104,6 +105,11 @@ class _Stream(httpcore.NetworkStream):
 
 
 class _Backend(httpcore.SyncBackend):
+    """`own`: a host that is connected to only where its addresses are of the kind they were at first."""
+
+    def __init__(self, own: OwnHost | None) -> None:
+        self._own = own
+
     def connect_tcp(
         self,
         host: str,
@@ -112,9 +118,23 @@ class _Backend(httpcore.SyncBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        left = _left(timeout, httpcore.ConnectTimeout)
         options = [*(socket_options or ()), _NO_LINGER]
-        return _Stream(super().connect_tcp(host, port, left, local_address, options))
+        is_own = self._own is not None and host.lower().rstrip(".") == self._own.host
+        addresses = self._where(self._own) if self._own is not None and is_own else [host]
+        for address in addresses[:-1]:  # as `socket.create_connection` would
+            with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                left = _left(timeout, httpcore.ConnectTimeout)
+                return _Stream(super().connect_tcp(address, port, left, local_address, options))
+        left = _left(timeout, httpcore.ConnectTimeout)
+        return _Stream(super().connect_tcp(addresses[-1], port, left, local_address, options))
+
+    def _where(self, own: OwnHost) -> list[str]:
+        try:
+            if addresses := own.resolve():
+                return addresses
+        except (OSError, ValueError) as error:
+            raise httpcore.ConnectError(str(error)) from error
+        raise httpcore.ConnectError(f"{own.host} has no address")
 
 
 class _Body(httpx.SyncByteStream):
@@ -160,12 +180,20 @@ class DeadlineTransport(httpx.BaseTransport):
     proxy sees host and port; an http call is not. `ca_file`, or `ca_pem` as text, replaces the system's certificates.
     """
 
-    def __init__(self, *, ca_file: str | None = None, ca_pem: str | None = None, proxies: Proxies = NO_PROXIES) -> None:
+    def __init__(
+        self,
+        *,
+        ca_file: str | None = None,
+        ca_pem: str | None = None,
+        proxies: Proxies = NO_PROXIES,
+        own: OwnHost | None = None,
+    ) -> None:
         self._ca = (ca_file, ca_pem)
+        self._own = own
         self._proxies = proxies
         context = tls(*self._ca)
         self._pools: dict[str | None, httpcore.ConnectionPool] = {
-            proxy: _pool(None if proxy is None else Proxy.parse(proxy), context, context)
+            proxy: _pool(None if proxy is None else Proxy.parse(proxy), context, context, own)
             for proxy in (None, *proxies.addresses)
         }
 
@@ -180,7 +208,7 @@ class DeadlineTransport(httpx.BaseTransport):
         context = tls(*self._ca)
         context.verify_flags |= _NO_CHECK_TIME
         proxy = self.proxy_for(url)
-        with _pool(None if proxy is None else Proxy.parse(proxy), context, tls(*self._ca)) as pool:
+        with _pool(None if proxy is None else Proxy.parse(proxy), context, tls(*self._ca), self._own) as pool:
             target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=b"/")
             headers = [(b"Host", url.netloc), (b"User-Agent", b"jobfetcher"), (b"Connection", b"close")]
             times = {"timeout": httpx.Timeout(_ASK_TIME_S).as_dict()}
@@ -218,7 +246,9 @@ class DeadlineTransport(httpx.BaseTransport):
             pool.close()
 
 
-def _pool(proxy: Proxy | None, context: ssl.SSLContext, to_proxy: ssl.SSLContext) -> httpcore.ConnectionPool:
+def _pool(
+    proxy: Proxy | None, context: ssl.SSLContext, to_proxy: ssl.SSLContext, own: OwnHost | None
+) -> httpcore.ConnectionPool:
     options: dict[str, Any] = {
         "ssl_context": context,
         # One for each thread that asks, and their number is bounded by the settings: with a bound here, signatures
@@ -226,7 +256,7 @@ def _pool(proxy: Proxy | None, context: ssl.SSLContext, to_proxy: ssl.SSLContext
         "max_connections": None,
         "max_keepalive_connections": 16,
         "keepalive_expiry": 60.0,
-        "network_backend": _Backend(),
+        "network_backend": _Backend(own if proxy is None else None),
     }
     if proxy is None:
         return httpcore.ConnectionPool(**options)
