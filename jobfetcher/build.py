@@ -33,6 +33,7 @@ from jobfetcher.engine.docker import DockerEngine, EngineInfo
 from jobfetcher.engine.flavour import Flavour
 from jobfetcher.engine.host_path import check_host_path, find_host_path, runs_inside
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
+from jobfetcher.engine.registries import RegistryRules
 from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_proof_spec, build_run_spec, dropped_env
 from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
@@ -169,11 +170,23 @@ def make_transfer(settings: Settings, cache: Cache | None = None, own: OwnHost |
     )
 
 
-def make_engine(settings: Settings, instance: str, emit: Emit) -> DockerEngine:
-    """The container engine, not connected yet."""
-    pull = PullPolicy(settings.pull_policy)
-    images = ImagePolicy(allowed=settings.allowed_images, pull=pull, docker_config=docker_config())
+def make_engine(settings: Settings, instance: str, emit: Emit, own: OwnHost | None = None) -> DockerEngine:
+    """The container engine, not connected yet. Commands that pull nothing may know no server."""
+    if own is None and settings.api_url:
+        own = make_own_host(settings)
+    images = ImagePolicy(
+        allowed=settings.allowed_images,
+        pull=PullPolicy(settings.pull_policy),
+        docker_config=docker_config(),
+        registries=None if own is None else make_registry_rules(settings, own),
+    )
     return DockerEngine(instance, url=settings.docker_host or DEFAULT_URL, images=images, emit=emit)
+
+
+def make_registry_rules(settings: Settings, own: OwnHost) -> RegistryRules:
+    """Which registries the engine is asked to pull from."""
+    allow = frozenset(entry.lower() for entry in settings.registry_allow)
+    return RegistryRules(own, resolve, allow=allow, images=settings.allowed_images)
 
 
 def make_box(settings: Settings) -> BoxPolicy:
@@ -325,7 +338,7 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             host_base = find_host_path(finder.api, str(base.path))
         else:
             host_base = check_host_path(finder.api, str(settings.path_host_base.expanduser()), str(base.path))
-        engine = make_engine(settings, find_instance(host_base), emit)
+        engine = make_engine(settings, find_instance(host_base), emit, own)
         opened.callback(engine.close)
         journal = Journal(base.path / "journal.db")
         opened.callback(journal.close)
@@ -334,6 +347,9 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         for disk in disks[1:]:
             base.also_watch(disk)
         emit("machine", message=machine_words(info, budget.free(), budget.slots, disks))
+        if not settings.allowed_images and not info.pulls_by_proxy:  # FAULTS.md T25: what the worker cannot close
+            what = "a job may name an image of any public registry, and the engine follows where that leads its sign-in"
+            emit("pulls_anywhere", message=f"{what}; ALLOWED_IMAGES, or a proxy of the engine's, closes that (README)")
         self_test = make_self_test(settings, engine, inventory, base, host_base, gpus)
         runner = Runner(
             base=base,

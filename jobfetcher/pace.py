@@ -35,7 +35,9 @@ _BAD_PAUSE_S = 1.0
 #: some ten jobs in the first hour, and the first user after the cure waits for ten minutes at most.
 _UNPROVEN = {
     WorkerReason.STORAGE: "this machine cannot use the storage of their files",
-    WorkerReason.POLICY: "what this worker's settings allow is not what jobs need (ALLOWED_IMAGES, PULL_POLICY)",
+    WorkerReason.POLICY: (
+        "what this worker's settings allow is not what jobs need (ALLOWED_IMAGES, REGISTRY_ALLOW, PULL_POLICY)"
+    ),
 }
 _REST_S, _REST_CAP_S = 60.0, 600.0
 

@@ -245,6 +245,11 @@ class Settings(BaseModel):
     allowed_images: Annotated[Words, AfterValidator(_patterns)] = _field(
         (), "Images that may run, as patterns such as docker.io/library/*. Empty: every image the server names."
     )
+    registry_allow: Hosts = _field(
+        (),
+        "Registries of images that may have internal addresses: hosts, host:port, *.domain, networks such as "
+        "10.0.0.0/8. Public registries, and those that ALLOWED_IMAGES names, need no entry.",
+    )
     job_network: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = _field(
         "bridge", "Network of jobs: bridge (an own one, jobs cannot reach each other), none, or a network's name."
     )

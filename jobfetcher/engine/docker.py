@@ -53,6 +53,7 @@ from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
 from jobfetcher.engine.polling import runs
 from jobfetcher.engine.printed import Frames, missing, time_of
+from jobfetcher.engine.registries import Egress
 from jobfetcher.engine.run_spec import (
     LABEL_ATTEMPT,
     LABEL_INSTANCE,
@@ -139,6 +140,7 @@ class EngineInfo:
     memory_mib: int
     runtimes: tuple[str, ...]
     root_dir: str
+    pulls_by_proxy: bool = False
 
 
 class DockerEngine:
@@ -208,6 +210,7 @@ class DockerEngine:
             memory_mib=int(info["MemTotal"]) // (1024 * 1024),
             runtimes=tuple(sorted(info.get("Runtimes") or ())),
             root_dir=str(info.get("DockerRootDir", "")),
+            pulls_by_proxy=Egress.of(info).is_proxied,
         )
 
     def close(self) -> None:

@@ -3,6 +3,9 @@
 Used by `docker` for `Engine.prepare`. Promises: what is returned was checked, and is named by its id, so no tag can
 move between the check and the run (FAULTS.md T14); a pull has no total limit, but ends when nothing moves for a while
 or when the job must end; a missing or denied image fails at once (E6), a registry out of reach is tried again (E7).
+The engine is asked to pull only from where it may (`registries`), and of what a registry answers a job's details get
+which of a few known things it means: its words go into this worker's log alone (T25), for a job can have the engine ask
+whom it likes, and would read the answers of others there.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import posixpath
 import re
@@ -29,10 +33,11 @@ from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.ports import Emit, PullProgress, PullWaits
 from jobfetcher.core.run import Image
-from jobfetcher.core.text import clean
+from jobfetcher.core.text import clean, unnumbered
 from jobfetcher.engine.api import EngineApi, NotFound, Refused
 from jobfetcher.engine.image_config import acting_env, label_keys
 from jobfetcher.engine.references import Reference, allowed, parse_reference
+from jobfetcher.engine.registries import Egress, RegistryRules
 from jobfetcher.engine.volumes import inner_folders
 
 #: Longest line of progress that is read, in bytes: one is a small JSON object.
@@ -47,6 +52,12 @@ _PAUSE_MAX_S = 60.0
 #: Where an image is here, with `newer`: a registry that says nothing for so long is out of reach, and so long it is not
 #: asked again, in seconds. An engine gives up a registry that does not even take the connection after 15 s.
 _PATIENCE_S, _REST_S = 60.0, 300.0
+
+#: What an engine says of its proxies is believed for so long, in seconds: asking costs it some 20 ms.
+_EGRESS_S = 60.0
+
+#: Of so many images it is remembered what was said last.
+_SAYINGS_KEPT = 64
 
 #: An empty object, as the engine wants credentials.
 _NO_CREDENTIALS = "e30="
@@ -75,7 +86,27 @@ _SAYINGS: tuple[tuple[re.Pattern[str], JobReason | WorkerReason, str], ...] = tu
             JobReason.IMAGE_MISSING,
             "the registry does not have image {image}",
         ),
+        (
+            r"dial tcp|connection refused|connection reset|no such host|i/o timeout|handshake timeout|\bEOF\b"
+            r"|unreachable|no route to host|deadline exceeded|request canceled|proxyconnect",
+            WorkerReason.REGISTRY,
+            "the registry of {image} is out of reach",
+        ),
+        (
+            r"x509: |tls: ",
+            WorkerReason.REGISTRY,
+            "the engine does not trust the certificate of the registry of {image}",
+        ),
     )
+)
+
+#: What else a registry says is its trouble, and is tried again.
+_UNKNOWN = "image {image} cannot be pulled now, the registry's answer is not known"
+
+#: Platforms that are named to people (`go tool dist list`); what else an image says of itself are its author's words.
+_PLATFORM = re.compile(
+    r"(?:(?:linux|windows|freebsd|darwin|wasip1)/)?"
+    r"(?:386|amd64|arm|arm64|loong64|mips(?:64)?(?:le)?|ppc64(?:le)?|riscv64|s390x|wasm)"
 )
 
 
@@ -99,7 +130,8 @@ class ImagePolicy:
 
     `allowed`: globs on the normalised reference (see `references.allowed`); none: every image. `inactivity_s`: a pull
     during which nothing is heard for so long is cut. `registry_budget_s`: how long a registry out of reach is tried.
-    `docker_config`: the file with credentials; None: where `docker login` puts it.
+    `docker_config`: the file with credentials; None: where `docker login` puts it. `registries`: which of them may be
+    asked; None: every one, for tools whose images no stranger names.
     """
 
     allowed: tuple[str, ...] = ()
@@ -107,6 +139,7 @@ class ImagePolicy:
     inactivity_s: float = 300.0
     registry_budget_s: float = 1800.0
     docker_config: str | None = None
+    registries: RegistryRules | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +154,8 @@ class _Pull:
 class Images:
     """The images of one engine. Thread-safe; the same image is prepared by one thread at a time.
 
-    `emit` hears `image_cached` (a cached image is used, the registry being away or refusing it), and `registry_back`.
+    `emit` hears `image_cached` (a cached image is used, the registry being away or refusing it), `registry_back`, and
+    with `registry_said` the words that go nowhere else.
     """
 
     def __init__(
@@ -134,6 +168,10 @@ class Images:
         self._lock = threading.Lock()
         #: Registries that were out of reach, or refused us, while an image was here, and when they are asked again.
         self._away: dict[str, float] = {}
+        #: What the registry of each image said last.
+        self._said: dict[str, str] = {}
+        #: How the engine reaches registries, and until when that is believed.
+        self._egress, self._egress_until = Egress(), -math.inf
         self._busy: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
 
     def prepare(self, reference: str, halt: Halt, progress: PullProgress, waits: PullWaits | None = None) -> Image:
@@ -253,7 +291,8 @@ class Images:
         if found.get("Os", "linux") != "linux":
             theirs = f"{found['Os']}/{theirs}"
         if theirs != ours and theirs not in _ALSO_RUNS.get(ours, ()):
-            raise JobFault(JobReason.IMAGE_ARCHITECTURE, f"image is {clean(theirs, 50)}, this worker is {ours}")
+            shown = theirs if _PLATFORM.fullmatch(theirs) else "for another kind of machine"
+            raise JobFault(JobReason.IMAGE_ARCHITECTURE, f"image is {shown}, this worker is {ours}")
         config = found.get("Config") or {}
         volumes = tuple(sorted(config.get("Volumes") or ()))
         inner_folders(volumes)  # what no container can have is told before anything of it is on record
@@ -294,13 +333,18 @@ class Images:
             elif lenient is not None and fault.reason is JobReason.IMAGE_DENIED:
                 self._use_cached(wanted, fault, rests=True)
             elif cached is not None:
+                self._log(wanted, fault)
                 why = f"{fault} (PULL_POLICY=if-not-present would use the local image)"
                 raise JobFault(fault.reason, why) from fault
             else:
+                self._log(wanted, fault)
                 raise
             return lenient
         except WorkerFault as fault:
-            if fault.reason is not WorkerReason.REGISTRY or cached is None:
+            # `newer` runs what is here where the registry may not be asked: nothing of a stranger's is asked for that.
+            is_refused = fault.reason is WorkerReason.POLICY and lenient is not None
+            if cached is None or not (is_refused or fault.reason is WorkerReason.REGISTRY):
+                self._log(wanted, fault)
                 raise
             self._use_cached(wanted, fault, rests=lenient is not None)
             return cached
@@ -313,8 +357,32 @@ class Images:
         known = rests and wanted.domain in self._away
         if rests:
             self._away[wanted.domain] = self._clock() + _REST_S
-        message = f"using the local image of {wanted}: {fault}"
+        said = f" (it said: {words})" if (words := _words(fault)) else ""
+        message = f"using the local image of {wanted}: {fault}{said}"
         self._emit("image_cached", level="debug" if known else "warning", message=message)
+
+    def _log(self, wanted: Reference, fault: JobFault | WorkerFault) -> None:
+        """A registry's own words, for this machine's owner alone; once while they stay the same (FAULTS.md J10)."""
+        words = _words(fault)
+        known = self._said.get(str(wanted)) == unnumbered(words)
+        if not words or known:
+            return
+        while len(self._said) >= _SAYINGS_KEPT:
+            self._said.pop(next(iter(self._said)), None)
+        self._said[str(wanted)] = unnumbered(words)
+        self._emit(
+            "registry_said", level="warning", message=f"pulling image {wanted}, the engine or registry said: {words}"
+        )
+
+    def _judge(self, wanted: Reference) -> None:
+        """Raise WorkerFault unless its registry may be asked (`RegistryRules.check`)."""
+        if self._policy.registries is None:
+            return
+        if self._clock() >= self._egress_until:
+            with self._api.calling("say how it reaches registries"):
+                self._egress = Egress.of(self._api.ask("GET", "/info").json())
+            self._egress_until = self._clock() + _EGRESS_S
+        self._policy.registries.check(wanted, self._egress)
 
     def _pull(self, wanted: Reference, halt: Halt, pull: _Pull, waits: PullWaits) -> None:
         give_up = self._clock() + self._policy.registry_budget_s
@@ -326,11 +394,13 @@ class Images:
             except WorkerFault as fault:
                 if fault.reason is not WorkerReason.REGISTRY or self._clock() + pause > give_up:
                     raise
+                self._log(wanted, fault)
                 waits(str(fault), give_up - self._clock())
             halt.wait(pause)
             pause = min(pause * 2, _PAUSE_MAX_S)
 
     def _pull_once(self, wanted: Reference, halt: Halt, pull: _Pull, inactivity_s: float) -> None:
+        self._judge(wanted)
         # The API takes a digest where it takes a tag.
         query = urlencode({"fromImage": wanted.repository, "tag": wanted.digest or wanted.tag})
         headers = {"X-Registry-Auth": self._credentials(wanted)}
@@ -387,8 +457,8 @@ def _follow(wanted: Reference, answer: http.client.HTTPResponse, pull: _Pull) ->
         report = json.loads(line)
         if not isinstance(report, dict):
             raise ValueError("a line of progress is no object")
-        if "error" in report:
-            raise _fault(wanted, str(report["error"]))
+        if "error" in report or "errorDetail" in report:
+            raise _fault(wanted, str(report.get("error") or report.get("errorDetail")))
         # Of an image that is up to date no layer is spoken of: only the tag, `Pulling from`, and its digest.
         if not begun and report.get("id") and not str(report.get("status")).startswith("Pulling from"):
             begun = True
@@ -419,14 +489,23 @@ def _message(body: bytes) -> str:
 
 
 def _fault(wanted: Reference, said: str) -> JobFault | WorkerFault:
-    """What a failed pull means. What nobody here has seen before is the registry's trouble: it is tried again."""
+    """What a failed pull means, in our own words; what was said is kept with it (`_words`). What nobody here has seen
+    before is the registry's trouble: it is tried again."""
     said = said[:_SAID_MAX]
     words = _without_name(wanted, said)
-    for pattern, reason, sentence in _SAYINGS:
-        if pattern.search(words):
-            message = f"{sentence.format(image=wanted)}: {clean(said, 300)}"
-            return JobFault(reason, message) if isinstance(reason, JobReason) else WorkerFault(reason, message)
-    return WorkerFault(WorkerReason.REGISTRY, f"image {wanted} cannot be pulled now: {clean(said, 300)}")
+    reason, sentence = next(
+        ((reason, sentence) for pattern, reason, sentence in _SAYINGS if pattern.search(words)),
+        (WorkerReason.REGISTRY, _UNKNOWN),
+    )
+    message = f"{sentence.format(image=wanted)} (its words are in the log of the worker)"
+    fault = JobFault(reason, message) if isinstance(reason, JobReason) else WorkerFault(reason, message)
+    fault.add_note(clean(said, 300))
+    return fault
+
+
+def _words(fault: JobFault | WorkerFault) -> str:
+    """What the engine or a registry said, kept apart from the message, which goes to the job's user (FAULTS.md T25)."""
+    return "; ".join(getattr(fault, "__notes__", ()))
 
 
 def _without_name(wanted: Reference, said: str) -> str:

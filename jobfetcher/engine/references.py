@@ -69,6 +69,11 @@ def allowed(reference: Reference, patterns: Iterable[str]) -> bool:
     return any(_matches(reference, pattern) for pattern in patterns)
 
 
+def names_registry(patterns: Iterable[str], domain: str) -> bool:
+    """Whether one of the globs of ALLOWED_IMAGES names that registry letter for letter, and not by a glob."""
+    return any(pattern != "*" and _split_domain(pattern)[0] == domain for pattern in patterns)
+
+
 def _matches(reference: Reference, pattern: str) -> bool:
     if pattern == "*":
         return True

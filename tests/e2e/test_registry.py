@@ -143,7 +143,7 @@ def test_a_private_image_is_pulled_with_the_credentials_of_docker_login(
 
 @pytest.mark.fault("E6")
 @pytest.mark.parametrize("password", [None, "not-the-password"])
-def test_an_image_that_is_denied_is_an_error_in_the_registrys_words(
+def test_an_image_that_is_denied_is_an_error_and_the_registrys_words_are_in_the_log(
     lab: Lab, tmp_path: Path, closed_registry: Registry, password: str | None
 ) -> None:
     login = {}
@@ -151,26 +151,39 @@ def test_an_image_that_is_denied_is_an_error_in_the_registrys_words(
         login["DOCKER_CONFIG"] = str(docker_config(tmp_path / "login", closed_registry, CREDENTIALS[0], password))
     with pushed(lab.engine, lab.image, closed_registry, "e2e/private") as reference:
         job = lab.submit("true", image=reference)
-        run_one(lab, tmp_path, **login)
+        worker = run_one(lab, tmp_path, **login)
     state, details = lab.ended(job)
     assert state == "error"
-    assert f"the registry does not give image {reference} to this worker, or does not have it: " in details
-    assert "no basic auth credentials" in details if password is None else "unauthorized" in details
+    assert f"the registry does not give image {reference} to this worker, or does not have it (" in details
+    words = "no basic auth credentials" if password is None else "unauthorized"
+    assert words in worker.errors
+    assert words not in details
     assert lab.server.updates(job) == ["preprocessing", "error"]
 
 
 @pytest.mark.fault("E6")
-def test_an_image_that_is_missing_is_an_error_in_the_registrys_words(
+def test_an_image_that_is_missing_is_an_error_and_the_registrys_words_are_in_the_log(
     lab: Lab, tmp_path: Path, registry: Registry
 ) -> None:
     reference = f"{registry.address}/e2e/nothing:7"
     job = lab.submit("true", image=reference)
-    run_one(lab, tmp_path)
+    worker = run_one(lab, tmp_path)
     state, details = lab.ended(job)
     assert state == "error"
-    assert f"the registry does not have image {reference}: " in details
-    assert "not found" in details or "manifest unknown" in details
+    assert f"the registry does not have image {reference} (" in details
+    assert "not found" in worker.errors or "manifest unknown" in worker.errors
+    assert "manifest unknown" not in details
     assert lab.server.updates(job) == ["preprocessing", "error"]
+
+
+@pytest.mark.fault("T25")
+def test_it_is_said_once_where_nothing_but_the_worker_bounds_what_is_pulled(lab: Lab, tmp_path: Path) -> None:
+    open_to_all = "ALLOWED_IMAGES, or a proxy of the engine's, closes that"
+    for allowed, count in (("", 1), ("docker.io/*", 0)):
+        env = {**lab.env(), "ALLOWED_IMAGES": allowed}
+        with command(["run", "--exit-when-idle", "0.1"], env, tmp_path) as worker:
+            assert worker.wait() == 0, worker.errors
+        assert worker.errors.count(open_to_all) == count
 
 
 # -- a pull that never ends -------------------------------------------------------------------------------------------
