@@ -33,6 +33,7 @@ from pydantic import (
 )
 
 from jobfetcher.certificates import is_hashed, read_certificates
+from jobfetcher.core.addresses import Address, Kind, kind_of, plain
 from jobfetcher.core.errors import ConfigError
 from jobfetcher.core.failpoints import Request, parse_request
 from jobfetcher.core.hosts import HostPattern, Proxies
@@ -47,6 +48,9 @@ _NOT_SETTINGS = frozenset({"JOBFETCHER_DEFAULT_PATH_BASE", "JOBFETCHER_FAILPOINT
 
 #: As it is spelt in the documentation of the reference worker, and so in the wild.
 _ALIASES = {"TIMEOUT_STATUS": "TIMOUT_STATUS"}
+
+#: Under which name containers know the machine that they run on, and where an engine writes down what that means.
+_ENGINES_HOST, _HOSTS_FILE = "host.docker.internal", Path("/etc/hosts")
 
 #: What other programs call the file of certificates to trust; each counts where none before it is set.
 _CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -353,7 +357,9 @@ class Settings(BaseModel):
         """Which proxy is used for what."""
         if self.proxy is not None:
             return Proxies.everything_through(None if self.proxy == "none" else self.proxy)
-        return Proxies(self.http_proxy, self.https_proxy, self.no_proxy)
+        is_here = (self.http_proxy or self.https_proxy) and _on_this_machine(_ENGINES_HOST)
+        here = frozenset({_ENGINES_HOST} if is_here else ())
+        return Proxies(self.http_proxy, self.https_proxy, self.no_proxy, here=here)
 
 
 #: Settings whose value may lie in a file instead, named by <NAME>_FILE.
@@ -679,11 +685,30 @@ def _line(problem: Any, given: Mapping[str, Any]) -> str:
 
 
 def _on_this_machine(host: str) -> bool:
-    """Loopback, or the name under which containers know the machine they run on."""
-    if host == "host.docker.internal":
-        return True
+    """Whether all that `host` leads to is this machine: loopback, or from inside a container its engine's machine.
+
+    That one has a name of its own there and an address of the engine's network. The name proves nothing, for a name
+    server may answer for it as well; that the engine itself wrote it into the container's hosts file does
+    (`--add-host=host.docker.internal:host-gateway`, and Docker Desktop), if the address is an internal one.
+    """
     try:
-        found = socket.getaddrinfo(host, None)
+        found = {plain(str(entry[4][0])) for entry in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    return all(entry[4][0] == "::1" or str(entry[4][0]).startswith("127.") for entry in found)
+    written = _in_hosts_file(host) if host == _ENGINES_HOST else frozenset[Address]()
+    return all(
+        kind_of(address) is Kind.LOOPBACK or (kind_of(address) is Kind.PRIVATE and address in written)
+        for address in found
+    )
+
+
+def _in_hosts_file(host: str) -> frozenset[Address]:
+    """The addresses beside that name in the hosts file; none where it cannot be read."""
+    found = set()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in _HOSTS_FILE.read_text().splitlines():
+            address, *names = line.partition("#")[0].split() or [""]
+            if host in (name.lower() for name in names):
+                with contextlib.suppress(ValueError):
+                    found.add(plain(address))
+    return frozenset(found)

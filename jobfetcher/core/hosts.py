@@ -133,13 +133,15 @@ class Proxies:
     """Which proxy a request goes through. `http`, `https`: for addresses of that scheme. `without`: asked directly.
 
     `is_given_by_owner`: named by PROXY, which means everything. What the environment says is for every program of the
-    machine, so that this machine's own addresses are never asked through it, whether NO_PROXY says so or not.
+    machine, so that this machine's own addresses are never asked through it, whether NO_PROXY says so or not; nor are
+    the names `here`, which somebody has seen to be names of this machine.
     """
 
     http: str | None = None
     https: str | None = None
     without: tuple[str, ...] = ()
     is_given_by_owner: bool = False
+    here: frozenset[str] = frozenset()
 
     @classmethod
     def everything_through(cls, proxy: str | None) -> Self:
@@ -152,7 +154,8 @@ class Proxies:
         if proxy is None or self.is_given_by_owner:
             return proxy
         host = host.lower().rstrip(".")
-        return None if _is_this_machine(host) or _is_without(self.without, host, port) else proxy
+        is_here = host in self.here or _is_this_machine(host)
+        return None if is_here or _is_without(self.without, host, port) else proxy
 
     @property
     def addresses(self) -> frozenset[str]:
@@ -165,7 +168,7 @@ NO_PROXIES = Proxies()
 
 def _is_this_machine(host: str) -> bool:
     address = _address(host)
-    return host in {"localhost", "host.docker.internal"} if address is None else address.is_loopback
+    return host == "localhost" if address is None else address.is_loopback
 
 
 @lru_cache(maxsize=256)

@@ -453,9 +453,55 @@ def test_what_is_missing_is_named_at_once() -> None:
 
 
 @pytest.mark.fault("T20")
-@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "[::1]:80", "host.docker.internal:8000"])
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "[::1]:80"])
 def test_plain_http_is_for_this_machine(host: str) -> None:
     assert loaded({"API_URL": f"http://{host}"}).settings.origin.scheme == "http"
+
+
+@pytest.mark.fault("T20")
+@pytest.mark.parametrize(
+    ("hosts", "answer", "is_local"),
+    [
+        ("172.17.0.1\thost.docker.internal", "172.17.0.1", True),  # as --add-host writes it
+        ("127.0.0.1 localhost\n192.168.65.254 gateway Host.Docker.internal # Desktop", "192.168.65.254", True),
+        ("fd00::1 host.docker.internal", "fd00::1", True),
+        ("", "127.0.0.1", True),
+        ("", "172.17.0.1", False),  # whoever answers for names says so
+        ("", "192.168.1.66", False),
+        ("", "93.184.216.34", False),
+        ("# 192.168.1.66 host.docker.internal", "192.168.1.66", False),
+        ("172.17.0.1 host.docker.internal", "192.168.1.66", False),
+        ("172.17.0.1 other.host.docker.internal", "172.17.0.1", False),
+        ("93.184.216.34 host.docker.internal", "93.184.216.34", False),
+        ("169.254.169.254 host.docker.internal", "169.254.169.254", False),
+        ("nonsense host.docker.internal", "172.17.0.1", False),
+    ],
+)
+def test_the_engines_host_is_this_machine_only_where_its_address_is(
+    hosts: str, answer: str, is_local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file := tmp_path / "hosts").write_text(hosts)
+    monkeypatch.setattr("jobfetcher.settings._HOSTS_FILE", file, raising=False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [(0, 0, 0, "", (answer, 0))])
+    url = "http://host.docker.internal:8000"
+    if is_local:
+        assert loaded({"API_URL": url}).settings.origin.scheme == "http"
+    else:
+        assert refused(GOOD | {"API_URL": url}).startswith(f"API_URL: {url} would send the token unencrypted")
+    proxies = loaded(
+        {"HTTP_PROXY": "http://proxy.lab:3128", "ALLOW_INSECURE_HTTP": "true", "API_URL": url}
+    ).settings.proxies
+    assert (proxies.choose("http", "host.docker.internal", 8000) is None) is is_local
+
+
+@pytest.mark.fault("T20")
+def test_the_engines_host_is_elsewhere_where_nobody_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("socket.getaddrinfo", nobody)
+    monkeypatch.setattr("jobfetcher.settings._HOSTS_FILE", Path("/nowhere"), raising=False)
+    assert "unencrypted" in refused(GOOD | {"API_URL": "http://host.docker.internal:8000"})
 
 
 @pytest.mark.fault("T20")
@@ -671,7 +717,7 @@ def test_proxy_wins_over_what_is_for_every_program(proxy: str, chosen: str | Non
         ("", "127.0.0.1", 8000, True),
         ("", "localhost", 8000, True),
         ("", "::1", 8000, True),
-        ("", "host.docker.internal", 8000, True),
+        ("", "host.docker.internal", 8000, False),
     ],
 )
 def test_no_proxy_is_read_as_other_programs_read_it(no_proxy: str, host: str, port: int, direct: bool) -> None:
