@@ -45,6 +45,7 @@ from jobfetcher.settings import Settings, docker_config
 from jobfetcher.show import machine_words
 from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
 from jobfetcher.sources.worker_api.client import Client
+from jobfetcher.sources.worker_api.pool_pin import PoolPin
 from jobfetcher.sources.worker_api.reply import Reply, failure
 from jobfetcher.sources.worker_api.signing import read_keys, verify
 from jobfetcher.sources.worker_api.source import BEAT_WITHIN_S, Filter, WorkerApi
@@ -113,19 +114,22 @@ def make_auth(settings: Settings, client: Client, emit: Emit) -> Auth:
         if reply.status != 200:
             raise failure(reply, "the question where to sign in (/access_info; is API_URL right?)")
         try:
-            return CognitoPool.model_validate(_member(reply.json(), "cognito"))
+            pool = CognitoPool.model_validate(_member(reply.json(), "cognito"))
         except ValidationError:
             raise SourceUnavailable(
                 f"{client.base_url}/access_info does not say where to sign in; is API_URL the address of a worker API?"
             ) from None
+        return pin.check(pool)
 
     def post(url: str, headers: dict[str, str], body: bytes) -> Reply:
         return client.send("POST", url, (), headers, body)
 
     username, tokens = settings.username, count()
+    pin = PoolPin(settings.path_base, settings.api_url, settings.cognito_pool)
 
     def on_token(token: str) -> None:
         redact(token)
+        pin.keep()
         if next(tokens) == 0:
             emit("signed_in", message=f"signed in as {username}")
 

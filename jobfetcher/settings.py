@@ -146,6 +146,14 @@ def _patterns(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _cognito_pool(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9-]{1,40}_[A-Za-z0-9_]{1,55}/[\w+]{1,128}", value, re.ASCII):
+        raise ValueError(
+            "must be a user pool's id and a client's, such as eu-central-1_AbCdEf/1h57kf5cpq17m0eml12example"
+        )
+    return value
+
+
 def _gpus(value: str) -> str:
     if any(word.strip().isdecimal() for word in value.split(",")):
         raise ValueError("takes UUIDs such as GPU-8f2c4f0e-... and no numbers; `nvidia-smi -L` lists them")
@@ -196,6 +204,10 @@ class Settings(BaseModel):
     )
     username: str | None = _field(None, "Account to sign in with, together with PASSWORD.")
     password: SecretStr | None = _field(None, "Password of USERNAME. Better: PASSWORD_FILE, a file of mode 0600.")
+    cognito_pool: Annotated[str, AfterValidator(_cognito_pool)] | None = _field(
+        None,
+        "Where USERNAME signs in, as POOL_ID/CLIENT_ID; the password goes nowhere else. Empty: where it did first.",
+    )
     path_base: FilePath = Field(description="Directory for jobs and the journal, private to this worker.")
     path_host_base: FilePath | None = _field(
         None, "Where PATH_BASE lies on the engine's host. Found by itself; a wrong one is refused."

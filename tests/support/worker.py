@@ -47,6 +47,7 @@ _OWN_FILES = {
     "jobs",
     "cache",
     "refused.json",
+    "sign-in.json",
 }
 
 #: Settings that every worker of a lab has unless its test says otherwise, as `TESTS_WITH="PREFETCH=1 MAX_JOBS=3"`: the
