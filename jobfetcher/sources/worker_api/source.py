@@ -25,7 +25,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -88,6 +88,14 @@ FORM_S = 480.0
 _FORMS_KEPT = 64
 
 
+#: Of jobs that nobody asked for so many are given back, and so many bad ids are named: a server that hands out
+#: thousands at once would keep the worker busy for hours with jobs that return to their queue by themselves (S4).
+_GIVEN_BACK, _NAMED = 3, 16
+
+#: So long the first job waits for that, in seconds; what is left goes on beside it.
+_GIVE_BACK_S = 5.0
+
+
 def boottime() -> float:
     """Seconds, counting those that the machine was suspended (FAULTS.md J4): a lease runs out during sleep, too."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -132,6 +140,7 @@ class WorkerApi:
         self._clock = clock
         #: The lease of each job that somebody here holds: a server without RETRY_DIFFERENT may hand it out again.
         self._held: weakref.WeakValueDictionary[JobId, ApiLease] = weakref.WeakValueDictionary()
+        self._closing = threading.Event()
 
     def fetch(self, offer: Offer, wait_s: float) -> Claim | None:  # noqa: ARG002 - this server has no long poll
         """Ask for one job; once per free GPU model, because the server compares models for equality (S18).
@@ -171,6 +180,7 @@ class WorkerApi:
         return self._lease(job_id, accepted_at=None, cut_off=cut_off)
 
     def close(self) -> None:
+        self._closing.set()
         self._client.close()
 
     def _question(self, offer: Offer, gpu: Gpu | None) -> Params:
@@ -182,31 +192,40 @@ class WorkerApi:
         return [*question, *(("groups", group) for group in self._wanted.groups)]
 
     def _take_first(self, handed_out: Mapping[str, Any], asked_at: float) -> Claim:
-        """The first job; the others, which nobody asked for, go back at once (FAULTS.md B16).
+        """The first job. Of the others, which nobody asked for, a few go back at once (FAULTS.md B16), and what is more
+        than a few returns to its queue by itself (S4).
 
         `asked_at`: when the question was sent, from which the lease counts (S4).
         """
         leases: list[tuple[ApiLease, Any]] = []
+        bad, more = 0, 0
         for key, specs in handed_out.items():
             try:
                 job_id = parse_job_id(key)
-                if (held := self._held.get(job_id)) is not None:
-                    held.was_handed_out_again(asked_at)
-                leases.append((self._lease(job_id, accepted_at=asked_at), specs))
             except ValueError as error:
                 # Not even its name can be spoken: nothing can be sent about it; it returns to the queue by itself.
-                self._emit(
-                    "job_unnameable", level="error", message=f"the server handed out a job with a bad id: {error}"
-                )
+                bad += 1
+                if bad <= _NAMED:
+                    message = f"the server handed out a job with a bad id: {error}"
+                    self._emit("job_unnameable", level="error", message=message)
+                continue
+            if (held := self._held.get(job_id)) is not None:
+                held.was_handed_out_again(asked_at)
+                if leases:
+                    continue  # it is in hand here
+            if len(leases) > _GIVEN_BACK:
+                more += 1
+            else:
+                leases.append((self._lease(job_id, accepted_at=asked_at), specs))
         if not leases:
             raise SourceUnavailable("the server handed out a job without a usable id")
-        for extra, _ in leases[1:]:
-            if self._held.get(extra.job_id) is not extra:
-                continue  # it is in hand here
-            try:
-                extra.release("this worker asked for one job only")
-            except SourceError as error:
-                self._emit("release_failed", level="warning", job=extra.job_id, message=str(error))
+        if more or bad > _NAMED:
+            message = (
+                f"the server handed out {len(handed_out)} jobs where one was asked for ({bad} with a bad id): "
+                f"{_GIVEN_BACK} are given back at most, the others return to their queue by themselves"
+            )
+            self._emit("too_many_jobs", level="warning", message=message)
+        self._give_back([extra for extra, _ in leases[1:]])
         lease, specs = leases[0]
         try:
             if self._verify is not None:
@@ -214,6 +233,29 @@ class WorkerApi:
             return Claim(lease, parse_specs(lease.job_id, specs))
         except ValueError as error:
             raise UnreadableJob(lease, str(error)) from None
+
+    def _give_back(self, extras: Sequence[ApiLease]) -> None:
+        """Give these jobs back in a thread of its own: a server that does not answer holds up the job that was taken
+        for some seconds only, and neither a signal nor the end of the worker."""
+
+        def give_back() -> None:
+            for extra in extras:
+                if self._closing.is_set():
+                    return
+                try:
+                    extra.release("this worker asked for one job only")
+                except SourceError as error:
+                    self._emit("release_failed", level="warning", job=extra.job_id, message=str(error))
+                    return  # nor would it hear of the others, which return to their queue by themselves
+
+        if not extras:
+            return
+        thread = threading.Thread(target=give_back, name="give-back", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the limit of threads: they return to their queue by themselves
+            return
+        thread.join(_GIVE_BACK_S)
 
     def _unreadable(self, error: UnusableAnswer, asked_at: float) -> UnreadableJob | None:
         """A job in an answer that nobody can use, if its id can be read all the same (FAULTS.md B15)."""
