@@ -374,15 +374,32 @@ class Images:
             "registry_said", level="warning", message=f"pulling image {wanted}, the engine or registry said: {words}"
         )
 
-    def _judge(self, wanted: Reference) -> None:
-        """Raise WorkerFault unless its registry may be asked (`RegistryRules.check`)."""
-        if self._policy.registries is None:
+    def _judge(self, wanted: Reference, halt: Halt) -> None:
+        """Raise WorkerFault unless its registry may be asked (`RegistryRules.check`). Raises Stopped."""
+        if (rules := self._policy.registries) is None:
             return
         if self._clock() >= self._egress_until:
             with self._api.calling("say how it reaches registries"):
                 self._egress = Egress.of(self._api.ask("GET", "/info").json())
             self._egress_until = self._clock() + _EGRESS_S
-        self._policy.registries.check(wanted, self._egress)
+        judged, refused, egress = threading.Event(), list[Exception](), self._egress
+
+        def judge() -> None:
+            try:
+                rules.check(wanted, egress)
+            except Exception as error:  # it is raised below
+                refused.append(error)
+            finally:
+                judged.set()
+
+        # In a thread: nothing ends a look-up, which takes half a minute where no name server answers, but a job that
+        # must end has no time for it (FAULTS.md B17).
+        with halt.waking(judged.set):
+            threading.Thread(target=judge, name="registry-name", daemon=True).start()
+            judged.wait()
+        halt.check()
+        for error in refused:
+            raise error
 
     def _pull(self, wanted: Reference, halt: Halt, pull: _Pull, waits: PullWaits) -> None:
         give_up = self._clock() + self._policy.registry_budget_s
@@ -400,7 +417,7 @@ class Images:
             pause = min(pause * 2, _PAUSE_MAX_S)
 
     def _pull_once(self, wanted: Reference, halt: Halt, pull: _Pull, inactivity_s: float) -> None:
-        self._judge(wanted)
+        self._judge(wanted, halt)
         # The API takes a digest where it takes a tag.
         query = urlencode({"fromImage": wanted.repository, "tag": wanted.digest or wanted.tag})
         headers = {"X-Registry-Auth": self._credentials(wanted)}

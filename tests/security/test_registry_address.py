@@ -18,7 +18,7 @@ import pytest
 
 from jobfetcher import build
 from jobfetcher.core.addresses import OwnHost
-from jobfetcher.core.errors import JobFault, WorkerFault, WorkerReason
+from jobfetcher.core.errors import JobFault, Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.hosts import Proxies
 from jobfetcher.engine.docker import DockerEngine
@@ -176,6 +176,33 @@ def test_a_name_without_an_address_is_a_registry_out_of_reach(monkeypatch: pytes
         assert fault.reason is WorkerReason.REGISTRY
         assert engine.prepare(busybox, Halt(), no_progress)  # of docker.io, which has no address either; it is here
         assert not [request for request in proxy.requests if b"/images/create" in request]
+
+
+@pytest.mark.docker
+@pytest.mark.fault("B17")
+def test_a_job_that_must_end_waits_for_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answered, halt = threading.Event(), threading.Event(), Halt()
+
+    def silent(_: str) -> tuple[str, ...]:
+        asked.set()
+        answered.wait(60)
+        raise OSError("no name server")
+
+    def cancel() -> None:
+        asked.wait(60)
+        halt.set(StopReason.CANCELLED)
+
+    monkeypatch.setattr(build, "resolve", silent, raising=False)
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    began = time.monotonic()
+    try:
+        with engine_of(OPEN_API, Emitted()) as engine, pytest.raises(Stopped):
+            engine.prepare("registry.example/nowhere/to/be/found:1", halt, no_progress)
+        assert time.monotonic() - began < 30
+    finally:
+        answered.set()
+        canceller.join()
 
 
 # -- the rules, as a table --------------------------------------------------------------------------------------------
