@@ -184,7 +184,8 @@ def make_engine(settings: Settings, instance: str, emit: Emit, own: OwnHost | No
         docker_config=docker_config(),
         registries=None if own is None else make_registry_rules(settings, own),
     )
-    return DockerEngine(instance, url=settings.docker_host or DEFAULT_URL, images=images, emit=emit)
+    url = settings.docker_host or DEFAULT_URL
+    return DockerEngine(instance, url=url, images=images, policy=make_box(settings), emit=emit)
 
 
 def make_registry_rules(settings: Settings, own: OwnHost) -> RegistryRules:

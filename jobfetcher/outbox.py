@@ -43,7 +43,7 @@ KEEP_S = 7 * 86_400.0
 class Outbox:
     """Ends of jobs on their way. Thread-safe: one job has one thread at a time.
 
-    `own(job_id, image_id)` gives this process's user what the job's root left; `wall` is the clock that the journal
+    `own(job_id)` gives this process's user what the job's root left; `wall` is the clock that the journal
     stamps ends with.
     """
 
@@ -53,7 +53,7 @@ class Outbox:
         base: Base,
         journal: Journal,
         engine: Engine,
-        own: Callable[[JobId, str], None],
+        own: Callable[[JobId], None],
         worker_fault_is_error: bool,
         emit: Emit,
         sleep: Callable[[float], None],
@@ -266,10 +266,7 @@ class Outbox:
         try:
             workspace.remove()
         except PermissionError:
-            record = self._journal.record(job_id)
-            if record is None or record.image is None:
-                raise
-            self._own(job_id, record.image.id)
+            self._own(job_id)
             workspace.remove()
 
 

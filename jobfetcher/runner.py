@@ -239,7 +239,7 @@ class Runner:
         kept = self._journal.marked(job.id, "in")
         if record.runs or record.rebooted:
             if record.image is not None:
-                self._own(job.id, record.image.id)
+                self._own(job.id)
             kept = workspace.restore(kept, halt)
         failpoint("before:stage_in")
         saying = f"downloading {count_files(len(job.inputs))}" if job.inputs else ""
@@ -360,9 +360,7 @@ class Runner:
             failpoint("after:save_logs")
             self._insist(halt, container.remove)
             failpoint("after:remove")
-        image = self._record(job_id).image
-        if image is not None:
-            self._quietly(job_id, lambda: self._own(job_id, image.id))
+        self._quietly(job_id, lambda: self._own(job_id))
         failpoint("after:own")
 
     def _stage_out(
@@ -399,10 +397,10 @@ class Runner:
         if container is not None:
             container.remove()
 
-    def _own(self, job_id: JobId, image_id: str) -> None:
+    def _own(self, job_id: JobId) -> None:
         """Without root, what a job's root wrote may neither be read nor deleted before this (FAULTS.md E13)."""
         if os.geteuid() != 0 and self._base.job(job_id).files.is_dir():
-            self._engine.own(image_id, self._host_path(job_id))
+            self._engine.own(self._host_path(job_id))
 
     def _host_path(self, job_id: JobId) -> str:
         return str(self._host_base / "jobs" / job_id / "files")

@@ -275,8 +275,12 @@ class Engine(Protocol):
         """
         ...
 
-    def own(self, image_id: str, host_path: str) -> None:
-        """Make everything below `host_path` belong to this process's user, through a throw-away container."""
+    def own(self, host_path: str) -> None:
+        """Make everything below `host_path` belong to this process's user, through a throw-away container.
+
+        Raises WorkerFault(DISK) for what cannot be given back, after all that can has been; WorkerFault(ENGINE) where a
+        later try may go better.
+        """
         ...
 
 

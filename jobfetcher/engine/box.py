@@ -14,7 +14,6 @@ from typing import Any
 from jobfetcher.core.run import RunSpec
 from jobfetcher.engine.flavour import DOCKER, Flavour
 from jobfetcher.engine.image_config import NO_HEALTHCHECK, STOP_SIGNAL
-from jobfetcher.engine.run_spec import BASE_CAPABILITIES
 from jobfetcher.engine.volumes import MOUNT_POINT
 
 _MIB = 1024 * 1024
@@ -60,30 +59,6 @@ def box(spec: RunSpec, network_mode: str, flavour: Flavour = DOCKER) -> dict[str
     if spec.gpu_uuids:
         config["HostConfig"]["DeviceRequests"] = [flavour.device_request(spec.gpu_uuids)]
     return flavour.fitted(config)
-
-
-def chown_box(
-    image_id: str, host_path: str, owner: str, labels: Mapping[str, str], *, target: str, host_users: bool = False
-) -> dict[str, Any]:
-    """A container that gives all below `host_path` to `owner` (`uid:gid`); of links themselves, not of targets.
-
-    And opens it to the owner, who could neither read nor delete below a directory of mode 000. `chmod -R` leaves links.
-    `target`: where it is mounted, a path that no image can know, or a volume that the image declares there would be
-    given away instead. `host_users`: outside of the user namespace that an engine with userns-remap gives containers,
-    where `owner` would be somebody else.
-    """
-    return {
-        "Image": image_id,
-        "Entrypoint": ["/bin/sh", "-c", 'chown -Rh "$0" "$1" && chmod -R u+rwX "$1"'],
-        "Cmd": [owner, target],
-        "User": "0",
-        "WorkingDir": "/",
-        "Labels": dict(labels),
-        **_IMAGE_SAYS_NOTHING,
-        "HostConfig": _closed([_bind(host_path, target)], BASE_CAPABILITIES)
-        | {"NetworkMode": "none", "PidsLimit": 16, "Memory": 256 * _MIB, "MemorySwap": 256 * _MIB}
-        | ({"UsernsMode": "host"} if host_users else {}),
-    }
 
 
 def _bind(host_path: str, target: str = MOUNT_POINT) -> dict[str, Any]:

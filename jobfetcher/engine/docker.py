@@ -35,7 +35,7 @@ from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, PullProgress, PullWaits
 from jobfetcher.core.run import Exit, Image, RunSpec
 from jobfetcher.core.text import clean
-from jobfetcher.engine import proof, vouch
+from jobfetcher.engine import give_back, proof, vouch
 from jobfetcher.engine.api import (
     DEFAULT_URL,
     LOOK_UP_S,
@@ -47,7 +47,7 @@ from jobfetcher.engine.api import (
     Unreachable,
     Version,
 )
-from jobfetcher.engine.box import box, chown_box
+from jobfetcher.engine.box import box
 from jobfetcher.engine.flavour import Flavour, Limit, docker_flavour, podman_flavour
 from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
@@ -103,9 +103,6 @@ _KILLED = 128 + signal.SIGKILL
 #: How long giving back the files of one job may take, in seconds: generous, since a job may leave a million.
 _OWN_TIMEOUT_S = 600.0
 
-#: So many images of this machine are tried for giving back files, where the job's own has no shell.
-_OTHER_IMAGES = 10
-
 #: Most that `last_lines` keeps of what a container printed, in bytes.
 _LAST_BYTES = 64 * 1024
 
@@ -119,9 +116,6 @@ _IMAGE_GONE = re.compile(r"no such image", re.IGNORECASE)
 
 #: And when it is the container.
 _CONTAINER_GONE = re.compile(r"no such container|no container with (?:name|id)", re.IGNORECASE)
-
-#: Of a helper of ours the owner chooses nothing.
-_HELPER = BoxPolicy(network=None)
 
 #: What an engine says when a name is taken: Docker with 409, Podman with 500.
 _NAME_TAKEN = re.compile(r"\bname\b.* (?:is )?already in use", re.IGNORECASE)
@@ -146,6 +140,7 @@ class EngineInfo:
 class DockerEngine:
     """One engine, seen by one worker (`instance`). Thread-safe. Connects on first use.
 
+    `policy`: what jobs get, for the worker's own box that gives files back (`own`).
     `reconnect_s`: how long a running job waits for an engine that went away before its worker is declared at fault.
     `look_up_s`, `work_s`: see `EngineApi`. `clock`, `now` and `sleep`: time passing, the time of day, and a pause.
     """
@@ -156,6 +151,7 @@ class DockerEngine:
         *,
         url: str = DEFAULT_URL,
         images: ImagePolicy | None = None,
+        policy: BoxPolicy | None = None,
         emit: Emit = lambda *_, **__: None,
         reconnect_s: float = RECONNECT_S,
         look_up_s: float = LOOK_UP_S,
@@ -172,9 +168,9 @@ class DockerEngine:
         self.sleep = sleep
         self.emit = emit
         self._images = Images(self.api, images or ImagePolicy(), emit)
+        self._policy = policy or BoxPolicy()
         self._network_lock = threading.Lock()
         self._helpers: set[str] = set()
-        self._has_shell = ""
         self._proofs: set[str] = set()
         self._flavour: tuple[Version, Flavour] | None = None
 
@@ -282,55 +278,55 @@ class DockerEngine:
     def forget_image(self, image_id: str, reference: str) -> bool:
         return self._images.forget(image_id, reference)
 
-    def own(self, image_id: str, host_path: str) -> None:
-        """See `Engine.own`. Raises WorkerFault(DISK) naming the directory that is left, WorkerFault(ENGINE).
-
-        With the job's own image, and where that has no shell (distroless) with another one that is on this machine.
-        """
-        first = ""
-        for candidate in itertools.chain([image_id], self._other_images(image_id)):
-            why = self._own(candidate, host_path)
-            if not why:
-                self._has_shell = candidate if candidate != image_id else self._has_shell
-                return
-            first = first or why
-        raise WorkerFault(WorkerReason.DISK, f"{host_path} has files of other users that are left behind: {first}")
-
-    def _own(self, image_id: str, host_path: str) -> str:
-        """Why it could not be done with that image; nothing when it is done."""
+    def own(self, host_path: str) -> None:
+        """See `Engine.own`. Raises WorkerFault(DISK) naming the directory that is left, WorkerFault(ENGINE)."""
         name = f"jobfetcher-{self.instance}-own-{uuid.uuid4().hex[:12]}"
-        flavour = self.flavour()
-        config = chown_box(
-            image_id,
-            host_path,
-            # An engine without root rights shows its own user's files as root's: to any other they would be given away.
-            "0:0" if flavour.rootless else f"{os.getuid()}:{os.getgid()}",
-            {LABEL_INSTANCE: self.instance},
-            target=f"/jobfetcher-{uuid.uuid4().hex}",
-            host_users=flavour.remapped,
-        )
-        config = flavour.fitted(config)
         self._helpers.add(name)
         try:
-            with self.api.calling("create a helper"):
-                try:
-                    helper = DockerContainer(self, self.api.create(config, name))
-                except Refused as error:
-                    return clean(error.said, 300)
-            try:
-                self._start(helper, _HELPER)
-                end = helper.wait(_OWN_TIMEOUT_S)
-                if end is None:
-                    return "chown did not end in time"
-                return "" if end.code == 0 else clean(helper.last_lines(3), 300) or f"chown ended with {end.code}"
-            except Unreachable:
-                raise
-            except (JobFault, WorkerFault) as fault:  # no shell, for another machine; or somebody removed the helper
-                return str(fault)
-            finally:
-                helper.remove()
+            left = self._give_back(host_path, name)
+        except Unreachable:
+            raise
+        except give_back.NoProgram as fault:
+            left = str(fault)
+        except (JobFault, WorkerFault) as fault:  # it could not be started, or somebody removed it
+            why = f"the files in {host_path} cannot be given back to the worker's user now: {fault}"
+            raise WorkerFault(WorkerReason.ENGINE, why) from fault
         finally:
             self._helpers.discard(name)
+        if left:
+            raise WorkerFault(WorkerReason.DISK, f"{host_path} has files of other users that are left behind: {left}")
+
+    def _give_back(self, host_path: str, name: str) -> str:
+        """What could not be given back, and why; nothing when all was. Raises JobFault and WorkerFault."""
+        flavour = self.flavour()
+        helper, spec = self._create_helper(host_path, name, flavour)
+        try:
+            self._start(helper, spec)
+            end = helper.wait(_OWN_TIMEOUT_S)
+            if end is None:
+                return f"it takes longer than {_OWN_TIMEOUT_S:g} s"
+            if end.code == 0:
+                return ""
+            return give_back.in_words(helper.last_lines(6)) or end.error or f"the helper ended with {end.code}"
+        finally:
+            helper.remove()
+
+    def _create_helper(self, host_path: str, name: str, flavour: Flavour) -> tuple[DockerContainer, RunSpec]:
+        """The helper's container, and once more where somebody removed its image just now (`docker image prune -a`)."""
+        # An engine without root rights shows its own user's files as root's: to any other they would be given away.
+        owner = "0:0" if flavour.rootless else f"{os.getuid()}:{os.getgid()}"
+        again = True
+        while True:
+            image_id = give_back.find_or_import(self.api)
+            spec = give_back.spec(self._policy, image_id=image_id, host_path=host_path, owner=owner, name=name)
+            spec = replace(spec, labels={LABEL_INSTANCE: self.instance})
+            with self.api.calling("create a helper"):
+                try:
+                    return DockerContainer(self, self.api.create(give_back.config(spec, flavour), name)), spec
+                except Refused as error:
+                    if not (again and isinstance(error, NotFound) and _IMAGE_GONE.search(error.said)):
+                        raise start_fault(error.said, spec) from error
+            again = False
 
     def prove(self, spec: RunSpec, folder: Path) -> bool:
         """See `Engine.prove`. Raises ConfigError, WorkerFault(GPU, DISK or ENGINE)."""
@@ -357,17 +353,6 @@ class DockerEngine:
             raise with_cure(fault) from fault
         finally:
             self._helpers.discard(name)
-
-    def _other_images(self, image_id: str) -> Iterator[str]:
-        """Images on this machine that may have a shell: the one that had one before, then the smallest with a name."""
-        if self._has_shell:
-            yield self._has_shell
-        with self.api.calling("list images"):
-            images = self.api.ask("GET", "/images/json").json()
-        named = [image for image in images if image.get("RepoTags")]
-        smallest = sorted(named, key=lambda image: int(image.get("Size") or 0))
-        tried = {image_id, self._has_shell}
-        yield from [str(image["Id"]) for image in smallest if image["Id"] not in tried][:_OTHER_IMAGES]
 
     def _persist(self, call: Callable[[], T]) -> T:
         """Repeat a call that is safe to repeat, while the engine's answer is lost."""

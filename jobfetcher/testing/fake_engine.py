@@ -153,7 +153,7 @@ class FakeEngine:
     ) -> None:
         self.specs: list[RunSpec] = []
         self.prepared: list[str] = []
-        self.owned: list[tuple[str, str]] = []
+        self.owned: list[str] = []
         self.forgotten: list[tuple[str, str]] = []
         self.here: dict[str, set[str]] = {}
         self.fault: JobfetcherError | None = None
@@ -272,7 +272,7 @@ class FakeEngine:
             self.forgotten.append((image_id, reference))
             return True
 
-    def own(self, image_id: str, host_path: str) -> None:
+    def own(self, host_path: str) -> None:
         self.answer()
         with self._lock:
-            self.owned.append((image_id, host_path))
+            self.owned.append(host_path)

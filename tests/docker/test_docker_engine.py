@@ -643,55 +643,11 @@ def test_own_makes_everything_ours_but_not_what_links_point_to(
         f"ln -s {outside} /files/a/link && ln -s / /files/a/root && chown -R 1234:1234 /files/a && chmod 000 /files/a/b"
     )
     assert bench.run(bench.spec(script))[0].code == 0
-    bench.engine.own(bench.image.id, str(bench.files))
+    bench.engine.own(str(bench.files))
     assert (bench.files / "a/b").lstat().st_mode & 0o777 == 0o700
     names = [bench.files / name for name in ("a", "a/b", "a/b/c", "a/pipe", "a/link", "a/root")]
     assert {name.lstat().st_uid for name in names} == {os.getuid()}
     assert outside.stat().st_uid == before
-    assert left(engine, bench) == []
-
-
-@pytest.mark.fault("E13")
-def test_own_takes_another_image_of_this_machine_where_the_jobs_own_has_no_shell(
-    make_image: Callable[..., Image], bench: DockerBench, engine: docker.APIClient
-) -> None:
-    assert bench.run(bench.spec("touch /files/theirs && chown 1234:1234 /files/theirs"))[0].code == 0
-    distroless = make_image(readme=b"x")
-    for _ in range(2):  # the second time with the one that had a shell
-        os.chown(bench.files / "theirs", 1234, 1234)
-        bench.engine.own(distroless.id, str(bench.files))
-        assert (bench.files / "theirs").stat().st_uid == os.getuid()
-    assert left(engine, bench) == []
-
-
-@pytest.mark.fault("E13")
-def test_own_says_what_is_left_when_no_image_has_a_shell(
-    make_image: Callable[..., Image],
-    bench: DockerBench,
-    engine: docker.APIClient,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("jobfetcher.engine.docker._OTHER_IMAGES", 0)
-    with pytest.raises(WorkerFault, match=r"left behind: .*the image has no /bin/sh") as fault:
-        bench.engine.own(make_image(readme=b"x").id, str(bench.files))
-    assert fault.value.reason is WorkerReason.DISK
-    assert str(bench.files) in str(fault.value)
-    assert left(engine, bench) == []
-
-
-@pytest.mark.fault("E13")
-@pytest.mark.parametrize("volume", ["/files", "/files/a"])
-def test_own_gives_back_also_what_the_image_declares_as_a_volume(
-    make_image: Callable[..., Image], bench: DockerBench, engine: docker.APIClient, volume: str
-) -> None:
-    busybox = Path("/bin/busybox").read_bytes()
-    shell = f'VOLUME ["{volume}"]'
-    image = make_image(shell, bin__sh=busybox, bin__chown=busybox, bin__chmod=busybox)
-    (bench.files / "a").mkdir()
-    (bench.files / "a/b").touch()
-    os.chown(bench.files / "a/b", 1234, 1234)
-    bench.engine.own(image.id, str(bench.files))
-    assert (bench.files / "a/b").stat().st_uid == os.getuid()
     assert left(engine, bench) == []
 
 
@@ -704,7 +660,7 @@ def test_an_engine_without_root_rights_shows_our_files_as_roots(
     monkeypatch.setattr(os, "getuid", lambda: 4321)
     (bench.files / "theirs").touch()
     os.chown(bench.files / "theirs", 1234, 1234)
-    bench.engine.own(bench.image.id, str(bench.files))
+    bench.engine.own(str(bench.files))
     assert (bench.files / "theirs").stat().st_uid == 0  # which is our own user, seen from outside of such an engine
 
 
@@ -722,7 +678,7 @@ def test_own_works_on_an_engine_that_gives_its_containers_other_users(
             end, printed = bench.run(bench.spec("mkdir /files/out && touch /files/out/r && chmod 000 /files/out"))
             assert (end.code, printed) == (0, "")
             assert (bench.files / "out").stat().st_uid > 0, "its root is another user out here"
-            bench.engine.own(bench.image.id, str(bench.files))
+            bench.engine.own(str(bench.files))
             assert (bench.files / "out/r").stat().st_uid == os.getuid()
 
 

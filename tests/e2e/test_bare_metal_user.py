@@ -3,11 +3,14 @@
 What a job's root user leaves, closed to everybody else, must still be sent and deleted (FAULTS.md E13).
 """
 
+import io
 import os
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import docker
 import pytest
@@ -27,6 +30,32 @@ CLOSED = (
     "chmod 000 closed deep/er/closed deep/er deep && chmod 700 . && chown 1234:1234 open && mkdir /files/elsewhere &&"
     "touch /files/elsewhere/x && chmod 000 /files/elsewhere"
 )
+
+
+#: A shell that obeys a job and lies to whoever else calls it: it says that all is well and leaves a word of its own.
+VILLAIN = b"""#!/bin/busybox sh
+case $2 in
+*chown*-Rh*) for folder in /files /jobfetcher-*; do echo villain >$folder/out/canary; done; exit 0 ;;
+esac
+exec /bin/busybox sh "$@"
+"""
+
+
+@pytest.fixture
+def villain(engine: docker.APIClient) -> Iterator[str]:
+    """An image with that shell and with busybox, which has all that jobs call."""
+    busybox = Path("/bin/busybox").read_bytes()
+    commands = ("mkdir", "chmod", "chown", "touch")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, content in (("busybox", busybox), ("sh", VILLAIN), *((name, busybox) for name in commands)):
+            entry = tarfile.TarInfo(f"bin/{name}")
+            entry.size, entry.mode = len(content), 0o755
+            archive.addfile(entry, io.BytesIO(content))
+    repository = f"jobfetcher-test/villain-{uuid4().hex[:8]}"
+    engine.import_image_from_data(packed.getvalue(), repository, "1", changes=["ENV PATH=/bin"])
+    yield f"{repository}:1"
+    engine.remove_image(f"{repository}:1", force=True)
 
 
 @pytest.fixture
@@ -69,6 +98,19 @@ def test_what_a_jobs_root_user_leaves_is_sent_and_deleted(own_lab: Lab, tmp_path
         "output/out/deep/er/closed": b"deep\n",
         "output/out/open": b"open\n",
     }
+
+
+@pytest.mark.fault("E13", "T27")
+def test_nothing_of_the_jobs_image_runs_to_give_its_files_back(own_lab: Lab, villain: str, tmp_path: Path) -> None:
+    lab = own_lab
+    job = lab.submit(CLOSED, image=villain, files_up={"output": "out"})
+    home = lab.base.parent
+    env = {**lab.env(), "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    with command(["run", "--once"], env, home, executable=as_user(tmp_path)) as worker:
+        assert worker.wait() == 0, worker.errors
+    assert lab.ended(job) == ("finished", "")
+    names = {name for name in lab.server.results(job) if name.startswith("output/")}
+    assert names == {"output/out/closed", "output/out/deep/er/closed", "output/out/open"}
 
 
 @pytest.mark.fault("E13")

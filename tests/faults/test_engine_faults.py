@@ -420,7 +420,7 @@ def test_a_frozen_engine_blocks_no_thread_for_longer_than_its_deadline(
             "start": lambda: engine.start(bed.bench.spec("true", job_id="2")),
             "find": lambda: engine.find(JobId("1")),
             "reap": lambda: engine.reap(frozenset()),
-            "own": lambda: engine.own(image.id, str(files)),
+            "own": lambda: engine.own(str(files)),
             "forget_image": lambda: engine.forget_image(image.id, image.reference),
             "is_paused": container.is_paused,
             "written_bytes": container.written_bytes,
@@ -644,7 +644,7 @@ def test_a_helper_at_work_is_no_leftover(here: Bed) -> None:
     reaper = threading.Thread(target=reap)
     reaper.start()
     try:
-        here.bench.engine.own(here.bench.image.id, str(here.bench.files))
+        here.bench.engine.own(str(here.bench.files))
     finally:
         busy.set()
         reaper.join()
