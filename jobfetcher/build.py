@@ -345,6 +345,8 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             host_base = check_host_path(finder.api, str(settings.path_host_base.expanduser()), str(base.path))
         engine = make_engine(settings, find_instance(host_base), emit, own)
         opened.callback(engine.close)
+        if os.geteuid() != 0:  # FAULTS.md E13
+            base.left.also_own(lambda name: engine.own(f"{host_base}/jobs/{name}"))
         journal = Journal(base.path / "journal.db")
         opened.callback(journal.close)
         transfer = make_transfer(settings, make_cache(settings, base, emit), own)

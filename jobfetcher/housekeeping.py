@@ -68,11 +68,14 @@ class Housekeeper:
             self._told.clear()
 
     def check_room(self) -> None:
-        """Raise WorkerFault(DISK) while there is no room for another job, even after all has gone that may go."""
+        """Raise WorkerFault(DISK) while there is no room for another job, even after all has gone that may go; what
+        this worker may not delete is named then."""
         try:
             self._base.check_room()
-        except WorkerFault:
+        except WorkerFault as fault:
             if not self.make_room():
+                if left := self._base.left.words():
+                    raise WorkerFault(fault.reason, f"{fault}; {left}") from fault
                 raise
             self._base.check_room()  # what is promised to jobs is not for it to see
 
@@ -132,7 +135,7 @@ class Housekeeper:
                 continue
             try:
                 self._base.remove(name)
-            except OSError as error:
+            except (OSError, WorkerFault) as error:
                 self._fail(f"leftover {name} cannot be deleted: {error}")
             else:
                 self._emit("leftover_removed", level="warning", message=f"removed the leftover directory {name}")

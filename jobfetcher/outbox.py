@@ -24,6 +24,7 @@ from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, Engine, Lease, Standing
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.journal import Journal
+from jobfetcher.leftovers import LeftBehind
 from jobfetcher.outage import Outage
 from jobfetcher.workspace import Base
 
@@ -43,8 +44,7 @@ KEEP_S = 7 * 86_400.0
 class Outbox:
     """Ends of jobs on their way. Thread-safe: one job has one thread at a time.
 
-    `own(job_id)` gives this process's user what the job's root left; `wall` is the clock that the journal
-    stamps ends with.
+    `wall` is the clock that the journal stamps ends with.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class Outbox:
         base: Base,
         journal: Journal,
         engine: Engine,
-        own: Callable[[JobId], None],
         worker_fault_is_error: bool,
         emit: Emit,
         sleep: Callable[[float], None],
@@ -65,7 +64,6 @@ class Outbox:
         self.outage = Outage(emit, clock=clock)
         self._journal = journal
         self._engine = engine
-        self._own = own
         self._wall = wall
         self._worker_fault_is_error = worker_fault_is_error
         self._emit = emit
@@ -262,12 +260,10 @@ class Outbox:
         return record is not None and record.exit is not None and self._base.job(job_id).files.is_dir()
 
     def _remove_directory(self, job_id: JobId) -> None:
-        workspace = self._base.job(job_id)
         try:
-            workspace.remove()
-        except PermissionError:
-            self._own(job_id)
-            workspace.remove()
+            self._base.remove(job_id)
+        except LeftBehind:  # no later try of this process goes better, and the job is over (E13)
+            self._emit("files_left", level="error", job=job_id, message=self._base.left.set_aside(job_id))
 
 
 def tell(lease: Lease, outcome: Outcome, *, worker_fault_is_error: bool) -> Standing:

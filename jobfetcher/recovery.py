@@ -149,7 +149,7 @@ def clear_strays(journal: Journal, engine: Engine, base: Base, emit: Emit, *, ol
                 emit("quarantined", level="error", message=f"job {name} is not on record any more; kept in {kept}")
             else:
                 base.remove(name)
-        except OSError as error:
+        except (OSError, WorkerFault) as error:
             emit("directory_left", level="warning", message=f"leftover {name} cannot be deleted: {error}")
 
 

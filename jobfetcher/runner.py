@@ -125,7 +125,6 @@ class Runner:
             base=base,
             journal=journal,
             engine=engine,
-            own=self._own,
             worker_fault_is_error=rules.worker_fault_is_error,
             emit=emit,
             sleep=sleep,

@@ -36,6 +36,7 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.run import Stored
 from jobfetcher.core.text import clean
+from jobfetcher.leftovers import Leftovers
 
 _MIB, _GIB = 1024**2, 1024**3
 
@@ -152,6 +153,8 @@ class Base:
             # Followed once, here: below it no link ever is.
             self.path = path = path.resolve()
             self._watched = [Watched(path, str(path))]
+            #: What this worker could not delete there.
+            self.left = Leftovers(path / "jobs")
             _check_first_user(path)
             _make_private(path)
             _check_owners(path)
@@ -172,8 +175,8 @@ class Base:
         return sorted(entry.name for entry in (self.path / "jobs").iterdir() if entry.name not in known)
 
     def remove(self, name: str) -> None:
-        """Delete what `leftovers` named. Raises OSError for what could not be deleted."""
-        tree.remove(self.path / "jobs", name)
+        """Delete what `leftovers` named, or a job's directory: see `Leftovers.remove`."""
+        self.left.remove(name)
 
     def quarantine(self, name: str, why: str) -> Path:
         """Move jobs/`name` to quarantine/, for a person to look at, with a WHY.txt beside it; returns where it is now.

@@ -103,6 +103,20 @@ def container_of(lab: Lab) -> dict[str, object]:
     return {"Id": found["Id"], "StartedAt": state["StartedAt"]}
 
 
+# -- whose files -------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.fault("E13", "T27")
+def test_the_helper_gives_files_back_to_the_user_whose_podman_it_is(bench: DockerBench) -> None:
+    mine = bench.files.stat().st_uid
+    assert bench.run(bench.spec("mkdir /files/out && touch /files/out/x && chown -R 1234:1234 /files/out"))[0].code == 0
+    assert (bench.files / "out").stat().st_uid != mine
+    for _ in range(2):
+        bench.engine.own(str(bench.files))
+        assert {path.stat().st_uid for path in (bench.files / "out", bench.files / "out/x")} == {mine}
+
+
 # -- what is offered ---------------------------------------------------------------------------------------------------
 
 

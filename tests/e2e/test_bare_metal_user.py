@@ -6,6 +6,7 @@ What a job's root user leaves, closed to everybody else, must still be sent and 
 import io
 import os
 import shutil
+import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 
 from tests.support.as_user import python_as
 from tests.support.mock_server import running_mock_api
+from tests.support.mounts import ext4
 from tests.support.services import REPOSITORY, require, require_program, wait_until
 from tests.support.worker import UNTIL_LET_GO, Lab, assert_clean, command
 
@@ -149,3 +151,43 @@ def test_what_a_cancelled_job_leaves_is_deleted(own_lab: Lab, tmp_path: Path) ->
         wait_until(lambda: (lab.files(job) / "elsewhere/x").exists(), "the job has written its files")
         lab.server.delete(job)
         assert worker.wait() == 0, worker.errors
+
+
+@pytest.mark.fault("E13", "T27")
+def test_what_nobody_may_delete_is_named_and_the_worker_goes_on(own_lab: Lab, tmp_path: Path) -> None:
+    """Root of this machine made a file immutable: no helper can give it back. Later root thinks better of it."""
+    lab = own_lab
+    chattr = require_program("chattr", "e2fsprogs")
+    home, program = lab.base.parent, as_user(tmp_path)
+    env = {**lab.env(reserve_disk="1MiB"), "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    with ext4(lab.base) as disk:
+        shutil.rmtree(disk / "lost+found")
+        os.chown(disk, USER, USER)
+        with command(["run", "--exit-when-idle", "1"], env, home, executable=program) as worker:
+            big = "cd /files/out && dd if=/dev/zero of=big bs=1M count=3 && mkdir x && touch x/y && chmod 000 x"
+            job = lab.submit(f"{big} && {UNTIL_LET_GO}", files_up={"output": "out"})
+            wait_until(lambda: (lab.files(job) / "out/x").exists(), "the job has written its files")
+            subprocess.run([chattr, "+i", str(lab.files(job) / "out/big")], check=True)
+            lab.let_go(job)
+            assert worker.wait() == 0, worker.errors
+        assert lab.ended(job) == ("finished", "")
+        left = disk / "jobs" / f"{job}.left1"
+        said = [line for line in worker.errors.splitlines() if f"{left} is left, with 3 MiB" in line]
+        assert len(said) == 1
+        assert "out/big: Operation not permitted" in said[0]
+        assert f"rm -r {left}" in said[0]
+        assert [path.name for path in (left / "files/out").iterdir()] == ["big"]
+
+        other = lab.submit("true")
+        with command(["run", "--once"], env, home, executable=program) as worker:
+            assert worker.wait() == 0, worker.errors
+        assert lab.ended(other) == ("finished", "")
+        assert worker.errors.count(f"{left} is left, with 3 MiB") == 1
+
+        subprocess.run([chattr, "-i", str(left / "files/out/big")], check=True)
+        another = lab.submit("true")
+        with command(["run", "--once"], env, home, executable=program) as worker:
+            assert worker.wait() == 0, worker.errors
+        assert lab.ended(another) == ("finished", "")
+        assert str(left) not in worker.errors
+        assert not left.exists()

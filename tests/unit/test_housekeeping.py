@@ -292,6 +292,29 @@ def test_leftovers_go_while_the_engine_is_away(house: House, monkeypatch: pytest
     assert house.emitted.levels("leftover_removed") == ["warning"]
 
 
+@pytest.mark.fault("E13", "T27")
+def test_what_this_worker_may_not_delete_is_named_when_there_is_no_room(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is taken while the disk is full, and the reason given each time names what fills it."""
+    (house.base.path / "jobs/8/files").mkdir(parents=True)
+    (house.base.path / "jobs/8/files/stays").write_bytes(b"x" * (2 << 20))
+
+    def refuse(parent: Path, name: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("jobfetcher.tree.remove", refuse)
+    monkeypatch.setattr(Base, "is_full", lambda self: "no room")
+    for _ in range(3):
+        with pytest.raises(WorkerFault) as full:
+            house.keeper.check_room()
+        jobs = house.base.path / "jobs"
+        left = f"this worker may not delete what jobs left in {jobs}/8 (2 MiB); delete that as root"
+        assert str(full.value) == f"no room; {left}"
+        assert full.value.reason is WorkerReason.DISK
+    assert len(house.emitted.named("tidy_failed")) == 1
+
+
 @pytest.mark.fault("J1")
 def test_a_directory_that_a_damaged_journal_may_have_lost_is_not_deleted(
     house: House, monkeypatch: pytest.MonkeyPatch

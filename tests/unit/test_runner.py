@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from jobfetcher import tree
 from jobfetcher.core.errors import (
     ConfigError,
     JobFault,
@@ -554,6 +555,31 @@ def test_a_clean_up_that_fails_changes_no_outcome_and_is_done_later(bench: Bench
     later = bench.make_runner(bench.rules)
     assert later.outbox.deliver(bench.source.resume("t", SEVEN), outcome)
     assert bench.words == said
+    assert bench.nothing_is_left()
+
+
+@pytest.mark.fault("E13", "T27")
+def test_what_may_not_be_deleted_is_put_beside_and_holds_nothing_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = tree.remove
+
+    def refuse(parent: Path, name: str) -> None:
+        if name == "7":
+            raise PermissionError(13, "Permission denied")
+        remove(parent, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tree, "remove", refuse)
+        assert bench.run().ending is Ending.FINISHED
+    assert bench.words[-1] == "finished"
+    [left] = bench.emit.named("files_left")
+    assert (bench.emit.levels("files_left"), left["job"]) == (["error"], SEVEN)
+    assert "7.left1 is left, with 0 MiB" in str(left["message"])
+    assert bench.runner.outbox.waiting == []
+    assert bench.journal.records() == []
+    assert names_in(bench.base.path / "jobs") == ["7.left1"]
+    bench.base.remove("7.left1")
     assert bench.nothing_is_left()
 
 
