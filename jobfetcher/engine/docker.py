@@ -296,6 +296,15 @@ class DockerEngine:
         if left:
             raise WorkerFault(WorkerReason.DISK, f"{host_path} has files of other users that are left behind: {left}")
 
+    def cannot_own(self) -> str:
+        """Why `own` can never work on this engine, as a sentence; nothing where it can. Raises WorkerFault."""
+        with self.api.calling("say its architecture"):
+            try:
+                give_back.helper(self.api.version.architecture)
+            except give_back.NoProgram as fault:
+                return str(fault)
+        return ""
+
     def _give_back(self, host_path: str, name: str) -> str:
         """What could not be given back, and why; nothing when all was. Raises JobFault and WorkerFault."""
         flavour = self.flavour()

@@ -140,6 +140,8 @@ def find_or_import(api: EngineApi) -> str:
     """
     with api.calling("import the image of the helper"):
         ours = helper(api.version.architecture)
+        if found := _find(api, ours):
+            return found
         with _importing:
             if found := _find(api, ours):
                 return found

@@ -240,7 +240,7 @@ def test_an_engine_that_keeps_images_by_another_digest_is_asked_by_name(ours: He
 def test_an_engine_on_another_machine_is_told_of_in_a_sentence(
     bench: DockerBench, theirs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.engine.describe()
+    assert bench.engine.cannot_own() == ""
     version = bench.engine.api.version
     monkeypatch.setattr(bench.engine.api, "_version", version._replace(architecture="s390x"))
     with pytest.raises(WorkerFault, match="left behind: there is no helper program for an engine on s390x") as fault:
@@ -248,6 +248,7 @@ def test_an_engine_on_another_machine_is_told_of_in_a_sentence(
     assert fault.value.reason is WorkerReason.DISK
     assert str(bench.files) in str(fault.value)
     assert theirs() == THEM
+    assert bench.engine.cannot_own().endswith("a worker that runs as root needs none")  # the start says it
 
 
 @pytest.mark.parametrize("architecture", ["amd64", "arm64"])
