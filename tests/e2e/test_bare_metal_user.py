@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from uuid import uuid4
 
@@ -44,20 +44,25 @@ exec /bin/busybox sh "$@"
 
 
 @pytest.fixture
-def villain(engine: docker.APIClient) -> Iterator[str]:
-    """An image with that shell and with busybox, which has all that jobs call."""
-    busybox = Path("/bin/busybox").read_bytes()
-    commands = ("mkdir", "chmod", "chown", "touch")
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for name, content in (("busybox", busybox), ("sh", VILLAIN), *((name, busybox) for name in commands)):
-            entry = tarfile.TarInfo(f"bin/{name}")
-            entry.size, entry.mode = len(content), 0o755
-            archive.addfile(entry, io.BytesIO(content))
-    repository = f"jobfetcher-test/villain-{uuid4().hex[:8]}"
-    engine.import_image_from_data(packed.getvalue(), repository, "1", changes=["ENV PATH=/bin"])
-    yield f"{repository}:1"
-    engine.remove_image(f"{repository}:1", force=True)
+def make_image(engine: docker.APIClient) -> Iterator[Callable[..., str]]:
+    """Make an image of these programs and changes, and nothing else; gone at the end."""
+    made: list[str] = []
+
+    def make(programs: Mapping[str, bytes], *changes: str) -> str:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for name, content in programs.items():
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = len(content), 0o755
+                archive.addfile(entry, io.BytesIO(content))
+        repository = f"jobfetcher-test/made-{uuid4().hex[:8]}"
+        engine.import_image_from_data(packed.getvalue(), repository, "1", changes=list(changes))
+        made.append(f"{repository}:1")
+        return made[-1]
+
+    yield make
+    for reference in made:
+        engine.remove_image(reference, force=True)
 
 
 @pytest.fixture
@@ -103,8 +108,13 @@ def test_what_a_jobs_root_user_leaves_is_sent_and_deleted(own_lab: Lab, tmp_path
 
 
 @pytest.mark.fault("E13", "T27")
-def test_nothing_of_the_jobs_image_runs_to_give_its_files_back(own_lab: Lab, villain: str, tmp_path: Path) -> None:
+def test_nothing_of_the_jobs_image_runs_to_give_its_files_back(
+    own_lab: Lab, make_image: Callable[..., str], tmp_path: Path
+) -> None:
     lab = own_lab
+    busybox = Path("/bin/busybox").read_bytes()
+    commands = dict.fromkeys(("bin/busybox", "bin/mkdir", "bin/chmod", "bin/chown", "bin/touch"), busybox)
+    villain = make_image({**commands, "bin/sh": VILLAIN}, "ENV PATH=/bin")
     job = lab.submit(CLOSED, image=villain, files_up={"output": "out"})
     home = lab.base.parent
     env = {**lab.env(), "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
@@ -113,6 +123,23 @@ def test_nothing_of_the_jobs_image_runs_to_give_its_files_back(own_lab: Lab, vil
     assert lab.ended(job) == ("finished", "")
     names = {name for name in lab.server.results(job) if name.startswith("output/")}
     assert names == {"output/out/closed", "output/out/deep/er/closed", "output/out/open"}
+
+
+@pytest.mark.fault("E13", "T27")
+def test_what_a_job_on_an_image_without_a_shell_leaves_is_sent(
+    own_lab: Lab, make_image: Callable[..., str], tmp_path: Path
+) -> None:
+    lab = own_lab
+    does = "cd /files/out && /busybox mkdir deep && echo deep >deep/closed && /busybox chmod 000 deep/closed deep"
+    busybox = Path("/bin/busybox").read_bytes()
+    image = make_image({"busybox": busybox}, f'ENTRYPOINT ["/busybox", "sh", "-c", "{does}"]')
+    job = lab.submit(image=image, files_up={"output": "out"})
+    home = lab.base.parent
+    env = {**lab.env(), "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    with command(["run", "--once"], env, home, executable=as_user(tmp_path)) as worker:
+        assert worker.wait() == 0, worker.errors
+    assert lab.ended(job) == ("finished", "")
+    assert lab.server.results(job)["output/out/deep/closed"] == b"deep\n"
 
 
 @pytest.mark.fault("E13")
