@@ -314,9 +314,10 @@ class DockerEngine:
             end = helper.wait(_OWN_TIMEOUT_S)
             if end is None:
                 return f"it takes longer than {_OWN_TIMEOUT_S:g} s"
-            if end.code == 0:
-                return ""
-            return give_back.in_words(helper.last_lines(6)) or end.error or f"the helper ended with {end.code}"
+            if end.code not in {0, give_back.FAILED} or end.error:  # its init's word, or somebody killed it
+                why = end.error or f"the helper ended with exit code {end.code}"
+                raise WorkerFault(WorkerReason.ENGINE, why)
+            return "" if end.code == 0 else give_back.in_words(helper.last_lines(6))
         finally:
             helper.remove()
 

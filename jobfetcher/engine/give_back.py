@@ -50,6 +50,9 @@ NAME = "jobfetcher-helper"
 #: The program in the image.
 PROGRAM = "/give_back"
 
+#: Its exit code where something could not be given back, which it then names.
+FAILED = 1
+
 #: By what an engine calls its architecture (GOARCH), what the compiler calls it.
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -178,7 +181,7 @@ def config(spec: RunSpec, flavour: Flavour) -> dict[str, Any]:
 def in_words(printed: str) -> str:
     """What the program printed about files that it could not give back, as one line for people."""
     lines = (re.sub(r"errno (\d+)$", lambda found: os.strerror(int(found[1])), one) for one in printed.splitlines())
-    return clean("; ".join(lines), 500)
+    return clean("; ".join(lines), 500) or "its log does not say which"
 
 
 def _find(api: EngineApi, ours: Helper) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,9 +17,10 @@ import pytest
 from docker.errors import ImageNotFound
 
 from jobfetcher.core.errors import WorkerFault, WorkerReason
+from jobfetcher.core.run import RunSpec
 from jobfetcher.engine import give_back
 from jobfetcher.engine.api import EngineApi
-from jobfetcher.engine.docker import DockerEngine
+from jobfetcher.engine.docker import DockerContainer, DockerEngine
 from jobfetcher.engine.give_back import Helper
 from jobfetcher.engine.run_spec import BoxPolicy
 from tests.security.test_box import GOLDEN, differences, reduced
@@ -299,6 +301,30 @@ def test_what_cannot_be_given_back_is_named_and_the_rest_is_given_back(
     assert str(fault.value) == said + "other\\x0aline: Invalid cross-device link; 1 could not be given back"
     assert fault.value.reason is WorkerReason.DISK
     assert theirs() == os.getuid()
+
+
+def test_a_helper_that_is_killed_may_do_better_later(
+    bench: DockerBench, theirs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end says nothing of the files: nothing is put aside for good."""
+    make, start = give_back.spec, DockerEngine._start
+
+    def sleeper(*arguments: Any, **more: Any) -> RunSpec:
+        """One that is there to be killed, in place of ours, which is done in a moment."""
+        return replace(make(*arguments, **more), image_id=bench.image.id, command=("/bin/sleep", "600"))
+
+    def start_and_kill(engine: DockerEngine, container: DockerContainer, *arguments: Any, **more: Any) -> None:
+        start(engine, container, *arguments, **more)
+        with engine.api.calling("kill a container"):
+            engine.api.ask("POST", f"/containers/{container.id}/kill")
+
+    monkeypatch.setattr(give_back, "spec", sleeper)
+    monkeypatch.setattr(DockerEngine, "_start", start_and_kill)
+    with pytest.raises(WorkerFault) as fault:
+        bench.engine.own(str(bench.files))
+    assert fault.value.reason is WorkerReason.ENGINE
+    assert "exit code 137" in str(fault.value)
+    assert theirs() == THEM
 
 
 def imported(engine: docker.APIClient, name: str, files: Mapping[str, bytes]) -> str:
