@@ -49,6 +49,7 @@ from jobfetcher.engine.api import (
 )
 from jobfetcher.engine.box import box
 from jobfetcher.engine.flavour import Flavour, Limit, docker_flavour, podman_flavour
+from jobfetcher.engine.flood import Restraint
 from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import volume_bytes
 from jobfetcher.engine.polling import runs
@@ -172,6 +173,8 @@ class DockerEngine:
         self._network_lock = threading.Lock()
         self._helpers: set[str] = set()
         self._proofs: set[str] = set()
+        #: Containers that are paused because they print without end.
+        self._held: set[str] = set()
         self._flavour: tuple[Version, Flavour] | None = None
 
     def check(self) -> None:
@@ -210,8 +213,27 @@ class DockerEngine:
         )
 
     def close(self) -> None:
-        """Close idle connections."""
+        """Let go of what this worker holds back, and close idle connections."""
+        for container in list(self._held):  # whoever comes next does it else
+            with contextlib.suppress(WorkerFault):
+                self.unpause(container)
         self.api.close()
+
+    def pause(self, container: str) -> bool:
+        """Pause a container of ours; False where that cannot be: it has ended, or its engine or runtime pauses none."""
+        with self.api.calling("pause a container"):
+            try:
+                self.api.ask("POST", f"/containers/{container}/pause", timeout_s=self.api.work_s)
+            except Refused:
+                return False
+        self._held.add(container)
+        return True
+
+    def unpause(self, container: str) -> None:
+        """Have it go on; one that is gone, or was not paused, is left as it is."""
+        with self.api.calling("unpause a container"), contextlib.suppress(Refused):
+            self.api.ask("POST", f"/containers/{container}/unpause", timeout_s=self.api.work_s)
+        self._held.discard(container)
 
     def prepare(self, reference: str, halt: Halt, progress: PullProgress, waits: PullWaits | None = None) -> Image:
         return self._images.prepare(reference, halt, progress, waits)
@@ -519,6 +541,11 @@ class DockerContainer:
         self._watched = False
         self._printed_first = ""
         self._look_at, self._look_pause_s = 0.0, _LOOK_S
+        #: How much it prints; None: its engine does not say, or cannot pause it.
+        self._restraint: Restraint | None = Restraint(engine.clock())
+        self._pausing = threading.Lock()
+        #: It was made before this process knew of it.
+        self._adopted = True
         self._stopped = False
         #: When the run that is waited for was started, as far as it was asked for while it ran; its exit code if one
         #: connection saw it end, and whether that one is sure to have seen that run.
@@ -549,7 +576,9 @@ class DockerContainer:
                     return None
                 continue
             try:
-                end = self._wait(min(max(deadline - clock(), 0.01), _CROSS_CHECK_S))
+                looks = self._restraint is not None and not self._stopped
+                until = min(deadline, self._restraint.due) if self._restraint is not None and looks else deadline
+                end = self._wait(min(max(until - clock(), 0.01), _CROSS_CHECK_S))
                 self._absence = None
             except WorkerFault:  # no answer, or an engine in such trouble that it answers with an error
                 end = None
@@ -559,6 +588,7 @@ class DockerContainer:
                 self._absence.failed(clock())
             if end is None and self._absence is None:
                 self._look_at_begin()
+                self._hold_back()
             if end or clock() >= deadline:
                 return end
 
@@ -568,7 +598,7 @@ class DockerContainer:
         Where that fails, `wait` asks as it does for a container that an earlier process started; `told_before_start`:
         whether this engine can do that (`flavour`).
         """
-        self._watched = True
+        self._watched, self._adopted = True, False
         if not told_before_start:
             return
         with contextlib.suppress(WorkerFault), self._api.calling("watch a container"):
@@ -621,6 +651,9 @@ class DockerContainer:
         if not runs(state) or self._is_another_run(state):
             line.close()
             return None
+        if self._adopted and state.get("Paused"):
+            self._let_go_if_held()
+        self._adopted = False
         try:
             return self._listen("not-running", line)
         except NotFound:
@@ -761,12 +794,15 @@ class DockerContainer:
         self._stopped = True
         failed: WorkerFault | None = None
         try:
+            with self._pausing:
+                if self._restraint is not None and self._restraint.held:  # what is paused hears no TERM
+                    self._engine.unpause(self._id)
             self._stop(grace_s)
         except WorkerFault as fault:
             failed = fault
         found = self._api.inspect(self._id)  # whatever was answered: an engine may give up on a process that cannot die
         if failed and found is not None and found["State"]["Paused"]:  # Podman stops nothing that is paused
-            self._unpause()
+            self._engine.unpause(self._id)
             self._stop(grace_s)
             found = self._api.inspect(self._id)
         if found is not None and runs(found["State"]):
@@ -786,17 +822,16 @@ class DockerContainer:
             except NotFound:
                 return
 
-    def _unpause(self) -> None:
-        with self._api.calling("unpause a container"), contextlib.suppress(NotFound):
-            self._api.ask("POST", f"/containers/{self._id}/unpause", timeout_s=self._api.work_s)
-
     def save_logs(self, path: Path) -> None:
         """See `Container.save_logs`. Gone: an empty file. Raises WorkerFault(ENGINE or DISK)."""
+        note = self._restraint.note() if self._restraint is not None else ""
         try:
             with self._printed("all") as frames, path.open("wb") as file:
                 for piece in frames:
                     file.write(piece)
-            if (self._printed_first or frames.may_lack_its_begin) and (note := self._missing_begin()):
+            if self._printed_first or frames.may_lack_its_begin:
+                note += self._missing_begin()
+            if note:
                 _put_before(path, note)
         except OSError as error:
             raise WorkerFault(WorkerReason.DISK, f"the job's log cannot be written: {error}") from error
@@ -824,6 +859,50 @@ class DockerContainer:
                     self._watched = False
                     return
             self._printed_first = first
+
+    def _hold_back(self) -> None:
+        """Pause it for a while where it prints without end, and have it go on afterwards (`flood`)."""
+        restraint, now = self._restraint, self._engine.clock()
+        if restraint is None or self._stopped or now < restraint.due:
+            return
+        if not self._engine.flavour().floods_cost_it:
+            self._restraint = None
+            return
+        try:
+            if restraint.held:
+                self._engine.unpause(self._id)
+                restraint.let_go(self._engine.clock())
+            elif restraint.floods(self._time_of("1"), partial(self._time_of, "all"), now):
+                name = self._inspect()["Name"].removeprefix("/")
+                with self._pausing:  # not while it is being stopped
+                    if self._is_being_stopped():
+                        return
+                    if not self._engine.pause(self._id):
+                        self._restraint = None
+                        return
+                    restraint.hold(self._engine.clock())
+                if restraint.times == 1:
+                    what = f"the container {name} prints without end and is paused again and again"
+                    self._engine.emit("held_back", level="warning", message=what)
+        except (JobFault, WorkerFault):  # gone, or its engine is: the next wait says so
+            restraint.put_off(self._engine.clock())
+
+    def _is_being_stopped(self) -> bool:
+        return self._stopped  # by another thread
+
+    def _time_of(self, tail: str) -> str:
+        """When the first of its last so many lines was printed; nothing where there is none."""
+        with self._printed(tail, timestamps="1") as frames:
+            return time_of(frames)
+
+    def _let_go_if_held(self) -> None:
+        """It is paused when it comes to us: if it prints without end, an earlier process of this worker paused it and
+        was killed meanwhile."""
+        with contextlib.suppress(WorkerFault), self._printed("all") as frames:
+            for _ in frames:
+                pass
+            if frames.may_lack_its_begin:
+                self._engine.unpause(self._id)
 
     def last_lines(self, count: int) -> str:
         """See `Container.last_lines`. Gone: nothing."""

@@ -79,8 +79,9 @@ class Flavour:
     better than that network, if any. `gpu_driver`, `gpu_prefix`: of a DeviceRequest; the driver None: the engine gives
     no GPU. `takes_runtime`: whether a container may have a runtime of its own. `rootless`: whether its user is no root,
     so that files of a container's root are that user's; `remapped`: whether containers have other users although its
-    own is root (userns-remap). `removes_env`: whether a variable without a value takes the image's away. `missing`: the
-    limits that it cannot hold.
+    own is root (userns-remap). `removes_env`: whether a variable without a value takes the image's away.
+    `floods_cost_it`: whether the engine itself copies what containers print (`flood`). `missing`: the limits that it
+    cannot hold.
     """
 
     kind: str = ""
@@ -106,6 +107,7 @@ class Flavour:
     rootless: bool = False
     remapped: bool = False
     removes_env: bool = True
+    floods_cost_it: bool = True
     missing: frozenset[Limit] = frozenset()
 
     @property
@@ -201,6 +203,7 @@ def podman_flavour(version: str, info: Mapping[str, Any]) -> Flavour:
         gpu_prefix="nvidia.com/gpu=" if cdi else "",
         takes_runtime=False,
         removes_env=False,
+        floods_cost_it=False,  # its conmon does, one for each container, and keeps less than is looked for
         rootless=rootless,
         # A Podman that says nothing of controllers is taken to have them all.
         missing=frozenset() if there is None else frozenset(x for x, name in _CONTROLLERS.items() if name not in there),
