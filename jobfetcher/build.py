@@ -205,6 +205,7 @@ def make_box(settings: Settings) -> BoxPolicy:
         runtime=settings.job_runtime,
         user=settings.job_user,
         read_only=settings.job_read_only,
+        own_filter=settings.job_seccomp == "jobfetcher",
     )
 
 

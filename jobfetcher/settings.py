@@ -277,6 +277,9 @@ class Settings(BaseModel):
     )
     job_read_only: bool = _field(False, "Make the image's own files read-only for the job (/files stays writable).")
     job_cap_add: Words = _field((), "Linux capabilities given back to jobs on top of the few they keep.")
+    job_seccomp: Literal["jobfetcher", "default"] = _field(
+        "jobfetcher", "Filter of system calls in jobs: jobfetcher (the worker's), or default (the engine's own)."
+    )
     job_shm_size: AutoMib = _field("auto", "Size of /dev/shm in jobs. auto: half of the job's memory.")
     job_pids_limit: Annotated[int, Field(ge=16)] = _field(4096, "Processes one job may have.")
     job_disk_limit: AutoMib = _field(

@@ -43,7 +43,8 @@ class RunSpec:
     of the job's directory, relative to it, which must be there before the start: each is mounted once more at its own
     place, over a volume that the image declares. `volumes`: what it declares elsewhere, where the engine makes its own.
     `init`: the engine's small init program is process 1. `withheld`: variables that the job asked for and does not get.
-    `unset`: variables that its image has and the job does not get.
+    `unset`: variables that its image has and the job does not get. `own_filter`: under the worker's filter of system
+    calls, where the engine takes one.
     """
 
     job_id: JobId
@@ -69,6 +70,7 @@ class RunSpec:
     init: bool = True
     withheld: tuple[str, ...] = ()
     unset: tuple[str, ...] = ()
+    own_filter: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 from jobfetcher.core.run import RunSpec
 from jobfetcher.engine.flavour import DOCKER, Flavour
 from jobfetcher.engine.image_config import NO_HEALTHCHECK, STOP_SIGNAL
+from jobfetcher.engine.seccomp import security_option
 from jobfetcher.engine.volumes import MOUNT_POINT
 
 _MIB = 1024 * 1024
@@ -33,7 +34,11 @@ def box(spec: RunSpec, network_mode: str, flavour: Flavour = DOCKER) -> dict[str
         "Env": [f"{name}={value}" for name, value in spec.env.items()] + flavour.without_env(spec.unset),
         "Labels": dict(spec.labels),
         **_IMAGE_SAYS_NOTHING,
-        "HostConfig": _closed([_bind(spec.files_host_path), *_inner_binds(spec)], spec.cap_add)
+        "HostConfig": _closed(
+            [_bind(spec.files_host_path), *_inner_binds(spec)],
+            spec.cap_add,
+            own_filter=spec.own_filter and flavour.takes_filter,
+        )
         | {
             "IpcMode": "private",
             "ShmSize": spec.shm_mib * _MIB,
@@ -71,14 +76,14 @@ def _inner_binds(spec: RunSpec) -> list[dict[str, Any]]:
     return [_bind(f"{spec.files_host_path}/{folder}", f"{MOUNT_POINT}/{folder}") for folder in spec.folders]
 
 
-def _closed(mounts: list[dict[str, Any]], cap_add: tuple[str, ...]) -> dict[str, Any]:
+def _closed(mounts: list[dict[str, Any]], cap_add: tuple[str, ...], *, own_filter: bool) -> dict[str, Any]:
     """What every container of ours has in common: mounts of the job's directory only, few capabilities, no way to
-    more."""
+    more, and a filter of system calls: the worker's, or else the engine's own."""
     return {
         "Mounts": mounts,
         "CapDrop": ["ALL"],
         "CapAdd": list(cap_add),
-        "SecurityOpt": ["no-new-privileges"],  # the default seccomp profile stays
+        "SecurityOpt": ["no-new-privileges", *([security_option()] if own_filter else [])],
         "RestartPolicy": {"Name": "no"},
         "AutoRemove": False,
     }

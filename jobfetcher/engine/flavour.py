@@ -23,6 +23,8 @@ groups v1; of versions between and after, and of control groups v2, it was only 
 - GPUs: before 5.4 the API drops `DeviceRequests` without a word; later ones take names of CDI, with the driver `cdi`,
   from a specification in /etc/cdi. 5.4.2 was seen to give one and two devices of a specification that was made up.
 - `Runtime` is dropped without a word: the runtime is the service's, from containers.conf.
+- A filter of system calls is named by a file on Podman's machine; its contents, which Docker takes, are not taken. So
+  there its own stays, which leaves more to capabilities (`mount`, `unshare`) and closes io_uring as the worker's does.
 - A missing source of a mount is made as an empty directory, where Docker refuses it (FAULTS.md E12).
 - Limits need a control group of the service's own: without root rights there is none with control groups v1, and with
   v2 only those that systemd delegates. What is missing is left out, since the runtime would refuse the container.
@@ -80,7 +82,8 @@ class Flavour:
     no GPU. `takes_runtime`: whether a container may have a runtime of its own. `rootless`: whether its user is no root,
     so that files of a container's root are that user's; `remapped`: whether containers have other users although its
     own is root (userns-remap). `removes_env`: whether a variable without a value takes the image's away.
-    `floods_cost_it`: whether the engine itself copies what containers print (`flood`). `missing`: the limits that it
+    `floods_cost_it`: whether the engine itself copies what containers print (`flood`).
+    `takes_filter`: whether a container may have a filter of system calls of the worker's. `missing`: the limits that it
     cannot hold.
     """
 
@@ -108,6 +111,7 @@ class Flavour:
     remapped: bool = False
     removes_env: bool = True
     floods_cost_it: bool = True
+    takes_filter: bool = True
     missing: frozenset[Limit] = frozenset()
 
     @property
@@ -177,7 +181,22 @@ def docker_flavour(info: Mapping[str, Any]) -> Flavour:
     rootless = "name=rootless" in options
     name = "Docker without root rights" if rootless else "Docker"
     missing = frozenset(limit for limit, key in _INFO.items() if info.get(key) is False)
-    return Flavour(name=name, rootless=rootless, remapped="name=userns" in options, missing=missing)
+    return Flavour(
+        name=name,
+        rootless=rootless,
+        remapped="name=userns" in options,
+        takes_filter=_takes_filter(info),
+        missing=missing,
+    )
+
+
+def _takes_filter(info: Mapping[str, Any]) -> bool:
+    """Whether this Docker filters system calls, and its owner has not named a filter of his own for all containers."""
+    for option in info.get("SecurityOptions") or ():
+        name, *more = str(option).split(",")
+        if name == "name=seccomp":
+            return not more or more[0] in {"profile=default", "profile=builtin", "profile=unconfined"}
+    return False
 
 
 def podman_flavour(version: str, info: Mapping[str, Any]) -> Flavour:
@@ -203,6 +222,7 @@ def podman_flavour(version: str, info: Mapping[str, Any]) -> Flavour:
         gpu_prefix="nvidia.com/gpu=" if cdi else "",
         takes_runtime=False,
         removes_env=False,
+        takes_filter=False,
         floods_cost_it=False,  # its conmon does, one for each container, and keeps less than is looked for
         rootless=rootless,
         # A Podman that says nothing of controllers is taken to have them all.

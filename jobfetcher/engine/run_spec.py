@@ -49,6 +49,7 @@ class BoxPolicy:
     `cpu_shares`: below the engine's 1024, so that the worker wins when the processor is short. `shm_mib` None: half of
     the job's memory, like Linux's own /dev/shm (it counts within the memory limit). `network` None: none at all.
     `gpu_runtime`: the runtime for jobs that hold a GPU, where it differs from `runtime`.
+    `own_filter`: the worker's filter of system calls, where the engine takes one, instead of the engine's own.
     """
 
     cap_add: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class BoxPolicy:
     gpu_runtime: str | None = None
     user: str | None = None
     read_only: bool = False
+    own_filter: bool = True
 
     def __post_init__(self) -> None:
         if self.network in {"", "host"} or (self.network or "").startswith("container:"):
@@ -106,6 +108,7 @@ def build_run_spec(
         network=policy.network,
         user=policy.user,
         read_only=policy.read_only,
+        own_filter=policy.own_filter,
         cap_add=tuple(sorted({*BASE_CAPABILITIES, *policy.cap_add})),
         folders=inner_folders(image.volumes),
         volumes=outer_volumes(image.volumes),

@@ -16,6 +16,7 @@ from jobfetcher.core.machine import Gpu
 from jobfetcher.core.run import RunSpec
 from jobfetcher.engine.box import box
 from jobfetcher.engine.run_spec import BoxPolicy
+from jobfetcher.engine.seccomp import security_option
 from tests.support.boxes import LONG_S, DockerBench
 
 pytestmark = pytest.mark.docker
@@ -68,6 +69,7 @@ def reduced(found: Mapping[str, Any], bench: DockerBench) -> dict[str, Any]:
     }
     text = json.dumps(whole, sort_keys=True)
     for value, name in (
+        (security_option(), "<our filter of system calls>"),
         (str(bench.files), "<files>"),
         (bench.instance, "<instance>"),
         (str(host["NetworkMode"]), "<own network>"),
