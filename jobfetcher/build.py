@@ -28,6 +28,7 @@ from jobfetcher.core.machine import Gpu, Inventory, Share
 from jobfetcher.core.ports import Emit
 from jobfetcher.core.run import Image, RunSpec
 from jobfetcher.core.urls import UrlPolicy
+from jobfetcher.engine import users
 from jobfetcher.engine.api import DEFAULT_URL
 from jobfetcher.engine.docker import DockerEngine, EngineInfo
 from jobfetcher.engine.flavour import Flavour
@@ -414,6 +415,8 @@ def _as_the_engine_allows(settings: Settings, engine: Flavour, emit: Emit) -> Se
     gpus = not engine.gives_gpus and bool(detect.read_gpus(settings.gpus).gpus)
     for note in engine.notes(own_network=settings.job_network == "bridge", gpus=gpus):
         emit("engine_limits", level="warning", message=note)
+    for note in users.notes(engine, settings.job_user):
+        emit("job_users", level="warning" if settings.job_user else "info", message=note)
     return settings if engine.gives_gpus else settings.model_copy(update={"gpus": "none"})
 
 

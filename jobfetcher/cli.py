@@ -273,7 +273,7 @@ def _resources(as_json: bool, env_file: Path | None) -> int:
     notes: list[str] = []
 
     def note(name: str, /, level: str = "info", **fields: object) -> None:
-        if level != "info" and name != "gpu_trouble":  # which the reading below says as well
+        if name == "job_users" or (level != "info" and name != "gpu_trouble"):  # which the reading below says as well
             notes.append(str(fields["message"]))
 
     settings = _load({}, env_file, server=False).settings

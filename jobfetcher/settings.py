@@ -273,7 +273,7 @@ class Settings(BaseModel):
         None, "Engine runtime for jobs, such as nvidia, runsc or kata. Empty: the default."
     )
     job_user: str | None = _field(
-        None, "User that jobs run as, in numbers, such as 1000:1000. Empty: as the image says."
+        None, "User that jobs run as, in numbers that nobody has here, such as 70000:70000. Empty: as the image says."
     )
     job_read_only: bool = _field(False, "Make the image's own files read-only for the job (/files stays writable).")
     job_cap_add: Words = _field((), "Linux capabilities given back to jobs on top of the few they keep.")
