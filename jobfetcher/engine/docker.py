@@ -233,6 +233,10 @@ class DockerEngine:
         """Have it go on; one that is gone, or was not paused, is left as it is."""
         with self.api.calling("unpause a container"), contextlib.suppress(Refused):
             self.api.ask("POST", f"/containers/{container}/unpause", timeout_s=self.api.work_s)
+        self.forget_held(container)
+
+    def forget_held(self, container: str) -> None:
+        """It is not paused any more, or gone."""
         self._held.discard(container)
 
     def prepare(self, reference: str, halt: Halt, progress: PullProgress, waits: PullWaits | None = None) -> Image:
@@ -777,7 +781,9 @@ class DockerContainer:
         return next(iter(said[said.index("--") + 1 :] if "--" in said else said), "what it was to start")
 
     def is_paused(self) -> bool:
-        return bool(self._inspect()["State"]["Paused"])
+        """See `Container.is_paused`. Not one that is held back: that is ours, and passes."""
+        held = self._restraint is not None and self._restraint.held
+        return bool(self._inspect()["State"]["Paused"]) and not held
 
     def written_bytes(self) -> int:
         """See `Container.written_bytes`."""
@@ -920,6 +926,7 @@ class DockerContainer:
     def remove(self) -> None:
         with self._api.calling("remove a container"):
             self._api.remove(self._id)
+        self._engine.forget_held(self._id)
         if self.is_new and (left := end_unseen(self._id)):
             what = f"processes {', '.join(map(str, left))} of a job's container run on, and the engine knows nothing of"
             self._engine.emit("unseen", level="error", message=f"{what} them; end them, with root's rights (kill -9)")
