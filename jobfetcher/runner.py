@@ -33,9 +33,8 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Protocol, TypeVar
 
-import tenacity
-
 from jobfetcher import staging
+from jobfetcher.collecting import collect, insist
 from jobfetcher.core.errors import JobFault, JobfetcherError, Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
@@ -55,9 +54,6 @@ from jobfetcher.reporting import Troubles, count_files, file_progress, limits_in
 from jobfetcher.resources.budget import Reservation
 from jobfetcher.watching import Limits, Watcher
 from jobfetcher.workspace import Base, Workspace
-
-#: Tries of what the engine must do around a run: 1, 2, 4, 8, 16, then 30 s apart, some three minutes in all.
-_INSIST_TRIES = 10
 
 _LOG = "container.log"
 
@@ -120,7 +116,7 @@ class Runner:
         self._gone_gpus = gone_gpus
         self._clock = clock
         self._sleep = sleep
-        self.watcher = Watcher(base, rules.limits, emit, clock=clock)
+        self.watcher = Watcher(base, rules.limits, emit, clock=clock, sleep=sleep)
         self.outbox = Outbox(
             base=base,
             journal=journal,
@@ -152,6 +148,8 @@ class Runner:
                 where = traceback.format_exc(limit=-3)
                 self._emit("bug", level="error", job=job.id, message=repr(error), where=where)
             outcome = outcome_of(error)
+        finally:
+            self.watcher.blame.close(job.id)
         # The heartbeat is joined: from here on nobody but this thread speaks of the job (PROTOCOL.md S6).
         return self.outbox.settle(lease, outcome)
 
@@ -172,6 +170,8 @@ class Runner:
             try:
                 return self._go_on(lease, job, hold, halt, pulse)
             except WorkerFault as fault:
+                if (blamed := self._blamed(job.id, fault, halt)) is not None:
+                    raise blamed from fault
                 if fault.reason is not WorkerReason.INTERRUPTED:
                     raise
                 self._insist(halt, lambda: self._remove_container(job.id))
@@ -215,7 +215,7 @@ class Runner:
             assert record.exit is not None  # noqa: S101 - the journal has an exit from STAGING_OUT on
             exit = record.exit
 
-        self._collect(job.id, workspace, halt)
+        self._collect(job.id, halt)
         fault = fault_of(exit, record.share, workspace.logs / _LOG)
         inputs = self._journal.marked(job.id, "in")
         text = provenance(job, image=record.image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
@@ -304,7 +304,8 @@ class Runner:
             container = self._container(job.id, record, spec, halt)
             pulse.enter(Phase.RUNNING)
             hold.begin()
-            exit = self.watcher.wait(job.id, container, halt, partial(self._journal.stopping, job.id))
+            stopping, remove = partial(self._journal.stopping, job.id), partial(self._remove_saved, job.id, halt)
+            exit = self.watcher.wait(job.id, container, halt, stopping, remove)
             failpoint("after:wait")
             halt.check()  # then it was stopped, and its exit code is not its own
             if not exit.genuine:
@@ -349,18 +350,23 @@ class Runner:
         self._journal.started(job_id, container_id)
         failpoint("after:starting")
 
-    def _collect(self, job_id: JobId, workspace: Workspace, halt: Halt) -> None:
+    def _collect(self, job_id: JobId, halt: Halt) -> None:
         """Before outputs are read: the log saved, the container gone, so that nothing writes any more (T4), and the
         files this worker's own. Safe to repeat: the container is removed last."""
-        container = self._insist(halt, lambda: self._engine.find(job_id))
-        if container is not None:
-            failpoint("before:save_logs")
-            self._insist(halt, lambda: container.save_logs(workspace.logs / _LOG))
-            failpoint("after:save_logs")
-            self._insist(halt, container.remove)
-            failpoint("after:remove")
+        self._remove_saved(job_id, halt)
         self._quietly(job_id, lambda: self._own(job_id))
         failpoint("after:own")
+
+    def _remove_saved(self, job_id: JobId, halt: Halt) -> None:
+        container = self._insist(halt, lambda: self._engine.find(job_id))
+        if container is not None:
+            collect(container, self._base.job(job_id).logs / _LOG, halt, self._sleep)
+
+    def _blamed(self, job_id: JobId, fault: WorkerFault, halt: Halt) -> JobFault | None:
+        """The job's own fault, where it is why this machine's disk failed it (FAULTS.md D3)."""
+        if fault.reason is not WorkerReason.DISK or halt.reason is not None:
+            return None
+        return self.watcher.blame.of_a_fault(job_id, partial(self._remove_saved, job_id, halt))
 
     def _stage_out(
         self, lease: Lease, job: Job, workspace: Workspace, halt: Halt, pulse: Pulse, fault: JobFault | None
@@ -405,20 +411,7 @@ class Runner:
         return str(self._host_base / "jobs" / job_id / "files")
 
     def _insist(self, halt: Halt, action: Callable[[], _T]) -> _T:
-        """Do what a run must not fail for: an engine that restarts is waited for, some three minutes."""
-
-        def sleep(seconds: float) -> None:
-            halt.check()
-            self._sleep(seconds)
-
-        patiently = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(WorkerFault),
-            stop=tenacity.stop_after_attempt(_INSIST_TRIES),
-            wait=tenacity.wait_exponential(max=30.0),
-            sleep=sleep,
-            reraise=True,
-        )
-        return patiently(action)
+        return insist(action, halt, self._sleep)
 
     def _quietly(self, job_id: JobId, action: Callable[[], _T]) -> _T | None:
         """Do what must not change the outcome any more; what a failure leaves here is found when the job is left."""

@@ -284,8 +284,8 @@ class Settings(BaseModel):
     job_pids_limit: Annotated[int, Field(ge=16)] = _field(4096, "Processes one job may have.")
     job_disk_limit: AutoMib = _field(
         "auto",
-        "Disk one job may use in all (/files, its container's layer and volumes), such as 200GiB. auto: what is free "
-        "above RESERVE_DISK.",
+        "Disk one job may use in all (/files, its container's layer and volumes, deleted files that it keeps open), "
+        "such as 200GiB. auto: what is free above RESERVE_DISK.",
     )
     job_signing_keys: FilePath | None = _field(
         None, "Run only jobs signed with one of the public keys in this file (lines of KEYID BASE64, Ed25519)."

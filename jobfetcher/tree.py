@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
+
+from jobfetcher.core.run import Taken
 
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: O_NONBLOCK: opening a FIFO must not wait for a writer (FAULTS.md F11).
@@ -254,48 +258,69 @@ def _entry(folder: int, name: str, parts: tuple[str, ...], device: int) -> Itera
 
 
 def disk_usage(root: Path) -> int:
-    """Bytes that everything below `root` takes on its disk; 0 if it is not there.
+    """The bytes of `taken`."""
+    return taken(root).bytes
+
+
+def taken(root: Path, within_s: float = math.inf) -> Taken:
+    """What everything below `root` takes on its disk; nothing if it is not there.
 
     A hard-linked file counts once, because each of its names counts in part. For a tree that changes meanwhile it is
-    what was seen. Not seen: what only its owner may look into, unless we are root, and files without any name.
+    what was seen. Not seen: what only its owner may look into, unless we are root, and files without any name. After
+    `within_s` seconds it is what was counted so far.
     """
-    total = 0.0
-    waiting: list[tuple[str, ...]] = [()]
-    while waiting:
-        parts = waiting.pop()
+    usage = _Usage(time.monotonic() + within_s)
+    while usage.waiting and not usage.over:
+        parts = usage.waiting.pop()
         try:
             with opened(root, parts) as folder:
-                total += _usage(folder, parts, os.fstat(folder).st_dev, waiting)
+                _count(folder, parts, os.fstat(folder).st_dev, usage)
         except OSError:
             continue  # gone, or something else by now
-    return round(total)
+    return Taken(round(usage.bytes), round(usage.inodes))
 
 
-def _usage(folder: int, parts: tuple[str, ...], device: int, waiting: list[tuple[str, ...]]) -> float:
-    """Of one folder; every MAX_DEPTH levels its subfolders wait to be opened from the root, to save descriptors."""
-    total = 0.0
+@dataclass(slots=True)
+class _Usage:
+    """A count on its way: its deadline, what it has, and the folders that wait to be opened from the root."""
+
+    deadline: float
+    bytes: float = 0.0
+    inodes: float = 0.0
+    waiting: list[tuple[str, ...]] = field(default_factory=lambda: [()])
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+def _count(folder: int, parts: tuple[str, ...], device: int, usage: _Usage) -> None:
+    """Count one folder; every MAX_DEPTH levels its subfolders wait to be opened from the root, to save descriptors."""
     with os.scandir(folder) as entries:
         for entry in entries:
+            if usage.over:
+                return
             try:
                 seen = entry.stat(follow_symlinks=False)
                 if seen.st_dev != device:
                     continue
-                if not stat.S_ISDIR(seen.st_mode):
-                    total += seen.st_blocks * _BLOCK / max(1, seen.st_nlink)
+                is_folder = stat.S_ISDIR(seen.st_mode)
+                names = 1 if is_folder else max(1, seen.st_nlink)
+                usage.bytes += seen.st_blocks * _BLOCK / names
+                usage.inodes += 1 / names
+                if not is_folder:
                     continue
-                total += seen.st_blocks * _BLOCK
                 here = (*parts, entry.name)
                 if len(here) % MAX_DEPTH:
                     inner = os.open(entry.name, _DIR, dir_fd=folder)
                     try:
-                        total += _usage(inner, here, device, waiting)
+                        _count(inner, here, device, usage)
                     finally:
                         os.close(inner)
-                elif len(waiting) < _MOST_WAITING:
-                    waiting.append(here)
+                elif len(usage.waiting) < _MOST_WAITING:
+                    usage.waiting.append(here)
             except OSError:
                 continue
-    return total
 
 
 def remove(parent: Path, name: str) -> None:

@@ -1,23 +1,27 @@
 """Watching one container to its end, and ending it when it must end.
 
 Used by the runner, in the job's own thread. A job is stopped when its halt is set (cancelled, taken over, shut down),
-when its time is up, and when the disk runs full; it is left running when the worker detaches. A container that
-cannot be killed is *stuck*: it is tried again every five minutes, and the worker takes no job meanwhile (FAULTS.md E5).
+when its time is up, when it takes more disk than JOB_DISK_LIMIT, and when a disk runs full and it is its turn (whether
+it was the one that filled it is asked of `blame` when its container is gone); it is left running when the worker
+detaches. A container that cannot be killed is *stuck*: it is tried again every five minutes, and the worker takes no
+job meanwhile (FAULTS.md E5).
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from jobfetcher.core.errors import JobReason, Stopped, StopReason, WorkerFault, WorkerReason
+from jobfetcher.blame import Blame, Turns, size
+from jobfetcher.core.errors import JobFault, JobReason, Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Container, Emit
-from jobfetcher.core.run import Exit
+from jobfetcher.core.run import Exit, Taken, Written
 from jobfetcher.workspace import Base, Full
 
 #: One wait call to the engine. Its end is noticed at once; this bounds how soon a detach and the disk are looked at.
@@ -35,7 +39,8 @@ _STUCK_S, _STUCK_RETRY_S = 60.0, 300.0
 #: A pause that lasts longer is told (E11).
 _PAUSED_S = 600.0
 
-_GIB = 1024**3
+#: So long a job's directory is counted to find out who holds most of a full disk, in seconds: it is being filled.
+_ORDER_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,39 +55,63 @@ class Limits:
 class Watcher:
     """Waits for containers, one per call; calls may run side by side in threads."""
 
-    def __init__(self, base: Base, limits: Limits, emit: Emit, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        base: Base,
+        limits: Limits,
+        emit: Emit,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._base = base
         self._limits = limits
         self._emit = emit
         self._clock = clock
         #: Jobs whose container cannot be killed, and what the engine says.
         self.stuck: dict[JobId, str] = {}
+        #: Who filled a disk; the runner asks it, too, and says when a job is over.
+        self.blame = Blame(base, sleep)
+        self._turns = Turns(base, lambda job_id: job_id in self.stuck)
 
     def check_stuck(self) -> None:
         """Raise WorkerFault(ENGINE) while a container cannot be killed: no job is taken then (FAULTS.md E5)."""
         for job_id, why in list(self.stuck.items()):
             raise WorkerFault(WorkerReason.ENGINE, f"the container of job {job_id} cannot be killed: {why}")
 
-    def wait(self, job_id: JobId, container: Container, halt: Halt, before_stop: Callable[[], None]) -> Exit:
+    def wait(
+        self,
+        job_id: JobId,
+        container: Container,
+        halt: Halt,
+        before_stop: Callable[[], None],
+        remove: Callable[[], None],
+    ) -> Exit:
         """How the container ended. `Exit.stopped_for` is set where one of the limits ended it.
 
         `before_stop` is called before this worker begins to stop it, and may raise WorkerFault: it is stopped anyway.
+        `remove` is called where it was stopped for a full disk: it saves what must be saved and removes the container.
 
-        Raises Stopped(DETACH) with the container running on, and what `Container.wait` raises. Any other halt stops
-        the container, and its exit is returned: the caller asks the halt.
+        Raises Stopped(DETACH) with the container running on, and what `Container.wait` and `remove` raise. Any other
+        halt stops the container, and its exit is returned: the caller asks the halt.
         """
-        watch = _Watch(self._base, self._limits, job_id, container, self._emit, self._clock)
-        with self._stopping(job_id, container, halt, before_stop) as stop:
-            while True:
-                exit = container.wait(_SLICE_S)
-                if exit is not None and watch.reason is not None:
-                    return replace(exit, stopped_for=watch.reason, error=watch.why)
-                if exit is not None:
-                    return exit
-                if halt.reason is StopReason.DETACH:
-                    raise Stopped(StopReason.DETACH)
-                if halt.reason is not None or watch.oversteps():
-                    stop()
+        self.blame.open(job_id)
+        watch = _Watch(self._base, self._limits, job_id, container, self._turns, self._emit, self._clock)
+        with self._turns.running(job_id, watch.holds):
+            with self._stopping(job_id, container, halt, before_stop) as stop:
+                while (exit := container.wait(_SLICE_S)) is None:
+                    if halt.reason is StopReason.DETACH:
+                        raise Stopped(StopReason.DETACH)
+                    if halt.reason is not None or watch.oversteps():
+                        stop()
+            if watch.reason is None:
+                return exit
+            said = ""
+            if watch.full is not None and exit.genuine and halt.reason is None:
+                said = self.blame.judge(job_id, watch.full, watch.before, remove)
+            if said:
+                return replace(exit, stopped_for=JobReason.DISK_FILLED, error=said)
+            return replace(exit, stopped_for=watch.reason, error=watch.why)
 
     @contextmanager
     def _stopping(
@@ -146,21 +175,31 @@ class _Watch:
     """What one container is watched for, besides its end. `reason` and `why` are set once a limit is overstepped."""
 
     def __init__(
-        self, base: Base, limits: Limits, job_id: JobId, container: Container, emit: Emit, clock: Callable[[], float]
+        self,
+        base: Base,
+        limits: Limits,
+        job_id: JobId,
+        container: Container,
+        turns: Turns,
+        emit: Emit,
+        clock: Callable[[], float],
     ) -> None:
         self._base = base
         self._limits = limits
         self._job_id = job_id
         self._container = container
+        self._turns = turns
         self._emit = emit
         self._clock = clock
         self._began = self._disk_due = clock()
         self._state_due = self._began + _STATE_S
-        self._free_at_first = base.free_bytes()
         self._paused_since: float | None = None
         self._pause_told = False
         self.reason: JobReason | WorkerReason | None = None
         self.why = ""
+        #: The disk for which it is stopped, whoever filled it, and what was free of all disks then.
+        self.full: Full | None = None
+        self.before: dict[int, Taken] = {}
 
     def oversteps(self) -> bool:
         """Whether the job must be stopped now; True once."""
@@ -174,6 +213,8 @@ class _Watch:
         if limit is not None and now - self._began >= limit:
             self.reason = JobReason.TIME_LIMIT
             self.why = f"stopped after the time limit of this worker, {limit:g} s"
+        elif (called := self._turns.called(self._job_id)) is not None:
+            self._stop_for(called)
         elif now >= self._disk_due:
             self._look_at_disk()
             took = self._clock() - now
@@ -182,37 +223,44 @@ class _Watch:
 
     def _look_at_disk(self) -> None:
         full = self._base.find_full()
-        limit_mib = self._limits.disk_limit_mib
-        if not full and limit_mib is None:
+        if full is not None and full.disk is None:  # it went read-only, say, which is no job's doing
+            self._stop_for(full)
             return
-        files, layers = self._used()
-        used = files + layers
-        if limit_mib is not None and used > limit_mib << 20:
-            self.reason = JobReason.DISK_FILLED
-            self.why = f"stopped: the job used {used / _GIB:.1f} GiB of disk, and JOB_DISK_LIMIT is {limit_mib} MiB"
-        elif full and self._has_filled(full, files, layers):
-            self.reason = JobReason.DISK_FILLED
-            self.why = f"stopped: the job filled the disk (it used {used / _GIB:.1f} GiB); {full.why}"
-        elif full:
-            self.reason = WorkerReason.DISK
-            self.why = f"the disk ran full while the job ran: {full.why}"
+        if full is not None:
+            self._turns.take(full)
+            if self._turns.called(self._job_id) is not None:
+                self._stop_for(full)
+                return
+        if (limit_mib := self._limits.disk_limit_mib) is not None:
+            files, written = self._used()
+            used = (files + written.engine + written.files).bytes
+            if used > limit_mib << 20:
+                self.reason = JobReason.DISK_FILLED
+                self.why = f"stopped: the job used {size(used)} of disk, and JOB_DISK_LIMIT is {limit_mib} MiB"
 
-    def _has_filled(self, full: Full, files: int, layers: int) -> bool:
-        """Whether half of what is gone of that disk since the start, or more, is this job's. Of that disk alone: beside
-        a busy engine whose images lie on another one, a job would be taken for innocent."""
-        if full.disk is None:
-            return False
-        gone = self._free_at_first.get(full.disk, 0) - self._base.free_bytes().get(full.disk, 0)
-        return self._base.used_on(full.disk, files, layers) >= gone / 2
+    def _stop_for(self, full: Full) -> None:
+        self.reason = WorkerReason.DISK
+        self.why = f"the disk ran full while the job ran: {full.why}"
+        if full.disk is not None:
+            self.full, self.before = full, self._base.free()
 
-    def _used(self) -> tuple[int, int]:
-        """Bytes of the job's directory, and of its container's layer and volumes (FAULTS.md D3)."""
-        files = self._base.job(self._job_id).used_bytes()
+    def holds(self, full: Full) -> int:
+        """How much the job holds of that disk, as far as it can be seen. Called from other jobs' threads."""
+        assert full.disk is not None  # noqa: S101 - for another fault nobody has a turn
         try:
-            return files, self._container.written_bytes()
+            files, written = self._used(_ORDER_S)
+            return self._base.used_on(full.disk, files + written.files, written.engine).of(full.scarce)
+        except (WorkerFault, JobFault):  # the disk does not answer, or somebody removed the container
+            return 0
+
+    def _used(self, within_s: float = math.inf) -> tuple[Taken, Written]:
+        """What the job's directory takes, and what its container holds elsewhere (FAULTS.md D3)."""
+        files = self._base.job(self._job_id).taken(within_s)
+        try:
+            return files, self._container.written()
         except WorkerFault as error:  # the engine's disk may be the one that is full
             self._emit("measure_failed", level="debug", job=self._job_id, message=str(error))
-            return files, 0
+            return files, Written()
 
     def _look_for_pause(self, now: float) -> None:
         try:

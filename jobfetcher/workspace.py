@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import math
 import os
 import pwd
 import socket
@@ -34,7 +35,7 @@ from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job, JobId
-from jobfetcher.core.run import Stored
+from jobfetcher.core.run import Scarce, Stored, Taken
 from jobfetcher.core.text import clean
 from jobfetcher.leftovers import Leftovers
 
@@ -71,10 +72,15 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """Why nothing more may be written, in one sentence, and which disk has no room; None: that is not why."""
+    """Why nothing more may be written, in one sentence, and which disk has no room; None: that is not why.
+
+    `scarce`: of what there is too little, and `least` how much of it must stay free.
+    """
 
     why: str
     disk: int | None = None
+    scarce: Scarce = "bytes"
+    least: int = 0
 
 
 def check_base(path: Path, *, reserve_mib: int | None, cache_mib: int) -> None:
@@ -248,9 +254,10 @@ class Base:
                 return Full(f"{watched.name} is mounted read-only")
             if free < least:
                 why = f"{watched.name} has less than {least / _GIB:.2g} GiB free (RESERVE_DISK); make room there"
-                return Full(why, device)
-            if disk.f_files and disk.f_favail < disk.f_files * _RESERVE_INODES:
-                return Full(f"{watched.name} has hardly any inodes left; delete small files on that disk", device)
+                return Full(why, device, "bytes", least)
+            if disk.f_files and disk.f_favail < (few := int(disk.f_files * _RESERVE_INODES)):
+                why = f"{watched.name} has hardly any inodes left; delete small files on that disk"
+                return Full(why, device, "inodes", few)
         return Full(why) if (why := self._unwritable()) else None
 
     def _unwritable(self) -> str:
@@ -308,14 +315,24 @@ class Base:
 
     def free_bytes(self) -> dict[int, int]:
         """Bytes free on each watched disk, by its device number (stat(2)). Raises WorkerFault(DISK)."""
-        disks = {_device(watched.path): _disk(watched.path) for watched in self._watched}
-        return {device: disk.f_bavail * disk.f_frsize for device, disk in disks.items()}
+        return {device: free.bytes for device, free in self.free().items()}
 
-    def used_on(self, disk: int, files: int, layers: int) -> int:
-        """How much a job takes of `disk`, of the bytes of its directory and those that the engine keeps for it: as far
-        as we see it, that is where the engine's images are. Raises WorkerFault(DISK)."""
+    def free(self) -> dict[int, Taken]:
+        """What is free on each watched disk, by its device number (stat(2)). Raises WorkerFault(DISK)."""
+        disks = {_device(watched.path): _disk(watched.path) for watched in self._watched}
+        return {device: Taken(disk.f_bavail * disk.f_frsize, disk.f_favail) for device, disk in disks.items()}
+
+    def used_on(self, disk: int, files: Taken, layers: Taken) -> Taken:
+        """How much a job takes of `disk`, of its directory and of what the engine keeps for it: as far as we see it,
+        that is where the engine's images are. Raises WorkerFault(DISK)."""
         here, engines = _device(self.path), _device(self._watched[-1].path)
         return files * (disk == here) + layers * (disk == engines)
+
+    def settle(self) -> None:
+        """Have each watched disk note what was deleted: XFS and btrfs say that room is free some time after it is."""
+        for watched in self._watched:
+            with contextlib.suppress(OSError), tree.opened(watched.path) as folder:
+                _LIBC.syncfs(folder)
 
     def fullness(self) -> float:
         """The part in use (0 to 1, as df counts it) of the disk that holds the engine's images, as far as we see it.
@@ -416,9 +433,10 @@ class Workspace:
             return False  # gone, not a file any more, a bad disk, or no hard links there: it is fetched again
         return True
 
-    def used_bytes(self) -> int:
-        """What the job takes on its disk now, its container's own layer not counted. Takes long for many files."""
-        return tree.disk_usage(self.path)
+    def taken(self, within_s: float = math.inf) -> Taken:
+        """What the job takes on its disk now, its container's own layer not counted: all of it, which takes long for
+        many files, or what can be counted in `within_s` seconds."""
+        return tree.taken(self.path, within_s)
 
     def sync(self) -> None:
         """Wait until everything written to this disk so far is on it. Raises WorkerFault(DISK) when it cannot be."""

@@ -20,7 +20,7 @@ from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import FileRef, Job, JobId, OutputKind
 from jobfetcher.core.machine import Offer
 from jobfetcher.core.phases import Phase
-from jobfetcher.core.run import Exit, Image, Outcome, RunSpec, Stored
+from jobfetcher.core.run import Exit, Image, Outcome, RunSpec, Stored, Written
 from jobfetcher.core.urls import SignedRequest
 
 
@@ -204,8 +204,9 @@ class Container(Protocol):
         """Whether a person paused it (FAULTS.md E11)."""
         ...
 
-    def written_bytes(self) -> int:
-        """What it wrote to the engine's disk, its own layer and volumes that its image declares, in bytes; slow."""
+    def written(self) -> Written:
+        """What it holds on disks that has no name in the job's directory; slow. Too little where this process may not
+        look: then only the free space of the disk tells the rest (FAULTS.md D3)."""
         ...
 
     def stop(self, grace_s: float) -> None:

@@ -91,6 +91,43 @@ class Exit:
     stopped_for: JobReason | WorkerReason | None = None
 
 
+#: What of a disk has run out.
+Scarce = Literal["bytes", "inodes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Room on a disk, taken or free: bytes, and inodes (one for each file, folder and link), which run out as well."""
+
+    bytes: int = 0
+    inodes: int = 0
+
+    def __add__(self, more: Taken) -> Taken:
+        return Taken(self.bytes + more.bytes, self.inodes + more.inodes)
+
+    def __sub__(self, less: Taken) -> Taken:
+        return Taken(self.bytes - less.bytes, self.inodes - less.inodes)
+
+    def __mul__(self, times: int) -> Taken:
+        return Taken(self.bytes * times, self.inodes * times)
+
+    def of(self, kind: Scarce) -> int:
+        """Only the bytes, or only the inodes."""
+        return self.bytes if kind == "bytes" else self.inodes
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a container holds on disks beside what has a name in the job's directory, as far as it can be seen.
+
+    `engine`: on the engine's disk (its layer, volumes, files that the engine mounts into it). `files`: on the disk of
+    the job's directory: files there that were deleted and are still open.
+    """
+
+    engine: Taken = Taken()
+    files: Taken = Taken()
+
+
 class Ending(Enum):
     """The four ways a job can end for this worker."""
 

@@ -241,12 +241,19 @@ class EngineApi:
     def link_target(self, container: str, path: str) -> str:
         """Where `path` in a container leads if it is a link, as a path there; empty if it is none, or not there."""
         with self.calling("look at a container's files"):
-            try:
-                headers = self.ask("HEAD", f"/containers/{container}/archive", path=path).headers
-                said = json.loads(base64.b64decode(headers.get("X-Docker-Container-Path-Stat") or "e30="))
-            except Refused:
-                return ""
-        return str(said.get("linkTarget") or "")
+            return str(self._path_stat(container, path).get("linkTarget") or "")
+
+    def file_size(self, container: str, path: str) -> int:
+        """Bytes of the file at `path` in a container; 0 if it is not there. For use inside `calling`."""
+        return int(self._path_stat(container, path).get("size") or 0)
+
+    def _path_stat(self, container: str, path: str) -> Mapping[str, Any]:
+        try:
+            headers = self.ask("HEAD", f"/containers/{container}/archive", path=path).headers
+        except Refused:
+            return {}
+        said: Mapping[str, Any] = json.loads(base64.b64decode(headers.get("X-Docker-Container-Path-Stat") or "e30="))
+        return said
 
     def line(self, timeout_s: float) -> http.client.HTTPConnection:
         """A connection of its own, connected, such as for a long call that another thread may cut by its `sock`."""

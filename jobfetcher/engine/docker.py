@@ -33,7 +33,7 @@ from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import Emit, PullProgress, PullWaits
-from jobfetcher.core.run import Exit, Image, RunSpec
+from jobfetcher.core.run import Exit, Image, RunSpec, Written
 from jobfetcher.core.text import clean
 from jobfetcher.engine import give_back, proof, vouch
 from jobfetcher.engine.api import (
@@ -51,7 +51,7 @@ from jobfetcher.engine.box import box
 from jobfetcher.engine.flavour import Flavour, Limit, docker_flavour, podman_flavour
 from jobfetcher.engine.flood import Restraint
 from jobfetcher.engine.images import ImagePolicy, Images
-from jobfetcher.engine.measure import volume_bytes
+from jobfetcher.engine.measure import written
 from jobfetcher.engine.polling import runs
 from jobfetcher.engine.printed import Frames, missing, time_of
 from jobfetcher.engine.registries import Egress
@@ -785,15 +785,13 @@ class DockerContainer:
         held = self._restraint is not None and self._restraint.held
         return bool(self._inspect()["State"]["Paused"]) and not held
 
-    def written_bytes(self) -> int:
-        """See `Container.written_bytes`."""
+    def written(self) -> Written:
+        """See `Container.written`."""
         with self._api.calling("measure a container"):
             try:
-                path = f"/containers/{self._id}/json"
-                found = self._api.ask("GET", path, timeout_s=self._api.work_s, size="1").json()
+                return written(self._api, self._id)
             except NotFound:
                 raise _removed() from None
-            return int(found.get("SizeRw") or 0) + volume_bytes(self._api, found.get("Mounts") or ())
 
     def stop(self, grace_s: float) -> None:
         """See `Container.stop`. Raises WorkerFault(ENGINE) when it runs on, KILL or not (FAULTS.md E5)."""

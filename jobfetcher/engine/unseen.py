@@ -20,7 +20,7 @@ def end_unseen(container_id: str) -> list[int]:
     A worker that is in a container itself sees no process but its own, so nothing is ended there.
     """
     denied = []
-    for pid in _in_container(container_id):
+    for pid in processes_of(container_id):
         with contextlib.suppress(ProcessLookupError):
             process = os.pidfd_open(pid)  # from here on the number means this process, or nobody
             try:
@@ -34,7 +34,8 @@ def end_unseen(container_id: str) -> list[int]:
     return denied
 
 
-def _in_container(container_id: str) -> list[int]:
+def processes_of(container_id: str) -> list[int]:
+    """The processes in the control groups of that container; none where this process does not see them."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
     return [pid for pid in pids if container_id in _groups(pid)]
 

@@ -17,7 +17,7 @@ from jobfetcher.core.errors import ConfigError, JobFault, JobfetcherError, JobRe
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
 from jobfetcher.core.ports import PullProgress, PullWaits
-from jobfetcher.core.run import Exit, Image, RunSpec
+from jobfetcher.core.run import Exit, Image, RunSpec, Taken, Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +74,11 @@ class FakeContainer:
             self._check_there()
             return self.paused
 
-    def written_bytes(self) -> int:
+    def written(self) -> Written:
         self._engine.answer()
         with self._changed:
             self._check_there()
-            return self._script.written
+            return Written(engine=Taken(self._script.written, 0))
 
     def stop(self, grace_s: float) -> None:
         self._engine.answer()

@@ -271,10 +271,10 @@ def test_a_pause_by_a_person_is_seen(bench: Bench) -> None:
 def test_what_it_wrote_to_its_own_layer_is_measured(bench: Bench) -> None:
     container = bench.engine.start(bench.spec(FILLS))
     assert container.wait(LONG_S) is not None
-    assert 3_000_000 <= container.written_bytes() < 4_000_000
+    assert 3_000_000 <= container.written().engine.bytes < 4_000_000
     container.remove()
     with pytest.raises(JobFault, match="removed from outside"):
-        container.written_bytes()
+        container.written()
 
 
 @pytest.mark.fault("D7")

@@ -211,7 +211,7 @@ def test_a_volume_elsewhere_is_measured_and_goes_with_its_container(
     fills = "head -c 20000000 /dev/zero > /scratch/big; head -c 3000000 /dev/zero > /layer"
     container = bench.engine.start(ready(bench, image, fills))
     assert container.wait(LONG_S) is not None
-    assert 23_000_000 <= container.written_bytes() < 24_000_000
+    assert 23_000_000 <= container.written().engine.bytes < 24_000_000
     container.remove()
     assert volumes_of(engine) <= before
 
@@ -228,4 +228,4 @@ def test_the_disk_limit_holds_for_files_layer_and_volumes_together(
         work(lab.settings(job_disk_limit="60MiB"))
         said = server.job(job)
         assert said["state"] == "error"
-        assert "0.1 GiB of disk, and JOB_DISK_LIMIT is 60 MiB" in said["details"]
+        assert "72 MiB of disk, and JOB_DISK_LIMIT is 60 MiB" in said["details"]

@@ -281,7 +281,7 @@ def test_what_a_job_takes_of_its_disk_is_what_the_disk_lost(disk: Path) -> None:
                 (workspace.files / f"{folder}/{number}").write_bytes(b"x" * 3000 * number)
             os.link(workspace.files / f"{folder}/19", workspace.files / f"{folder}/again")
         os.sync()
-        assert abs((before - disk_free(disk)) - workspace.used_bytes()) < 100_000
+        assert abs((before - disk_free(disk)) - workspace.taken().bytes) < 100_000
 
 
 # -- D7 ---------------------------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def test_a_job_that_fills_the_disk_is_stopped_before_the_disk_is_full(lab: Lab, 
     with running_worker(here.settings(reserve_disk="20"), lambda taken, idle_s: taken >= 1) as worker:
         wait_until(ended, "the job's end")
         worker.join()
-    assert "stopped: the job filled the disk (it used 0.0 GiB)" in here.ended(job)[1]
+    assert "stopped: the job filled the disk (it used " in here.ended(job)[1]
     assert reserve / 2 < lowest < reserve
     assert names_in(here.base / "jobs") == []
     assert disk_free(disk) > 2 * reserve

@@ -423,7 +423,7 @@ def test_a_frozen_engine_blocks_no_thread_for_longer_than_its_deadline(
             "own": lambda: engine.own(str(files)),
             "forget_image": lambda: engine.forget_image(image.id, image.reference),
             "is_paused": container.is_paused,
-            "written_bytes": container.written_bytes,
+            "written": container.written,
             "stop": lambda: container.stop(1),
             "last_lines": lambda: container.last_lines(1),
             "save_logs": lambda: container.save_logs(tmp_path / "log"),

@@ -437,7 +437,7 @@ def test_no_error_of_the_note_saves_the_container(watched: test_watching.Bench) 
 
     watched.halt.set(StopReason.CANCELLED)
     watcher = Watcher(watched.base, Limits(0.01), watched.emit, clock=watched.clock)
-    assert watcher.wait(SEVEN, watched.container, watched.halt, broken) == Exit(143)
+    assert watcher.wait(SEVEN, watched.container, watched.halt, broken, lambda: None) == Exit(143)
     assert watched.container.stopped == [0.01]
     assert watched.emit.levels("journal_failed") == ["error"]
 

@@ -18,7 +18,7 @@ import pytest
 from jobfetcher.core.errors import ConfigError, JobFault, JobReason, Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import JobId
-from jobfetcher.core.run import Stored
+from jobfetcher.core.run import Stored, Taken
 from jobfetcher.workspace import Base, Workspace, engines_disk, own_root
 from tests.support.jobs import make_job
 from tests.support.mounts import needs_root, overlay, tmpfs
@@ -160,7 +160,7 @@ def test_the_root_of_a_workers_container_stands_for_the_engines_disk(tmp_path: P
         base.also_watch(own_root(base.path, root))
         [engines] = base.free_bytes().keys() - alone.keys()
         assert base.free_bytes()[engines] == pytest.approx(32 << 20, rel=0.01)
-        assert [base.used_on(disk, 1, 10) for disk in (*alone, engines)] == [1, 10]
+        assert [base.used_on(disk, Taken(1), Taken(10)).bytes for disk in (*alone, engines)] == [1, 10]
         assert base.is_full() == ""
         with (there / "images").open("wb") as images:
             os.posix_fallocate(images.fileno(), 0, 20 << 20)
@@ -180,7 +180,7 @@ def test_the_disk_of_path_base_is_not_counted_twice_for_a_worker_in_a_container(
         alone = base.free_bytes()
         base.also_watch(own_root(base.path, root))
         assert base.free_bytes() == alone
-        assert [base.used_on(disk, 1, 10) for disk in alone] == [11]
+        assert [base.used_on(disk, Taken(1), Taken(10)).bytes for disk in alone] == [11]
 
 
 @needs_root
@@ -545,12 +545,12 @@ def test_an_input_that_the_job_gave_away_is_the_workers_again(tmp_path: Path) ->
 @pytest.mark.fault("D3")
 def test_what_a_job_takes_is_counted(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "7")
-    assert workspace.used_bytes() == 0
+    assert workspace.taken() == Taken()
     workspace.create()
-    empty = workspace.used_bytes()
+    empty = workspace.taken().bytes
     for folder in (workspace.files, workspace.parts, workspace.logs):
         (folder / "file").write_bytes(b"x" * 1_000_000)
-    assert 3_000_000 < workspace.used_bytes() - empty < 3_100_000
+    assert 3_000_000 < workspace.taken().bytes - empty < 3_100_000
 
 
 def test_what_was_written_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
