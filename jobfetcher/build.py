@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -46,9 +45,12 @@ from jobfetcher.settings import Settings, docker_config
 from jobfetcher.show import machine_words
 from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
 from jobfetcher.sources.worker_api.client import Client
+from jobfetcher.sources.worker_api.nonces import NAME as NONCES
+from jobfetcher.sources.worker_api.nonces import Nonces
 from jobfetcher.sources.worker_api.pool_pin import PoolPin
 from jobfetcher.sources.worker_api.reply import Reply, failure
-from jobfetcher.sources.worker_api.signing import read_keys, verify
+from jobfetcher.sources.worker_api.signing import Rules as SigningRules
+from jobfetcher.sources.worker_api.signing import Verifier, read_keys
 from jobfetcher.sources.worker_api.source import BEAT_WITHIN_S, Filter, WorkerApi
 from jobfetcher.telemetry.logs import redact
 from jobfetcher.transfer.cache import Cache
@@ -75,8 +77,11 @@ def make_own_host(settings: Settings) -> OwnHost:
     return OwnHost(settings.origin.host, resolve)
 
 
-def make_source(settings: Settings, emit: Emit, own: OwnHost | None = None) -> WorkerApi:
-    """The worker API, signed in lazily. Close it when done."""
+def make_source(
+    settings: Settings, emit: Emit, own: OwnHost | None = None, *, nonces: Path | None = None
+) -> WorkerApi:
+    """The worker API, signed in lazily. Close it when done. `nonces`: where it is noted which signed jobs were taken;
+    None: nowhere, so that only this process knows."""
     for proxy in settings.proxies.addresses:
         redact(unquote(urlsplit(proxy).password or ""))
     trust = read_certificates(settings.ca_file)
@@ -88,16 +93,29 @@ def make_source(settings: Settings, emit: Emit, own: OwnHost | None = None) -> W
         own=own or make_own_host(settings),
     )
     client.auth = make_auth(settings, client, emit)
-    keys = settings.job_signing_keys
     return WorkerApi(
         client,
         make_policy(settings),
         wanted=Filter(groups=settings.groups, older_than_s=settings.older_than),
         emit=emit,
-        verify=None if keys is None else partial(verify, read_keys(keys)),
+        signatures=make_verifier(settings, nonces),
         # One that takes longer than the interval would eat the next one.
         beat_within_s=min(BEAT_WITHIN_S, max(_LEAST_BEAT_S, settings.timeout_status)),
     )
+
+
+def make_verifier(settings: Settings, nonces: Path | None) -> Verifier | None:
+    """What checks signatures of jobs, where the owner wants them signed."""
+    if settings.job_signing_keys is None:
+        return None
+    api = urlsplit(settings.api_url)
+    rules = SigningRules(
+        audience=frozenset(settings.job_signing_audience or (f"{api.scheme}://{api.netloc}",)),
+        tags="tags" in settings.job_signing_allow,
+        version_1="version-1" in settings.job_signing_allow,
+        every_input=settings.job_signing_inputs == "required",
+    )
+    return Verifier(read_keys(settings.job_signing_keys), rules, Nonces(nonces))
 
 
 def make_auth(settings: Settings, client: Client, emit: Emit) -> Auth:
@@ -330,7 +348,7 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         opened.callback(finder.close)
         settings, info, inventory, gpus, budget, disks = look_at_machine(settings, finder, emit)
         own = make_own_host(settings)
-        source = make_source(settings, emit, own)
+        source = make_source(settings, emit, own, nonces=settings.path_base / NONCES)
         opened.callback(source.close)
         base = opened.enter_context(
             Base(settings.path_base, reserve_mib=settings.reserve_disk, cache_mib=settings.cache_size)

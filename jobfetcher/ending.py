@@ -18,6 +18,7 @@ from jobfetcher.core.errors import (
     SourceError,
     Stopped,
     StopReason,
+    UnwantedJob,
     Verdict,
     WorkerFault,
     WorkerReason,
@@ -53,7 +54,7 @@ def outcome_of(error: Exception) -> Outcome:
             return Outcome(Ending.DROPPED, None, f"taken back by the server ({error.reason.value})")
         case Stopped():
             return _STOPPED[error.reason]
-        case WorkerFault():
+        case WorkerFault() | UnwantedJob():
             return Outcome(Ending.WORKER_FAILED, error.reason, str(error))
         case SourceError():
             return Outcome(Ending.WORKER_FAILED, WorkerReason.SOURCE, str(error))

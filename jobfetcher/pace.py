@@ -36,7 +36,8 @@ _BAD_PAUSE_S = 1.0
 _UNPROVEN = {
     WorkerReason.STORAGE: "this machine cannot use the storage of their files",
     WorkerReason.POLICY: (
-        "what this worker's settings allow is not what jobs need (ALLOWED_IMAGES, REGISTRY_ALLOW, PULL_POLICY)"
+        "what this worker's settings allow is not what jobs need (ALLOWED_IMAGES, REGISTRY_ALLOW, PULL_POLICY, "
+        "JOB_SIGNING_AUDIENCE)"
     ),
 }
 _REST_S, _REST_CAP_S = 60.0, 600.0

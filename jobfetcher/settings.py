@@ -99,6 +99,12 @@ def _words(value: Any) -> Any:
     return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
 
 
+def _signing_allow(words: tuple[str, ...]) -> tuple[str, ...]:
+    if strange := sorted(set(words) - {"tags", "version-1"}):
+        raise ValueError(f"knows tags and version-1, not {strange[0]!r}")
+    return words
+
+
 def _api_url(value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError("must be a URL such as https://jobs.example.org")
@@ -288,7 +294,22 @@ class Settings(BaseModel):
         "such as 200GiB. auto: what is free above RESERVE_DISK.",
     )
     job_signing_keys: FilePath | None = _field(
-        None, "Run only jobs signed with one of the public keys in this file (lines of KEYID BASE64, Ed25519)."
+        None,
+        "Run only jobs signed with one of the public keys in this file (lines of KEYID BASE64, Ed25519). It must be "
+        "root's or your own, and nobody else may write to it.",
+    )
+    job_signing_audience: Words = _field(
+        (),
+        "Names of this worker (comma-separated): signed jobs must be for one of them. Empty: the origin of API_URL, "
+        "such as https://jobs.example.org.",
+    )
+    job_signing_inputs: Annotated[Literal["optional", "required"], BeforeValidator(_lower)] = _field(
+        "optional", "Whether a signed job must sign the content (SHA-256) of each of its inputs: optional or required."
+    )
+    job_signing_allow: Annotated[Words, AfterValidator(_signing_allow)] = _field(
+        (),
+        "What signed jobs may do all the same: tags (name images by tag), version-1 (have signatures of before version "
+        "2, which never expire).",
     )
     image_keep: Seconds = _field(
         604800.0, "Remove images that this worker pulled when no job used them for so long, such as 7d."

@@ -6,9 +6,10 @@ lease's. Files that an earlier attempt already moved (the journal's marks) are n
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -28,6 +29,9 @@ OWN_FOLDER = "jobfetcher"
 
 #: So many skipped things are named; of the others only the number is told.
 _NAMED = 5
+
+#: Read at once when an input is hashed, in bytes.
+_PIECE = 1024**2
 
 
 class Troubles(Protocol):
@@ -170,8 +174,35 @@ def stage_in(
         transfer.download(items, _Watch(halt, progress, placed, awaits))
     finally:
         awaits(0)
+    for file in job.inputs:
+        if file.sha256 is not None and (checked := _checked(workspace, file, stored[file.path], halt)):
+            stored[file.path] = checked
+            mark(checked)
     workspace.make_output_folders(job)
     return stored
+
+
+def _checked(workspace: Workspace, file: InputFile, stored: Stored, halt: Halt) -> Stored | None:
+    """Raise JobFault unless an input has the content that whoever signed the job said, whatever its store says of it
+    (FAULTS.md T30). What it is then, where something else was known of it: a store may only have vouched for an MD5.
+    """
+    found = stored.digest
+    if not found.startswith("sha256:"):
+        hasher = hashlib.sha256()
+        try:
+            with tree.open_file(workspace.files, file.path.split("/")) as content:
+                while piece := content.read(_PIECE):
+                    halt.check()
+                    hasher.update(piece)
+        except OSError as error:
+            raise WorkerFault(WorkerReason.DISK, f"input {file.path!r} cannot be read: {error.strerror}") from error
+        found = f"sha256:{hasher.hexdigest()}"
+    if found != f"sha256:{file.sha256}":
+        raise JobFault(
+            JobReason.INPUT_CORRUPT,
+            f"input {clean(file.path, 200)} is not what was signed: it is {found}, signed was sha256:{file.sha256}",
+        )
+    return None if found == stored.digest else replace(stored, digest=found)
 
 
 def _kept(workspace: Workspace, file: InputFile, have: Mapping[str, Stored]) -> bool:

@@ -25,7 +25,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from jobfetcher import build, staging
-from jobfetcher.core.errors import JobReason, UnreadableJob
+from jobfetcher.core.errors import JobReason, UnreadableJob, UnwantedJob
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.job import Job
 from jobfetcher.core.machine import Offer
@@ -53,7 +53,9 @@ def fetch_job(settings: Settings, offer: Offer, *, emit: Emit | None = None) -> 
     """Ask for one job that fits `offer` (memory in MiB); None when there is none.
 
     The server gives it out for good the moment it answers (PROTOCOL.md S1): store the result before anything else. A
-    job that nobody could run is reported as failed here, then UnreadableJob is raised. Raises SourceUnavailable or
+    job that nobody could run is reported as failed here, then UnreadableJob is raised; one that only this worker must
+    not run is given back, and it is UnwantedJob. That a signed job is played again is not noticed from one call to the
+    next. Raises SourceUnavailable or
     SourceRefused when the server could not be asked.
     """
     emit = emit or _silent
@@ -62,6 +64,10 @@ def fetch_job(settings: Settings, offer: Offer, *, emit: Emit | None = None) -> 
         opened.callback(source.close)
         try:
             claim = source.fetch(offer, 0.0)
+        except UnwantedJob as error:
+            outcome = Outcome(Ending.WORKER_FAILED, error.reason, str(error))
+            tell(error.lease, outcome, worker_fault_is_error=settings.on_worker_fault == "error")
+            raise
         except UnreadableJob as error:
             error.lease.settle(Outcome(Ending.JOB_FAILED, JobReason.UNREADABLE_SPEC, str(error)))
             raise

@@ -46,6 +46,7 @@ _RESERVE_BYTES, _RESERVE_SHARE = 5 * _GIB, 0.05
 
 #: All that a worker makes in PATH_BASE: a directory with nothing else in it is ours alone.
 _OURS = {"lock", "jobs", "cache", "proof", "quarantine", "journal.ballast", "refused.json", "refused.json.new"}
+_OURS |= {"nonces.jsonl", "nonces.jsonl.new"}
 _OURS |= {f"journal.db{part}" for part in ("", "-wal", "-shm", "-journal", ".new", ".draft")}
 
 #: How the lock file begins while it is held, and what its holder puts over that when it leaves in order.

@@ -7,6 +7,7 @@
      |   |   +- TooSoon              nothing was asked yet                        -> try again when it is time
      |   +- SourceRefused        our credentials were refused (401, 403)          -> try again later, say so
      +- UnreadableJob        a job was handed out that nobody could run           -> report it as failed
+     |   +- UnwantedJob          others may run it, and this worker must not      -> give the job back
      +- JobFault             the job's own fault                                  -> report `error`
      +- WorkerFault          this machine's fault                                 -> give the job back
      +- Stopped              the job must end: cancelled, lost, shut down         -> depends on the reason
@@ -133,6 +134,15 @@ class UnreadableJob(JobfetcherError):
         self.lease = lease
 
 
+class UnwantedJob(UnreadableJob):
+    """A job was handed out that others may run and this worker must not, for `reason`: it is given back."""
+
+    def __init__(self, lease: Lease, reason: WorkerReason, why: str) -> None:
+        JobfetcherError.__init__(self, f"this worker must not run the job: {why}")
+        self.lease = lease
+        self.reason = reason
+
+
 class JobFault(JobfetcherError):
     """The job's own fault: it is reported as `error` and never tried again."""
 
@@ -175,6 +185,8 @@ def verdict(error: BaseException) -> Verdict:
     match error:
         case SourceUnavailable() | SourceRefused():
             return Verdict.RETRY
+        case UnwantedJob():
+            return Verdict.GIVE_BACK
         case JobFault() | UnreadableJob():
             return Verdict.FAIL_JOB
         case Stopped(reason=StopReason.CANCELLED | StopReason.LOST):

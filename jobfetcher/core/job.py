@@ -135,10 +135,12 @@ class _Value(BaseModel):
 
 
 class InputFile(_Value):
-    """One file to bring: `ref` at the source, `path` in the job directory."""
+    """One file to bring: `ref` at the source, `path` in the job directory. `sha256`: what its content must hash to, in
+    hex, where whoever signed the job said so (FAULTS.md T30)."""
 
     path: Annotated[JobPath, AfterValidator(parse_job_path)]
     ref: Annotated[FileRef, AfterValidator(parse_file_ref)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
 class OutputTree(_Value):

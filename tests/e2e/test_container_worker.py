@@ -94,7 +94,8 @@ class Bay:
             read_only=read_only,
             group_add=groups,
         )
-        environment = {"JOB_SIGNING_KEYS": "/app/keys"} if keys else {}
+        signing = {"JOB_SIGNING_KEYS": "/app/keys", "JOB_SIGNING_AUDIENCE": "the lab", "JOB_SIGNING_ALLOW": "tags"}
+        environment = signing if keys else {}
         container = engine.create_container(
             self.worker_image, list(arguments), user=user, host_config=config, environment=environment
         )["Id"]
@@ -200,7 +201,9 @@ def test_the_image_has_what_checks_signatures(bay: Bay, tmp_path: Path) -> None:
         "handler": {"image_url": bay.lab.image, "files_up": {}},
         "meta": {},
     }
-    specs["meta"]["signature"] = sign(private, "lab", parse_job_id(str(unsigned + 1)), specs)
+    specs["meta"]["signature"] = sign(
+        private, "lab", parse_job_id(str(unsigned + 1)), specs, audience=["the lab"], expires=int(time.time()) + 3600
+    )
     signed = bay.lab.server.submit(specs)
     with bay.worker("run", "--exit-when-idle", "1", keys=keys) as worker:
         assert worker.ended() == 0

@@ -15,6 +15,7 @@ import pytest
 
 from jobfetcher.core.run import Taken, Written
 from jobfetcher.engine import measure
+from jobfetcher.engine.unseen import processes_of
 from tests.support.boxes import LONG_S, DockerBench
 from tests.support.mounts import ext4, fill, needs_root
 from tests.support.services import wait_until
@@ -180,7 +181,7 @@ def test_a_job_with_a_hundred_thousand_descriptors_is_measured_in_bounded_time(b
         looked += 1
         return float(looked)
 
-    assert measure.deleted(measure.processes_of(container.id), clock) == (Taken(), Taken())
+    assert measure.deleted(processes_of(container.id), clock) == (Taken(), Taken())
     assert looked <= 20
     container.remove()
 

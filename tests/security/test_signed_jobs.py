@@ -1,12 +1,17 @@
-"""A worker with JOB_SIGNING_KEYS runs what was signed, as it was signed, under the id it was signed for (T15)."""
+"""A worker with JOB_SIGNING_KEYS runs what was signed, as it was signed, under the id it was signed for (T15); for
+whom, until when, once, and with the inputs that were meant (T30)."""
 
 from __future__ import annotations
 
 import base64
 import copy
+import hashlib
+import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +21,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobfetcher.core.errors import ConfigError
-from jobfetcher.core.job import parse_job_id
+from jobfetcher.core.errors import ConfigError, WorkerFault, WorkerReason
+from jobfetcher.core.job import JobId, parse_job_id
 from jobfetcher.core.text import clean
-from jobfetcher.sources.worker_api.signing import Keys, read_keys, sign, verify
+from jobfetcher.sources.worker_api.nonces import NAME, Nonces
+from jobfetcher.sources.worker_api.signing import Keys, NotForThisWorker, Rules, Verifier, read_keys, sign
 from jobfetcher.sources.worker_api.wire import parse_specs
 from tests.fuzz.hostile import fuzz, values
+from tests.support.mounts import needs_root
 from tests.support.worker import Lab, work
 
 SEVEN, EIGHT = parse_job_id("7"), parse_job_id("8")
@@ -52,10 +59,44 @@ def specs() -> Specs:
     }
 
 
-def signed(job: str = "7", private: bytes = OURS, key: str = "lab") -> Specs:
+#: A moment at which these tests play, and for whom jobs are signed.
+NOW, HOUR, DAY = 1_800_000_000, 3600, 86_400
+OUR_API = "https://jobs.example.org"
+RULES = Rules(frozenset({OUR_API}))
+
+
+def signed(job: str = "7", private: bytes = OURS, key: str = "lab", **terms: Any) -> Specs:
     made = specs()
-    made["meta"]["signature"] = sign(private, key, parse_job_id(job), made)
+    all_terms: dict[str, Any] = {"audience": [OUR_API], "expires": NOW + HOUR} | terms
+    made["meta"]["signature"] = sign(private, key, parse_job_id(job), made, **all_terms)
     return made
+
+
+def signed_before(job: str = "7") -> Specs:
+    """As version 1 was: written out by hand, since nothing makes it any more."""
+    made = specs()
+    text = {
+        "job_id": job,
+        "image": made["handler"]["image_url"],
+        **{name: made["app"][name] for name in ("cmd", "env")},
+        **{name: made["handler"][name] for name in ("files_down", "files_up")},
+    }
+    value = raw_signature(json.dumps(text, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+    made["meta"]["signature"] = {"key": "lab", "value": value}
+    return made
+
+
+def raw_signature(text: str) -> str:
+    return base64.b64encode(Ed25519PrivateKey.from_private_bytes(OURS).sign(text.encode())).decode()
+
+
+def verifier(rules: Rules = RULES, now: float = NOW, nonces: Nonces | None = None) -> Verifier:
+    return Verifier(KEYS, rules, nonces or Nonces(now=lambda: now), lambda: now)
+
+
+def verify(keys: Keys, job_id: JobId, made: Any) -> None:
+    """Check one signature by itself."""
+    Verifier(keys, RULES, Nonces(now=lambda: NOW), lambda: NOW).check(job_id, made)
 
 
 @pytest.mark.fault("T15")
@@ -70,17 +111,29 @@ def test_a_signed_job_is_taken_and_only_under_its_own_id() -> None:
 def test_the_signed_bytes_are_what_the_docstring_says() -> None:
     """Written out by hand here, because servers in other languages have to make the same bytes."""
     text = (
-        '{"cmd":["prog --in","/files/in/a"],"env":{"A":"b","Ü":"ä"},'
-        '"files_down":{"in/a":"s3://bucket/a","in/b":"s3://bucket/b"},"files_up":{"log":"log","output":"out"},'
-        f'"image":"registry.example/decode@sha256:{"0" * 64}","job_id":"7"}}'
+        '{"audience":["https://jobs.example.org"],"cmd":["prog --in","/files/in/a"],"env":{"A":"b","Ü":"ä"},'
+        '"expires":1800003600,"files_down":{"in/a":"s3://bucket/a","in/b":"s3://bucket/b"},'
+        '"files_up":{"log":"log","output":"out"},'
+        f'"image":"registry.example/decode@sha256:{"0" * 64}","inputs":{{"in/a":"sha256:{"1" * 64}"}},"job_id":"7",'
+        '"nonce":"0123456789abcdef","version":2}'
     )
-    value = base64.b64encode(Ed25519PrivateKey.from_private_bytes(OURS).sign(text.encode())).decode()
-    assert sign(OURS, "lab", SEVEN, specs()) == {"key": "lab", "value": value}
-    bare = '{"cmd":null,"env":null,"files_down":null,"files_up":null,"image":"b","job_id":"7"}'
-    value = base64.b64encode(Ed25519PrivateKey.from_private_bytes(OURS).sign(bare.encode())).decode()
-    verify(
-        KEYS, SEVEN, {"app": None, "handler": {"image_url": "b"}, "meta": {"signature": {"key": "lab", "value": value}}}
+    terms: dict[str, Any] = {
+        "version": 2,
+        "audience": [OUR_API],
+        "expires": NOW + HOUR,
+        "nonce": "0123456789abcdef",
+        "inputs": {"in/a": f"sha256:{'1' * 64}"},
+    }
+    said = {name: terms[name] for name in ("audience", "expires", "nonce", "inputs")}
+    assert sign(OURS, "lab", SEVEN, specs(), **said) == {"key": "lab", "value": raw_signature(text), **terms}
+    bare = (
+        '{"audience":["https://jobs.example.org"],"cmd":null,"env":null,"expires":1800003600,"files_down":null,'
+        f'"files_up":null,"image":"b@sha256:{"0" * 64}","inputs":null,"job_id":"7",'
+        '"nonce":"0123456789abcdef","version":2}'
     )
+    signature = {"key": "lab", "value": raw_signature(bare), **terms, "inputs": None}
+    handler = {"image_url": f"b@sha256:{'0' * 64}"}
+    verify(KEYS, SEVEN, {"app": None, "handler": handler, "meta": {"signature": signature}})
 
 
 def test_what_a_server_adds_or_says_otherwise_does_not_matter() -> None:
@@ -159,7 +212,24 @@ SIGNATURES: dict[str, tuple[Callable[[Specs], object], str]] = {
         lambda made: made["meta"]["signature"].update(value=made["meta"]["signature"]["value"] + "AAAA"),
         "was changed",
     ),
-    "by somebody else": (lambda made: made["meta"].update(signature=sign(THEIRS, "lab", SEVEN, made)), "was changed"),
+    "by somebody else": (
+        lambda made: made["meta"].update(
+            signature=sign(THEIRS, "lab", SEVEN, made, audience=[OUR_API], expires=NOW + HOUR)
+        ),
+        "was changed",
+    ),
+    "no audience": (lambda made: made["meta"]["signature"].pop("audience"), "was changed"),
+    "another audience": (lambda made: made["meta"]["signature"].update(audience=["https://x.example"]), "was changed"),
+    "later": (lambda made: made["meta"]["signature"].update(expires=NOW + DAY), "was changed"),
+    "another nonce": (lambda made: made["meta"]["signature"].update(nonce="f" * 32), "was changed"),
+    "hashes added": (
+        lambda made: made["meta"]["signature"].update(inputs={"in/a": f"sha256:{'1' * 64}"}),
+        "was changed",
+    ),
+    "as if of version 1": (lambda made: made["meta"]["signature"].pop("version"), "was changed"),
+    "version 3": (lambda made: made["meta"]["signature"].update(version=3), "does not know"),
+    "version true": (lambda made: made["meta"]["signature"].update(version=True), "does not know"),
+    "version a list": (lambda made: made["meta"]["signature"].update(version=[[2]]), "does not know"),
     "elsewhere": (lambda made: made.update(signature=made["meta"].pop("signature")), "not signed"),
 }
 
@@ -195,9 +265,176 @@ def test_a_job_too_deep_to_be_written_is_refused() -> None:
         verify(KEYS, SEVEN, made)
 
 
+# -- for whom, until when, once, and with which inputs ----------------------------------------------------------------
+
+
+@pytest.mark.fault("T30")
+def test_a_job_for_others_is_given_back_and_not_failed() -> None:
+    """The signature is good: those it is for may run the job."""
+    with pytest.raises(NotForThisWorker, match=r"signed for lab-9, and this worker is https://jobs\.example\.org"):
+        verifier().check(SEVEN, signed(audience=["lab-9"]))
+    with pytest.raises(NotForThisWorker, match="signed for nobody"):
+        verifier().check(SEVEN, signed(audience=[]))
+    with pytest.raises(NotForThisWorker):  # the owner's names take the place of the API's
+        verifier(Rules(frozenset({"lab-9"}))).check(SEVEN, signed())
+    verifier(Rules(frozenset({"lab-9", "gpus"}))).check(SEVEN, signed(audience=["cpus", "gpus"]))
+
+
+@pytest.mark.fault("T30")
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (NOW, ""),
+        (NOW + HOUR + 299, ""),  # clocks differ
+        (NOW + HOUR + 301, "ran out 5 min ago"),
+        (NOW + 10 * DAY, r"ran out 10\.0 days ago"),
+        (NOW - 91 * DAY, "more than 90 days"),
+        (NOW - 89 * DAY, ""),
+    ],
+)
+def test_a_signature_holds_until_it_expires(now: float, said: str) -> None:
+    if not said:
+        verifier(now=now).check(SEVEN, signed())
+        return
+    with pytest.raises(ValueError, match=said):
+        verifier(now=now).check(SEVEN, signed())
+
+
+@pytest.mark.fault("T30")
+def test_a_job_that_ended_is_not_run_again_and_one_that_was_given_back_is(tmp_path: Path) -> None:
+    made, path = signed(), tmp_path / "nonces"
+    first = verifier(nonces=Nonces(path, lambda: NOW))
+    first.check(SEVEN, made)
+    first.check(SEVEN, made)  # it was given back, or its lease ran out
+    again = verifier(nonces=Nonces(path, lambda: NOW))  # the next process
+    again.check(SEVEN, made)
+    again.ended(EIGHT)
+    again.check(SEVEN, made)
+    again.ended(SEVEN)
+    for known in (again, verifier(nonces=Nonces(path, lambda: NOW))):
+        with pytest.raises(ValueError, match="that job has ended: it is played again"):
+            known.check(SEVEN, made)
+        known.check(SEVEN, signed())  # signed anew by whoever holds the key
+
+
+@pytest.mark.fault("T30")
+def test_a_nonce_serves_one_job_and_is_forgotten_when_it_cannot_be_used_any_more(tmp_path: Path) -> None:
+    nonce, path, now = "n" * 16, tmp_path / "nonces", [float(NOW)]
+    known = Nonces(path, lambda: now[0])
+    verifier(nonces=known).check(SEVEN, signed(nonce=nonce))
+    with pytest.raises(ValueError, match="used before, for job 7: it is played again"):
+        verifier(nonces=known).check(EIGHT, signed("8", nonce=nonce))
+    verifier(nonces=known).check(EIGHT, signed("8", private=bytes(32), key="old", nonce=nonce))  # of another signer
+    assert path.read_text().count("nonce") == 2
+    now[0] += HOUR + 301
+    verifier(now=now[0], nonces=Nonces(path, lambda: now[0])).check(EIGHT, signed("8", expires=NOW + DAY))
+    assert path.read_text().count("nonce") == 1
+
+
+@pytest.mark.fault("T30", "A10")
+@pytest.mark.parametrize("tail", [b'{"nonce": "lab x', b"\0" * 100, b"[]\n7\n{}\n", b'{"nonce": 1, "job": 2}\n'])
+def test_a_torn_note_costs_no_other(tmp_path: Path, tail: bytes) -> None:
+    path, made = tmp_path / "nonces", signed()
+    first = verifier(nonces=Nonces(path, lambda: NOW))
+    first.check(SEVEN, made)
+    first.ended(SEVEN)
+    with path.open("ab") as file:
+        file.write(tail)
+    with pytest.raises(ValueError, match="played again"):
+        verifier(nonces=Nonces(path, lambda: NOW)).check(SEVEN, made)
+
+
+@pytest.mark.fault("T30")
+def test_what_cannot_be_noted_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "missing/nonces"):
+        with pytest.raises(WorkerFault, match="no signed job is run") as fault:
+            verifier(nonces=Nonces(path, lambda: NOW)).check(SEVEN, signed())
+        assert fault.value.reason is WorkerReason.DISK
+
+
+@pytest.mark.fault("T30")
+def test_an_image_by_tag_is_refused_where_the_owner_does_not_allow_it() -> None:
+    made = specs()
+    made["handler"]["image_url"] = "registry.example/decode:latest"
+    made["meta"]["signature"] = sign(OURS, "lab", SEVEN, made, audience=[OUR_API], expires=NOW + HOUR)
+    with pytest.raises(ValueError, match=r"named by a tag.*must name it by digest \(JOB_SIGNING_ALLOW=tags"):
+        verify(KEYS, SEVEN, made)
+    verifier(Rules(RULES.audience, tags=True)).check(SEVEN, made)
+
+
+@pytest.mark.fault("T30")
+def test_a_signature_of_before_is_refused_with_the_way_to_a_new_one() -> None:
+    with pytest.raises(ValueError, match=r"of version 1, .* sign it anew with version 2 \(JOB_SIGNING_ALLOW=version-1"):
+        verify(KEYS, SEVEN, signed_before())
+    old = Rules(RULES.audience, version_1=True)
+    assert verifier(old).check(SEVEN, signed_before()) == {}
+    with pytest.raises(ValueError, match="belongs to another job"):
+        verifier(old).check(EIGHT, signed_before())
+    with pytest.raises(ValueError, match="says nothing of the content of input"):
+        verifier(Rules(RULES.audience, version_1=True, every_input=True)).check(SEVEN, signed_before())
+
+
+@pytest.mark.fault("T30")
+def test_hashes_of_inputs_come_with_the_job() -> None:
+    one = {"in/a": f"sha256:{'1' * 64}"}
+    both = one | {"in/b": f"sha256:{'2' * 64}"}
+    strict = Rules(RULES.audience, every_input=True)
+    assert verifier().check(SEVEN, signed()) == {}
+    assert verifier().check(SEVEN, signed(inputs=one)) == {"in/a": "1" * 64}
+    hashes = verifier(strict).check(SEVEN, signed(inputs=both))
+    job = parse_specs(SEVEN, signed(inputs=both), hashes)
+    assert [(file.path, file.sha256) for file in job.inputs] == [("in/a", "1" * 64), ("in/b", "2" * 64)]
+    for some in (None, one):
+        with pytest.raises(ValueError, match="says nothing of the content of input"):
+            verifier(strict).check(SEVEN, signed(inputs=some))
+
+
+TERMS: dict[str, dict[str, Any]] = {
+    "audience a string": {"audience": OUR_API},
+    "audience of numbers": {"audience": [7]},
+    "a million names": {"audience": ["x"] * 10**6},
+    "a long name": {"audience": ["x" * 10**5]},
+    "expires a string": {"expires": "tomorrow"},
+    "expires a fraction": {"expires": NOW + 0.5},
+    "expires true": {"expires": True},
+    "expires beyond all numbers": {"expires": 10**400},
+    "expires below zero": {"expires": -1},
+    "a short nonce": {"nonce": "x"},
+    "a long nonce": {"nonce": "x" * 129},
+    "a nonce of two lines": {"nonce": "x" * 16 + "\n"},
+    "inputs a list": {"inputs": ["in/a"]},
+    "an md5": {"inputs": {"in/a": "md5:" + "0" * 32}},
+    "a hash in capitals": {"inputs": {"in/a": "sha256:" + "A" * 64}},
+    "a hash of no input": {"inputs": {"in/c": "sha256:" + "0" * 64}},
+}
+
+
+@pytest.mark.fault("T22", "T30")
+@pytest.mark.parametrize("case", TERMS)
+def test_nonsense_is_refused_although_it_is_signed(case: str) -> None:
+    made = specs()
+    terms = {"version": 2, "audience": [OUR_API], "expires": NOW + HOUR, "nonce": "n" * 16, "inputs": None}
+    terms |= TERMS[case]
+    text = {
+        **terms,
+        "job_id": "7",
+        "image": made["handler"]["image_url"],
+        **{name: made["app"][name] for name in ("cmd", "env")},
+        **{name: made["handler"][name] for name in ("files_down", "files_up")},
+    }
+    value = raw_signature(json.dumps(text, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+    made["meta"]["signature"] = {"key": "lab", "value": value, **terms}
+    with pytest.raises(ValueError, match="its signature") as refused:
+        verify(KEYS, SEVEN, made)
+    assert not isinstance(refused.value, NotForThisWorker)
+    assert str(refused.value) == clean(str(refused.value), 400)
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "keys"
     path.write_text(text)
+    path.chmod(0o644)
     return path
 
 
@@ -227,6 +464,27 @@ def test_a_file_that_is_no_list_of_keys_stops_the_worker(tmp_path: Path, text: s
         read_keys(tmp_path / "not-there")
 
 
+@pytest.mark.fault("T15", "T32")
+@pytest.mark.parametrize(("mode", "said"), [(0o666, "written by others"), (0o664, "written by others"), (0o600, "")])
+def test_a_file_of_keys_that_others_may_write_stops_the_worker(tmp_path: Path, mode: int, said: str) -> None:
+    path = write(tmp_path, f"lab {base64.b64encode(KEYS['lab']).decode()}\n")
+    path.chmod(mode)
+    if not said:
+        assert set(read_keys(path)) == {"lab"}
+        return
+    with pytest.raises(ConfigError, match=rf"JOB_SIGNING_KEYS: .*/keys may be {said} \(run `chmod go-w"):
+        read_keys(path)
+
+
+@needs_root
+@pytest.mark.fault("T15", "T32")
+def test_a_file_of_keys_of_another_user_stops_the_worker(tmp_path: Path) -> None:
+    path = write(tmp_path, f"lab {base64.b64encode(KEYS['lab']).decode()}\n")
+    os.chown(path, 1000, 0)
+    with pytest.raises(ConfigError, match=r"belongs to another user \(number 1000\)"):
+        read_keys(path)
+
+
 def test_the_library_is_imported_only_where_it_is_needed() -> None:
     check = "import sys, jobfetcher.sources.worker_api.signing; sys.exit('cryptography' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
@@ -238,7 +496,7 @@ def test_without_the_library_a_worker_with_keys_does_not_start(tmp_path: Path) -
     check = (
         "import sys; sys.modules['cryptography'] = None\n"
         "from pathlib import Path\n"
-        "from jobfetcher.core.errors import ConfigError\n"
+        "from jobfetcher.core.errors import ConfigError, WorkerFault, WorkerReason\n"
         "from jobfetcher.sources.worker_api.signing import read_keys\n"
         "try: read_keys(Path(sys.argv[1]))\n"
         "except ConfigError as error: sys.exit(f'refused: {error}')\n"
@@ -252,43 +510,95 @@ def test_without_the_library_a_worker_with_keys_does_not_start(tmp_path: Path) -
 # -- through a whole worker -------------------------------------------------------------------------------------------
 
 
+def keys_of(tmp_path: Path) -> str:
+    return str(write(tmp_path, f"lab {base64.b64encode(KEYS['lab']).decode()}\n"))
+
+
+def sign_for(lab: Lab, job: int, made: Specs, **terms: Any) -> None:
+    """Sign a job for the API of these tests, for an hour by the real clock; `terms` say otherwise."""
+    all_terms: dict[str, Any] = {"audience": [lab.server.url], "expires": int(time.time()) + HOUR} | terms
+    made["meta"]["signature"] = sign(OURS, "lab", parse_job_id(str(job)), made, **all_terms)
+
+
 @pytest.mark.docker
-@pytest.mark.fault("T15")
+@pytest.mark.fault("T15", "T30")
 def test_a_worker_with_keys_runs_signed_jobs_and_no_others(lab: Lab, tmp_path: Path) -> None:
-    def submit(change: Callable[[Specs], object], signed_for: int | None) -> int:
-        """A job of the command below, signed for that id, then changed."""
+    ids = itertools.count(lab.submit("true"))  # handed out one after the other; the first is not signed
+    jobs = {"unsigned": next(ids)}
+
+    def submit(case: str, change: Callable[[Specs], object] = lambda made: None, shift: int = 0, **terms: Any) -> None:
+        """A job of the command below, signed for its id (and `shift`), then changed."""
+        jobs[case] = next(ids)
         made: Specs = {
             "app": {"cmd": ["echo ran > /files/out/ran"], "env": None},
             "handler": {"image_url": lab.image, "files_up": {"output": "out"}},
             "meta": {},
         }
-        if signed_for is not None:
-            made["meta"]["signature"] = sign(OURS, "lab", parse_job_id(str(signed_for)), made)
+        sign_for(lab, jobs[case] + shift, made, **terms)
         change(made)
-        return lab.server.submit(made)
+        assert lab.server.submit(made) == jobs[case]
 
-    def nothing(_: Specs) -> None:
-        """It stays as it was signed."""
-
-    first = submit(nothing, None)  # ids are handed out one after the other
-    good = submit(nothing, first + 1)
-    replayed = submit(nothing, first + 1)
-    changed = submit(lambda made: made["app"].update(cmd=["echo evil > /files/out/ran"]), first + 3)
-    assert [good, replayed, changed] == [first + 1, first + 2, first + 3]
-    keys = write(tmp_path, f"lab {base64.b64encode(KEYS['lab']).decode()}\n")
-    heard = work(lab.settings(job_signing_keys=str(keys)), jobs=4)
-    assert [lab.server.state(job) for job in (first, good, replayed, changed)] == [
-        "error",
-        "finished",
-        "error",
-        "error",
-    ]
-    assert lab.server.results(good)["output/out/ran"] == b"ran\n"
-    assert "not signed" in lab.ended(first)[1]
-    assert [job for job in (first, replayed, changed) if lab.server.results(job)] == []
-    assert "belongs to another job" in lab.ended(replayed)[1]
-    assert "it was changed" in lab.ended(changed)[1]
+    submit("good")
+    submit("replayed", shift=-1)
+    submit("changed", lambda made: made["app"].update(cmd=["echo evil > /files/out/ran"]))
+    submit("expired", expires=int(time.time()) - 301)
+    submit("for others", audience=["https://other.example"])
+    settings = lab.settings(job_signing_keys=keys_of(tmp_path), job_signing_allow="tags")
+    heard = work(settings, jobs=6)
+    assert {case: lab.server.state(job) for case, job in jobs.items()} == {
+        "unsigned": "error",
+        "good": "finished",
+        "replayed": "error",
+        "changed": "error",
+        "expired": "error",
+        "for others": "queued",
+    }
+    assert lab.server.results(jobs["good"])["output/out/ran"] == b"ran\n"
+    assert "not signed" in lab.ended(jobs["unsigned"])[1]
+    assert [case for case, job in jobs.items() if case != "good" and lab.server.results(job)] == []
+    assert "belongs to another job" in lab.ended(jobs["replayed"])[1]
+    assert "it was changed" in lab.ended(jobs["changed"])[1]
+    assert "ran out 5 min ago" in lab.ended(jobs["expired"])[1]
+    assert "signed for https://other.example" in lab.ended(jobs["for others"])[1]
     assert len(heard.all("run")) == 1  # one container in all
+    noted = [json.loads(line) for line in (lab.base / NAME).read_text().splitlines() if line]
+    assert {(one["job"], one["ended"]) for one in noted} == {(str(jobs["good"]), False), (str(jobs["good"]), True)}
+
+
+@pytest.mark.docker
+@pytest.mark.fault("T30")
+def test_a_worker_runs_no_signed_image_by_tag(lab: Lab, tmp_path: Path) -> None:
+    made: Specs = {"app": {"cmd": ["true"]}, "handler": {"image_url": lab.image}, "meta": {}}
+    sign_for(lab, 1, made)
+    assert lab.server.submit(made) == 1
+    work(lab.settings(job_signing_keys=keys_of(tmp_path)))
+    assert lab.ended(1)[0] == "error"
+    assert "must name it by digest" in lab.ended(1)[1]
+
+
+@pytest.mark.docker
+@pytest.mark.fault("T30")
+@pytest.mark.parametrize("content", ["as signed", "another"])
+def test_an_input_of_another_content_fails_the_job_before_it_runs(lab: Lab, tmp_path: Path, content: str) -> None:
+    """The storage or the server exchanged it; the address that was signed is the same."""
+    ref = lab.server.put_input("in/a", b"as signed" if content == "as signed" else b"evil")
+    made: Specs = {
+        "app": {"cmd": ["cp /files/in/a /files/out/a"]},
+        "handler": {"image_url": lab.image, "files_down": {"in/a": ref}, "files_up": {"output": "out"}},
+        "meta": {},
+    }
+    digest = hashlib.sha256(b"as signed").hexdigest()
+    sign_for(lab, 1, made, inputs={"in/a": f"sha256:{digest}"})
+    assert lab.server.submit(made) == 1
+    settings = {"job_signing_allow": "tags", "job_signing_inputs": "required"}
+    heard = work(lab.settings(job_signing_keys=keys_of(tmp_path), **settings))
+    if content == "as signed":
+        assert lab.ended(1) == ("finished", "")
+        return
+    state, details = lab.ended(1)
+    assert state == "error"
+    assert f"input in/a is not what was signed: it is sha256:{hashlib.sha256(b'evil').hexdigest()}" in details
+    assert heard.all("run") == []
 
 
 @pytest.mark.docker

@@ -48,6 +48,7 @@ _OWN_FILES = {
     "cache",
     "refused.json",
     "sign-in.json",
+    "nonces.jsonl",
 }
 
 #: Settings that every worker of a lab has unless its test says otherwise, as `TESTS_WITH="PREFETCH=1 MAX_JOBS=3"`: the

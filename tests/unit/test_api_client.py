@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,16 +19,24 @@ from jobfetcher.core.errors import (
     Stopped,
     TooSoon,
     UnreadableJob,
+    UnwantedJob,
+    Verdict,
+    WorkerFault,
+    WorkerReason,
+    verdict,
 )
-from jobfetcher.core.job import OutputKind, parse_file_ref, parse_job_id
+from jobfetcher.core.job import JobId, OutputKind, parse_file_ref, parse_job_id
 from jobfetcher.core.machine import Gpu, Offer
 from jobfetcher.core.phases import Phase
 from jobfetcher.core.ports import Standing
 from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.core.urls import Method, UrlPolicy, parse_origin
+from jobfetcher.ending import outcome_of
 from jobfetcher.sources.worker_api.auth import StaticToken
 from jobfetcher.sources.worker_api.client import BODY_BYTES, Client
+from jobfetcher.sources.worker_api.nonces import Nonces
 from jobfetcher.sources.worker_api.reply import ForeignAnswer, retry_after
+from jobfetcher.sources.worker_api.signing import NotForThisWorker, Rules, Verifier
 from jobfetcher.sources.worker_api.source import ApiLease, Filter, WorkerApi
 from tests.support.jobs import Emitted, FakeClock
 from tests.support.scripted_api import ScriptedApi, drip, hang_up, head, reply, scripted_api
@@ -367,19 +376,74 @@ def test_a_huge_refusal_is_still_a_refusal(api: ScriptedApi, client: Client) -> 
 
 @pytest.mark.fault("T15")
 def test_a_job_that_must_not_run_here_is_reported_and_not_run(client: Client, api: ScriptedApi, emit: Emitted) -> None:
-    checked: list[tuple[str, Any]] = []
-
-    def verify(job_id: str, specs: Any) -> None:
-        checked.append((job_id, specs))
-        raise ValueError("it is not signed")
-
-    policy = UrlPolicy(parse_origin(client.base_url))
-    source = WorkerApi(client, policy, wanted=Filter(), emit=emit, verify=verify)
+    source = signed_source(client, emit, Checks(ValueError("it is not signed")))
     api.then(reply(200, json.dumps({"7": GOOD}).encode()))
     with pytest.raises(UnreadableJob, match="it is not signed") as error:
         source.fetch(OFFER, 0.0)
     assert error.value.lease.job_id == "7"
-    assert checked == [("7", GOOD)]
+    assert not isinstance(error.value, UnwantedJob)
+
+
+class Checks(Verifier):
+    """A check of signatures that ends as a test wants, and keeps which jobs are said to have ended."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__({}, Rules(frozenset()), Nonces())
+        self.error = error
+        self.over: list[str] = []
+
+    def check(self, job_id: JobId, specs: Any) -> Mapping[str, str]:
+        assert (job_id, specs) == ("7", GOOD)
+        if self.error is not None:
+            raise self.error
+        return {}
+
+    def ended(self, job_id: JobId) -> None:
+        self.over.append(job_id)
+
+
+def signed_source(client: Client, emit: Emitted, checks: Verifier) -> WorkerApi:
+    policy = UrlPolicy(parse_origin(client.base_url))
+    return WorkerApi(client, policy, wanted=Filter(), emit=emit, signatures=checks)
+
+
+@pytest.mark.fault("T30", "J5")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NotForThisWorker("it is signed for lab-9"), WorkerReason.POLICY),
+        (WorkerFault(WorkerReason.DISK, "nothing can be noted"), WorkerReason.DISK),
+    ],
+)
+def test_a_job_that_others_may_run_is_given_back(
+    client: Client, api: ScriptedApi, emit: Emitted, error: Exception, reason: WorkerReason
+) -> None:
+    source = signed_source(client, emit, Checks(error))
+    api.then(reply(200, json.dumps({"7": GOOD}).encode()))
+    with pytest.raises(UnwantedJob, match=str(error)) as unwanted:
+        source.fetch(OFFER, 0.0)
+    assert verdict(unwanted.value) is Verdict.GIVE_BACK
+    assert outcome_of(unwanted.value).reason is reason
+    assert outcome_of(unwanted.value).ending is Ending.WORKER_FAILED
+
+
+@pytest.mark.fault("T30")
+def test_a_signature_is_used_up_by_an_end_that_the_server_accepted_and_by_nothing_else(
+    client: Client, api: ScriptedApi, emit: Emitted
+) -> None:
+    checks = Checks()
+    source = signed_source(client, emit, checks)
+    for last, over in (("release", []), ("settle", ["7"])):
+        api.then(reply(200, json.dumps({"7": GOOD}).encode()), 204, 204)
+        claim = source.fetch(OFFER, 0.0)
+        assert claim is not None
+        assert claim.lease.beat(Phase.CLAIMED) is Standing.KEEP
+        assert checks.over == []
+        if last == "release":
+            claim.lease.release("no")
+        else:
+            claim.lease.settle(FAILED)
+        assert checks.over == over
 
 
 # -- a lease: beats ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import pytest
 
 from jobfetcher.core.errors import JobFault, JobReason, Stopped, StopReason, WorkerFault, WorkerReason
 from jobfetcher.core.halt import Halt
-from jobfetcher.core.job import Job
+from jobfetcher.core.job import InputFile, Job
 from jobfetcher.core.run import Stored
 from jobfetcher.staging import OWN_FOLDER, Progress, StagedOut, stage_in, stage_out
 from jobfetcher.testing.fake_source import FakeSource
@@ -296,3 +297,39 @@ def test_a_disk_error_while_walking_is_the_workers_fault(bench: Bench, monkeypat
         bench.send(make_job(outputs={"output": "out"}))
     monkeypatch.setattr(os, "scandir", real)
     assert fault.value.reason is WorkerReason.DISK
+
+
+# -- inputs whose content was signed ----------------------------------------------------------------------------------
+
+
+def signed_job(content: bytes) -> Job:
+    """A job with the input in/a, of which that content was signed."""
+    file = {"path": "in/a", "ref": "a", "sha256": hashlib.sha256(content).hexdigest()}
+    return make_job(id="7").model_copy(update={"inputs": (InputFile.model_validate(file),)})
+
+
+@pytest.mark.fault("T30")
+def test_an_input_must_have_the_content_that_was_signed(bench: Bench) -> None:
+    bench.input("a", b"as signed")
+    stored = bench.bring(signed_job(b"as signed"))
+    assert bench.marks == [stored["in/a"]]  # its hash was known: nothing is read again
+    bench.input("a", b"evil stuf")
+    (bench.workspace.files / "in/a").unlink()
+    with pytest.raises(JobFault, match="input in/a is not what was signed: it is sha256:") as fault:
+        bench.bring(signed_job(b"as signed"))
+    assert fault.value.reason is JobReason.INPUT_CORRUPT
+
+
+@pytest.mark.fault("T30")
+@pytest.mark.parametrize("digest", ["md5:0", ""])
+def test_an_input_of_which_only_an_md5_is_known_is_hashed_and_marked_anew(bench: Bench, digest: str) -> None:
+    """Placed by an attempt that died before its content was compared: what it is now counts."""
+    bench.workspace.create()
+    bench.write("in/a", b"as signed")
+    have = {"in/a": Stored("in/a", 9, digest, "etag")}
+    stored = bench.bring(signed_job(b"as signed"), have)
+    whole = Stored("in/a", 9, f"sha256:{hashlib.sha256(b'as signed').hexdigest()}", "etag")
+    assert (stored, bench.marks) == ({"in/a": whole}, [whole])
+    bench.write("in/a", b"evil stuf")
+    with pytest.raises(JobFault, match="is not what was signed"):
+        bench.bring(signed_job(b"as signed"), have)

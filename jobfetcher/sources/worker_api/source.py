@@ -40,6 +40,9 @@ from jobfetcher.core.errors import (
     StopReason,
     TooSoon,
     UnreadableJob,
+    UnwantedJob,
+    WorkerFault,
+    WorkerReason,
 )
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.job import FileRef, JobId, OutputKind, parse_job_id
@@ -51,6 +54,7 @@ from jobfetcher.core.text import clean, details
 from jobfetcher.core.urls import Method, SignedRequest, UrlPolicy, canonical_url
 from jobfetcher.sources.worker_api.client import CALL_S, Client, Params
 from jobfetcher.sources.worker_api.reply import ForeignAnswer, Reply, UnusableAnswer, failure, is_definite
+from jobfetcher.sources.worker_api.signing import NotForThisWorker, Verifier
 from jobfetcher.sources.worker_api.wire import (
     ERROR,
     FINISHED,
@@ -113,7 +117,7 @@ class Filter:
 
 
 class WorkerApi:
-    """The JobSource. `client.auth` must be set. `verify` raises ValueError for a job that must not run here (T15).
+    """The JobSource. `client.auth` must be set. `signatures`: None where jobs need none (T15, T30).
 
     `beat_within_s`: the deadline of one heartbeat, in seconds.
     """
@@ -127,7 +131,7 @@ class WorkerApi:
         *,
         wanted: Filter,
         emit: Emit,
-        verify: Callable[[JobId, Any], None] | None = None,
+        signatures: Verifier | None = None,
         beat_within_s: float = BEAT_WITHIN_S,
         clock: Callable[[], float] = boottime,
     ) -> None:
@@ -136,7 +140,7 @@ class WorkerApi:
         self._policy = policy
         self._wanted = wanted
         self._emit = emit
-        self._verify = verify
+        self._signatures = signatures
         self._clock = clock
         #: The lease of each job that somebody here holds: a server without RETRY_DIFFERENT may hand it out again.
         self._held: weakref.WeakValueDictionary[JobId, ApiLease] = weakref.WeakValueDictionary()
@@ -228,9 +232,12 @@ class WorkerApi:
         self._give_back([extra for extra, _ in leases[1:]])
         lease, specs = leases[0]
         try:
-            if self._verify is not None:
-                self._verify(lease.job_id, specs)
-            return Claim(lease, parse_specs(lease.job_id, specs))
+            hashes = {} if self._signatures is None else self._signatures.check(lease.job_id, specs)
+            return Claim(lease, parse_specs(lease.job_id, specs, hashes))
+        except NotForThisWorker as error:
+            raise UnwantedJob(lease, WorkerReason.POLICY, str(error)) from None
+        except WorkerFault as fault:
+            raise UnwantedJob(lease, fault.reason, str(fault)) from fault
         except ValueError as error:
             raise UnreadableJob(lease, str(error)) from None
 
@@ -257,6 +264,10 @@ class WorkerApi:
             return
         thread.join(_GIVE_BACK_S)
 
+    def _ended(self, job_id: JobId) -> None:
+        if self._signatures is not None:
+            self._signatures.ended(job_id)
+
     def _unreadable(self, error: UnusableAnswer, asked_at: float) -> UnreadableJob | None:
         """A job in an answer that nobody can use, if its id can be read all the same (FAULTS.md B15)."""
         try:
@@ -273,6 +284,7 @@ class WorkerApi:
             accepted_at=accepted_at,
             cut_off=cut_off,
             emit=self._emit,
+            on_end=self._ended,
             beat_within_s=self._beat_within_s,
             clock=self._clock,
         )
@@ -303,10 +315,12 @@ class ApiLease:
         accepted_at: float | None,
         cut_off: Phase | None,
         emit: Emit,
+        on_end: Callable[[JobId], None] = lambda job_id: None,  # noqa: ARG005 - nobody wants to know
         beat_within_s: float = BEAT_WITHIN_S,
         clock: Callable[[], float] = boottime,
     ) -> None:
         self.job_id = job_id
+        self._on_end = on_end
         self._beat_within_s = beat_within_s
         self.token = client.base_url
         self._client = client
@@ -565,6 +579,8 @@ class ApiLease:
                 self._rest_after(error)
                 raise
             self._settled = standing is Standing.KEEP
+            if self._settled and word in _ENDS:
+                self._on_end(self.job_id)
             return standing
 
     def _check_not_too_soon(self) -> None:

@@ -7,6 +7,7 @@ missing or of the wrong kind makes the job unreadable, with the path of the fiel
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -90,8 +91,9 @@ class _Specs(BaseModel):
     hardware: _Hardware | None = None
 
 
-def parse_specs(job_id: JobId, raw: Any) -> Job:
-    """The server's JobSpecs as a Job; ValueError with one readable line when it cannot be one."""
+def parse_specs(job_id: JobId, raw: Any, hashes: Mapping[str, str] | None = None) -> Job:
+    """The server's JobSpecs as a Job; ValueError with one readable line when it cannot be one. `hashes`: the SHA-256 of
+    inputs by path, where a signature says them."""
     try:
         specs = _Specs.model_validate(raw if not isinstance(raw, dict) else {**raw, "app": raw.get("app") or {}})
         needs = specs.hardware or _Hardware()
@@ -103,7 +105,10 @@ def parse_specs(job_id: JobId, raw: Any) -> Job:
                 "labels": _labels(raw),
                 "user_job_id": _user_job_id(raw),
                 "env": specs.app.env or {},
-                "inputs": [{"path": path, "ref": ref} for path, ref in (specs.handler.files_down or {}).items()],
+                "inputs": [
+                    {"path": path, "ref": ref, "sha256": (hashes or {}).get(path)}
+                    for path, ref in (specs.handler.files_down or {}).items()
+                ],
                 "outputs": [{"kind": kind, "path": path} for kind, path in (specs.handler.files_up or {}).items()],
                 "needs": {
                     "cpu_cores": needs.cpu_cores or None,
