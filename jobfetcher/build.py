@@ -359,6 +359,11 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         if base.is_noexec:
             why = "a job cannot run a program that it puts into /files; mount that disk with exec, or choose another"
             emit("noexec", level="warning", message=f"{base.path} is on a disk that is mounted noexec: {why}")
+        if settings.job_disk_limit and base.limit_jobs(settings.job_disk_limit):
+            held = (
+                f"the kernel holds each job's directory to JOB_DISK_LIMIT={settings.job_disk_limit}MiB (project quota)"
+            )
+            emit("quota", message=held)
         if settings.path_host_base is None:
             host_base = find_host_path(finder.api, str(base.path))
         else:

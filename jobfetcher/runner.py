@@ -219,7 +219,7 @@ class Runner:
         fault = fault_of(exit, record.share, workspace.logs / _LOG)
         inputs = self._journal.marked(job.id, "in")
         text = provenance(job, image=record.image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
-        keep(text, workspace.logs, draft=workspace.parts / "provenance")
+        keep(text, workspace.logs, draft=workspace.path / "provenance")
         failpoint("after:provenance")
         with self._step(job.id, "stage_out", "upload", seconds, f"uploading after exit code {named(exit.code)}"):
             left_out = self._stage_out(lease, job, workspace, halt, pulse, fault)

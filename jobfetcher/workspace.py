@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from jobfetcher import tree
+from jobfetcher import quota, tree
 from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
@@ -38,6 +38,7 @@ from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.run import Scarce, Stored, Taken
 from jobfetcher.core.text import clean
 from jobfetcher.leftovers import Leftovers
+from jobfetcher.quota import Quota
 
 _MIB, _GIB = 1024**2, 1024**3
 
@@ -154,6 +155,7 @@ class Base:
         self._awaited: dict[JobId, int] = {}
         self._awaited_lock = threading.Lock()
         self._spare: Callable[[int], None] | None = None
+        self._quota: Quota | None = None
         check_base(path, reserve_mib=reserve_mib, cache_mib=cache_mib)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -175,7 +177,7 @@ class Base:
 
     def job(self, job_id: JobId) -> Workspace:
         """Where one job lives; nothing is made yet."""
-        return Workspace(self.path / "jobs" / job_id)
+        return Workspace(self.path / "jobs" / job_id, self._quota)
 
     def leftovers(self, known: frozenset[JobId]) -> list[str]:
         """Names below jobs/ that belong to no open job."""
@@ -329,6 +331,11 @@ class Base:
         here, engines = _device(self.path), _device(self._watched[-1].path)
         return files * (disk == here) + layers * (disk == engines)
 
+    def limit_jobs(self, limit_mib: int) -> bool:
+        """Have the kernel hold the directory of each job that is made from now on to that size; False: it cannot."""
+        self._quota = quota.find(self.path, limit_mib)
+        return self._quota is not None
+
     def settle(self) -> None:
         """Have each watched disk note what was deleted: XFS and btrfs say that room is free some time after it is."""
         for watched in self._watched:
@@ -365,9 +372,11 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """One job's directory."""
+    """One job's directory. `quota`: what the kernel holds the job's own part of it to, `files` and `parts`; what the
+    worker adds does not count, or a job at its limit could not even be told of."""
 
     path: Path
+    quota: Quota | None = None
 
     @property
     def files(self) -> Path:
@@ -389,9 +398,16 @@ class Workspace:
         try:
             for folder in (self.path, self.parts, self.logs, self.files):
                 folder.mkdir(mode=0o700, exist_ok=True)
+            self._enclose(self.parts, self.files)
             self.files.chmod(0o777)  # 0700 above; the job may run as any user
         except OSError as error:
             raise WorkerFault(WorkerReason.DISK, f"{self.path} cannot be made: {error.strerror}") from error
+
+    def _enclose(self, first: Path, second: Path) -> None:
+        """One limit for both: files are moved, and linked, from one to the other."""
+        if self.quota is not None:
+            self.quota.enclose(first, like=second)
+            self.quota.enclose(second, like=first)
 
     def restore(self, kept: Mapping[str, Stored], halt: Halt | None = None) -> dict[str, Stored]:
         """Make it as new for another run, but for the inputs that are what they were; returns those (FAULTS.md A10).
@@ -410,6 +426,7 @@ class Workspace:
                 tree.remove(self.path, name)
             self.create()
             new.mkdir(mode=0o700)
+            self._enclose(new, self.parts)
             new.chmod(0o777)
             # Linked and not moved: until the swap, the old tree is whole and this can begin again.
             same = {name: stored for name, stored in kept.items() if self._relink(name, stored, new, halt or Halt())}
