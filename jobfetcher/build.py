@@ -225,6 +225,7 @@ def make_box(settings: Settings) -> BoxPolicy:
         user=settings.job_user,
         read_only=settings.job_read_only,
         own_filter=settings.job_seccomp == "jobfetcher",
+        layer_mib=settings.job_disk_limit or None,
     )
 
 

@@ -44,7 +44,8 @@ class RunSpec:
     place, over a volume that the image declares. `volumes`: what it declares elsewhere, where the engine makes its own.
     `init`: the engine's small init program is process 1. `withheld`: variables that the job asked for and does not get.
     `unset`: variables that its image has and the job does not get. `own_filter`: under the worker's filter of system
-    calls, where the engine takes one.
+    calls, where the engine takes one. `layer_mib`: what the engine is to hold the container's own layer to, where it
+    can.
     """
 
     job_id: JobId
@@ -71,6 +72,7 @@ class RunSpec:
     withheld: tuple[str, ...] = ()
     unset: tuple[str, ...] = ()
     own_filter: bool = True
+    layer_mib: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

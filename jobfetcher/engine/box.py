@@ -61,6 +61,8 @@ def box(spec: RunSpec, network_mode: str, flavour: Flavour = DOCKER) -> dict[str
         config["User"] = spec.user
     if spec.runtime is not None:
         config["HostConfig"]["Runtime"] = spec.runtime
+    if spec.layer_mib is not None and flavour.limits_layers:
+        config["HostConfig"]["StorageOpt"] = {"size": f"{spec.layer_mib}m"}
     if spec.gpu_uuids:
         config["HostConfig"]["DeviceRequests"] = [flavour.device_request(spec.gpu_uuids)]
     return flavour.fitted(config)

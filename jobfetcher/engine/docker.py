@@ -115,6 +115,9 @@ T = TypeVar("T")
 #: What an engine says when an image that is named by its id is not there (any more).
 _IMAGE_GONE = re.compile(r"no such image", re.IGNORECASE)
 
+#: When its disk is not mounted for limits on layers (moby, daemon/graphdriver/overlay2).
+_NO_LAYER_LIMIT = re.compile(r"storage-opt|pquota", re.IGNORECASE)
+
 #: And when it is the container.
 _CONTAINER_GONE = re.compile(r"no such container|no container with (?:name|id)", re.IGNORECASE)
 
@@ -413,11 +416,22 @@ class DockerEngine:
                 why = "its image was removed from this machine before the job could start"
                 raise WorkerFault(WorkerReason.INTERRUPTED, why) from error
             except Refused as error:
+                if "StorageOpt" in config["HostConfig"] and _NO_LAYER_LIMIT.search(error.said):
+                    self._limit_no_layers(error)
+                    del config["HostConfig"]["StorageOpt"]
+                    return self._create(spec, config)
                 if error.status != http.client.CONFLICT and not _NAME_TAKEN.search(error.said):
                     raise start_fault(error.said, spec) from error
                 created = None
         failpoint("after:create")
         return (self._adopt(spec), False) if created is None else (DockerContainer(self, created), True)
+
+    def _limit_no_layers(self, error: Refused) -> None:
+        """This engine cannot hold a container's layer to a size after all; the worker's own counting does."""
+        assert self._flavour is not None  # noqa: S101 - a container's configuration was made for it
+        self._flavour = self._flavour[0], replace(self._flavour[1], limits_layers=False)
+        why = clean(error.said, 200)
+        self.emit("no_layer_limit", level="debug", message=f"the engine holds no layer to JOB_DISK_LIMIT: {why}")
 
     def _adopt(self, spec: RunSpec) -> DockerContainer:
         """The container that has our name already: an earlier create whose answer was lost, or a stranger."""

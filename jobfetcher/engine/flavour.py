@@ -84,7 +84,8 @@ class Flavour:
     own is root (userns-remap). `removes_env`: whether a variable without a value takes the image's away.
     `floods_cost_it`: whether the engine itself copies what containers print (`flood`).
     `takes_filter`: whether a container may have a filter of system calls of the worker's. `missing`: the limits that it
-    cannot hold.
+    cannot hold. `limits_layers`: whether it may be able to hold a container's own layer to a size; that its disk is
+    mounted for it (`pquota`) only shows when it is asked to.
     """
 
     kind: str = ""
@@ -113,6 +114,7 @@ class Flavour:
     floods_cost_it: bool = True
     takes_filter: bool = True
     missing: frozenset[Limit] = frozenset()
+    limits_layers: bool = False
 
     @property
     def gives_gpus(self) -> bool:
@@ -181,12 +183,15 @@ def docker_flavour(info: Mapping[str, Any]) -> Flavour:
     rootless = "name=rootless" in options
     name = "Docker without root rights" if rootless else "Docker"
     missing = frozenset(limit for limit, key in _INFO.items() if info.get(key) is False)
+    status = {str(pair[0]): str(pair[1]) for pair in info.get("DriverStatus") or () if len(pair) == 2}
     return Flavour(
         name=name,
         rootless=rootless,
         remapped="name=userns" in options,
         takes_filter=_takes_filter(info),
         missing=missing,
+        # Docker Engine, "Set storage driver options per container": of overlay2 only over XFS.
+        limits_layers=info.get("Driver") == "overlay2" and status.get("Backing Filesystem") == "xfs",
     )
 
 

@@ -62,6 +62,7 @@ class BoxPolicy:
     user: str | None = None
     read_only: bool = False
     own_filter: bool = True
+    layer_mib: int | None = None
 
     def __post_init__(self) -> None:
         if self.network in {"", "host"} or (self.network or "").startswith("container:"):
@@ -118,6 +119,7 @@ def build_run_spec(
             name for name in dropped_env(job.env, gpus=bool(share.gpus)) if name != "NVIDIA_VISIBLE_DEVICES"
         ),
         unset=tuple(name for name in removed if name not in env),
+        layer_mib=policy.layer_mib,
     )
 
 
@@ -130,7 +132,7 @@ def build_proof_spec(share: Share, *, files_host_path: str, policy: BoxPolicy) -
         files_host_path=files_host_path,
         attempt=0,
         instance="",
-        policy=policy,
+        policy=replace(policy, layer_mib=None),  # whether that can be held is found out with a job's container
     )
 
 

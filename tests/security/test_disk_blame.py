@@ -15,8 +15,11 @@ import pytest
 
 from jobfetcher.core.run import Taken, Written
 from jobfetcher.engine import measure
+from jobfetcher.engine.flavour import docker_flavour
+from jobfetcher.engine.run_spec import BoxPolicy
 from jobfetcher.engine.unseen import processes_of
 from tests.support.boxes import LONG_S, DockerBench
+from tests.support.jobs import Emitted
 from tests.support.mounts import ext4, fill, needs_root
 from tests.support.services import wait_until
 from tests.support.trees import names_in
@@ -76,15 +79,17 @@ def test_a_job_that_fills_the_disk_with_inodes_is_told_that_it_did(lab: Lab, dis
 
 
 @pytest.mark.fault("D3", "T12")
-def test_a_job_that_fills_the_disk_to_its_end_and_leaves_before_anybody_looks_is_told_that_it_did(
+def test_a_job_that_fills_the_disk_to_its_end_and_leaves_before_anybody_looks_is_not_given_back(
     lab: Lab, disk: Path
 ) -> None:
-    """Not even its log can be written. It says itself that all is well, and is no machine's fault."""
+    """It says itself that all is well. Where the journal's ballast makes room for its log it has finished; else not
+    even that can be written, and it is told why."""
     here = replace(lab, base=disk / "base")
-    job = here.submit(f"{zeros(100)} > /files/big; seq 1 1000; true", files_up={"output": "out"})
+    fills = f"for round in 1 2 3; do {zeros(100)} > /files/big$round; sync; done; seq 1 1000; true"
+    job = here.submit(fills, files_up={"output": "out"})
     [(state, details)] = ends(here, job, reserve_disk="5")
-    assert state == "error"
-    assert "stopped: the job filled the disk" in details
+    assert state in {"error", "finished"}
+    assert state == "finished" or "stopped: the job filled the disk" in details
     assert names_in(here.base / "jobs") == []
 
 
@@ -208,3 +213,19 @@ def test_a_container_that_holds_nothing_takes_next_to_nothing(bench: DockerBench
     assert written.files == Written().files
     assert written.engine.bytes < MIB // 4
     container.remove()
+
+
+@pytest.mark.fault("D3")
+def test_an_engine_that_cannot_hold_a_layer_to_a_size_runs_jobs_all_the_same(
+    bench: DockerBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one's disk is no XFS with pquota. Asked for a limit it refuses the container; it is asked once."""
+    limiting = "jobfetcher.engine.docker.docker_flavour"
+    monkeypatch.setattr(limiting, lambda info: replace(docker_flavour(info), limits_layers=True))
+    emitted = Emitted()
+    bench.engine.emit = emitted
+    for number in ("1", "2"):
+        spec = bench.spec("true", job_id=number, policy=BoxPolicy(network=None, layer_mib=100))
+        assert bench.run(spec)[0].code == 0
+    [told] = emitted.named("no_layer_limit")
+    assert "pquota" in str(told["message"])

@@ -1,6 +1,7 @@
 """What differs between engines, of what they say of themselves: Podman 4 and 5, rootful and rootless, and Docker."""
 
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,3 +131,21 @@ def test_a_socket_that_is_not_there_says_how_it_comes(path: str, cure: str) -> N
     with closing(EngineApi(f"unix://{path}")) as api, pytest.raises(ConfigError) as refused:
         api.check()
     assert cure in str(refused.value)
+
+
+@pytest.mark.fault("D3")
+@pytest.mark.parametrize(
+    ("driver", "status", "size"),
+    [
+        ("overlay2", [["Backing Filesystem", "xfs"], ["Supports d_type", "true"]], {"size": "2048m"}),
+        ("overlay2", [["Backing Filesystem", "extfs"]], None),
+        ("btrfs", [["Backing Filesystem", "xfs"]], None),  # there it would count the image's own files
+        ("overlay2", [["odd"], ["Backing Filesystem"]], None),
+        ("overlay2", None, None),
+        (None, [["Backing Filesystem", "xfs"]], None),
+    ],
+)
+def test_a_layer_has_a_limit_where_the_engine_may_hold_it(driver: str | None, status: Any, size: object) -> None:
+    flavour = docker_flavour({"Driver": driver, "DriverStatus": status})
+    assert box(replace(SPEC, layer_mib=2048), "none", flavour)["HostConfig"].get("StorageOpt") == size
+    assert "StorageOpt" not in box(SPEC, "none", flavour)["HostConfig"], "no limit, no field"

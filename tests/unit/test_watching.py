@@ -298,6 +298,32 @@ def test_the_disk_limit_counts_layer_and_deleted_files(bench: Bench) -> None:
     assert end.stopped_for is JobReason.DISK_FILLED
 
 
+@pytest.mark.fault("D3", "J5")
+@pytest.mark.parametrize("fault", ["the job's", "another's", "no full disk"])
+def test_a_fault_of_the_disk_after_the_run_is_the_jobs_where_it_filled_it(
+    bench: Bench, disks: Disks, fault: str
+) -> None:
+    """It ended before anybody looked, and the worker had no room for its log."""
+    bench.container.end = Exit(0)
+    watcher = bench.watcher()
+    removed: list[int] = []
+    assert watcher.wait(SEVEN, bench.container, bench.halt, bench.asked_to_stop, lambda: None) == Exit(0)
+    disks.files = Taken(60 * GIB if fault == "the job's" else 1 * GIB, 1)
+    if fault != "no full disk":
+        disks.fill(HERE, Taken(0, 10**6))
+    found = watcher.blame.of_a_fault(SEVEN, lambda: removed.append(1))
+    if fault == "the job's":
+        assert found is not None
+        assert found.reason is JobReason.DISK_FILLED
+        again = watcher.blame.of_a_fault(SEVEN, lambda: removed.append(1))
+        assert str(again) == str(found), "the verdict stands"
+    else:
+        assert found is None
+    assert removed == ([] if fault == "no full disk" else [1])
+    watcher.blame.close(SEVEN)
+    assert watcher.blame.of_a_fault(SEVEN, lambda: removed.append(1)) is None
+
+
 # -- several jobs ------------------------------------------------------------------------------------------------------
 
 
