@@ -35,6 +35,7 @@ from jobfetcher.engine.host_path import check_host_path, find_host_path, runs_in
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
 from jobfetcher.engine.registries import RegistryRules
 from jobfetcher.engine.run_spec import OWN_NETWORK, BoxPolicy, build_proof_spec, build_run_spec, dropped_env
+from jobfetcher.engine.second_name import second_name, sees
 from jobfetcher.housekeeping import Housekeeper
 from jobfetcher.journal import Journal
 from jobfetcher.resources import detect
@@ -354,22 +355,27 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         base = opened.enter_context(
             Base(settings.path_base, reserve_mib=settings.reserve_disk, cache_mib=settings.cache_size)
         )
+        if base.foreign:  # FAULTS.md T26
+            why = "who could put another directory in its place; the worker holds it open, which he cannot change"
+            better = "better is a place below directories of root's, such as /var/lib/jobfetcher"
+            emit("foreign_base", level="warning", message=f"PATH_BASE: {base.foreign}, {why}; {better}")
         if base.filesystem.startswith("nfs"):  # FAULTS.md F7
             why = "a lock and a journal there are no safer than its server; PATH_BASE should be on a local disk"
-            emit("network_disk", level="warning", message=f"{base.path} is on a network ({base.filesystem}): {why}")
+            emit("network_disk", level="warning", message=f"{base.real} is on a network ({base.filesystem}): {why}")
         if base.is_noexec:
             why = "a job cannot run a program that it puts into /files; mount that disk with exec, or choose another"
-            emit("noexec", level="warning", message=f"{base.path} is on a disk that is mounted noexec: {why}")
+            emit("noexec", level="warning", message=f"{base.real} is on a disk that is mounted noexec: {why}")
         if settings.job_disk_limit and base.limit_jobs(settings.job_disk_limit):
             held = (
                 f"the kernel holds each job's directory to JOB_DISK_LIMIT={settings.job_disk_limit}MiB (project quota)"
             )
             emit("quota", message=held)
         if settings.path_host_base is None:
-            host_base = find_host_path(finder.api, str(base.path))
+            host_base = find_host_path(finder.api, str(base.real))
         else:
-            host_base = check_host_path(finder.api, str(settings.path_host_base.expanduser()), str(base.path))
+            host_base = check_host_path(finder.api, str(settings.path_host_base.expanduser()), str(base.real))
         engine = make_engine(settings, find_instance(host_base), emit, own)
+        host_base = _mounted_from(base, host_base, finder, settings, opened)
         opened.callback(engine.close)
         if os.geteuid() != 0:  # FAULTS.md E13
             base.left.also_own(lambda name: engine.own(f"{host_base}/jobs/{name}"))
@@ -417,6 +423,21 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
             polling=polling,
             emit=emit,
         )
+
+
+def _mounted_from(base: Base, host_base: str, engine: DockerEngine, settings: Settings, opened: ExitStack) -> str:
+    """What the engine's mounts name: `host_base`, or where others might lead that elsewhere a second name (T26).
+
+    Where there can be none, a path that others might change is looked at before and after each start of a container.
+    """
+    if not base.foreign:
+        return host_base
+    if not runs_inside(engine.api):
+        second = opened.enter_context(second_name(base.descriptor, find_instance(host_base)))
+        if second is not None and sees(settings.docker_host or DEFAULT_URL, second):
+            return str(second)
+    base.watches_way = True
+    return host_base
 
 
 def _check_encoding() -> None:

@@ -228,7 +228,7 @@ def _run(loaded: Loaded, once: bool, exit_when_idle: float | None, emit: Emit, b
         except ConfigError as error:
             if not isinstance(error.__cause__, SourceRefused):
                 raise
-            wait_s = refusals.another(settings.path_base)
+            wait_s = refusals.another(worker.base.path)
             why = f"{str(error).rstrip('.')}; {_signs_in_with(loaded)}"
             how = f"waiting {wait_s:g} s before leaving, so that restarts do not lock the account; Ctrl-C: leave now"
             emit("refused", level="error", message=f"{why}; {how}")
@@ -236,7 +236,7 @@ def _run(loaded: Loaded, once: bool, exit_when_idle: float | None, emit: Emit, b
             raise ConfigError(why) from error
         finally:
             if worker.welcomed:
-                refusals.forget(settings.path_base)
+                refusals.forget(worker.base.path)
         if worker.running:  # detached from a job in the middle of a call: the journal bears that
             emit("stopped", message="stopped; the next start goes on with the jobs in hand")
             bars.close(within_s=0.3)

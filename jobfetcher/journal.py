@@ -35,6 +35,7 @@ from jobfetcher.core.machine import Share
 from jobfetcher.core.phases import IllegalMove, Phase, check_move
 from jobfetcher.core.run import Exit, Image, Outcome, Stored
 from jobfetcher.journal_file import VERSION, FileRow, Found, JobRow, KeptImage, Statement
+from jobfetcher.pinned import connect, shown
 
 __all__ = ["MAX_RUNS", "VERSION", "Direction", "Journal", "KeptImage", "Record"]
 
@@ -107,7 +108,7 @@ class Journal:
         self._syncing = True
         self._boot_id = _boot_id() if boot_id is None else boot_id
         self._wall = wall
-        unusable = f"the journal {path} cannot be used"
+        unusable = f"the journal {shown(path)} cannot be used"
         try:
             try:
                 self._db = self._connected(path)
@@ -122,7 +123,7 @@ class Journal:
 
     def _connected(self, path: Path) -> sqlite3.Connection:
         found = self._find(path)
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+        self._db = connect(path)
         try:
             self._open(found)
         except BaseException:
@@ -133,11 +134,13 @@ class Journal:
     def _find(self, path: Path) -> Found:
         """What the file at `path` holds; a damaged one is replaced by what could be saved of it."""
         if (earlier := journal_file.finish_replacing(path)) is not None:
-            self.damage = f"the journal was damaged and an earlier start was cut off; the old file is in {earlier}"
+            place = shown(earlier)
+            self.damage = f"the journal was damaged and an earlier start was cut off; the old file is in {place}"
         found = journal_file.read(path)
         if found.version > VERSION:
             raise ConfigError(
-                f"the journal {path} was written by a newer jobfetcher (format {found.version}); upgrade this one"
+                f"the journal {shown(path)} was written by a newer jobfetcher (format {found.version}); "
+                "upgrade this one"
             )
         for row in list(found.jobs):
             try:
@@ -153,7 +156,7 @@ class Journal:
         if damage or found.version == 1:
             self._ballast.unlink(missing_ok=True)  # room for what is written now; a new ballast follows
         if damage:
-            place = journal_file.replace_with(path, found)
+            place = shown(journal_file.replace_with(path, found))
             found.version = VERSION
             saved = f"{len(found.jobs)} {'record was' if len(found.jobs) == 1 else 'records were'} saved"
             self.damage = f"the journal was damaged ({damage}); {saved}, and the old file is in {place}"

@@ -336,7 +336,8 @@ class Runner:
         if record.container is None:
             self._base.job(job_id).make_folders(spec.folders)
             failpoint("before:start")
-            container = self._engine.start(spec, partial(self._starting, job_id))  # one of that name is adopted
+            with self._base.unmoved(job_id, lambda: self._remove_container(job_id)):
+                container = self._engine.start(spec, partial(self._starting, job_id))  # one of that name is adopted
             failpoint("after:started")
             return container
         found = self._insist(halt, lambda: self._engine.find(job_id))
@@ -398,14 +399,14 @@ class Runner:
         return record
 
     def _remove_container(self, job_id: JobId) -> None:
-        container = self._engine.find(job_id)
-        if container is not None:
+        if (container := self._engine.find(job_id)) is not None:
             container.remove()
 
     def _own(self, job_id: JobId) -> None:
         """Without root, what a job's root wrote may neither be read nor deleted before this (FAULTS.md E13)."""
         if os.geteuid() != 0 and self._base.job(job_id).files.is_dir():
-            self._engine.own(self._host_path(job_id))
+            with self._base.unmoved(job_id, lambda: None):
+                self._engine.own(self._host_path(job_id))
 
     def _host_path(self, job_id: JobId) -> str:
         return str(self._host_base / "jobs" / job_id / "files")

@@ -34,6 +34,7 @@ from jobfetcher.core.errors import ConfigError, WorkerFault, WorkerReason
 from jobfetcher.core.machine import Gpu
 from jobfetcher.core.ports import Engine
 from jobfetcher.core.run import RunSpec
+from jobfetcher.pinned import shown
 
 #: An idle machine is tested this often, and a GPU that is set aside, in seconds.
 IDLE_S, GPU_S = 600.0, 120.0
@@ -227,11 +228,11 @@ class SelfTest:
             folder.mkdir(mode=0o700)
             folder.chmod(0o777)  # PATH_BASE is 0700
         except OSError as error:
-            raise WorkerFault(WorkerReason.DISK, f"{folder} cannot be made: {error.strerror}") from error
+            raise WorkerFault(WorkerReason.DISK, f"{shown(folder)} cannot be made: {error.strerror}") from error
         try:
             yield folder
         finally:
             try:
                 tree.remove(self._base, FOLDER)
             except OSError as error:
-                raise WorkerFault(WorkerReason.DISK, f"{folder} cannot be removed: {error.strerror}") from error
+                raise WorkerFault(WorkerReason.DISK, f"{shown(folder)} cannot be removed: {error.strerror}") from error

@@ -22,6 +22,7 @@ from jobfetcher.core.ports import Download, Lease, Transfer, Upload
 from jobfetcher.core.run import Stored
 from jobfetcher.core.text import clean
 from jobfetcher.core.urls import SignedRequest
+from jobfetcher.pinned import shown
 from jobfetcher.workspace import Workspace
 
 #: What the worker itself sends lies below this folder, as logs.
@@ -229,7 +230,9 @@ def stage_out(
     file is not followed but reported. Raises Stopped, JobFault (after everything else was sent) or WorkerFault.
     """
     if not workspace.files.is_dir():  # nothing to send is a success only where there is something to look at
-        raise WorkerFault(WorkerReason.DISK, f"the job's directory {workspace.files} is gone; did somebody delete it?")
+        raise WorkerFault(
+            WorkerReason.DISK, f"the job's directory {shown(workspace.files)} is gone; did somebody delete it?"
+        )
     result = StagedOut(dict(have))
     unsendable: list[str] = []
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jobfetcher.core.run import Taken
+from jobfetcher.pinned import is_pinned
 
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: O_NONBLOCK: opening a FIFO must not wait for a writer (FAULTS.md F11).
@@ -66,7 +67,7 @@ class Changed(OSError):
 @contextmanager
 def opened(root: Path, parts: Sequence[str] = (), *, create: bool = False) -> Iterator[int]:
     """A descriptor of the directory `root/parts...`; `create` makes the missing ones (mode 0777, see workspace)."""
-    here = os.open(root, _DIR)
+    here = _open_root(root)
     try:
         for part in parts:
             made = create and _make(here, part)
@@ -79,6 +80,15 @@ def opened(root: Path, parts: Sequence[str] = (), *, create: bool = False) -> It
         yield here
     finally:
         os.close(here)
+
+
+def _open_root(root: Path) -> int:
+    try:
+        return os.open(root, _DIR)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENOTDIR} and is_pinned(root):
+            return os.open(f"{root}/.", _DIR)  # the name of an open directory is a link, if one that is like no other
+        raise
 
 
 def place(source: Path, root: Path, parts: Sequence[str]) -> None:

@@ -117,7 +117,7 @@ class Worker:
         self._source = source
         self._engine = engine
         self._budget = budget
-        self._base, self._journal = base, journal
+        self.base, self._journal = base, journal
         self._runner = runner
         self._housekeeper = housekeeper
         self._self_test = self_test
@@ -163,7 +163,7 @@ class Worker:
     def say_goodbye(self) -> None:
         """Tell the next start that what is open was not left by a crash (FAULTS.md A9). Safe in a signal handler."""
         with contextlib.suppress(OSError):
-            self._base.say_goodbye()
+            self.base.say_goodbye()
 
     def last_words(self) -> list[str]:
         """What becomes of each job in hand, as sentences, when this process ends now; and that it must after this."""
@@ -190,14 +190,14 @@ class Worker:
         if damage := recovery.damage_of(self._journal):
             self._emit("journal_damaged", level="error", message=damage)
         for found in recovery.open_jobs(
-            self._journal, self._source, self._budget, self._emit, crashed=self._base.crashed
+            self._journal, self._source, self._budget, self._emit, crashed=self.base.crashed
         ):
             lease, job, hold, outcome = found.lease, found.job, found.hold, found.outcome
             if outcome is not None:
                 self._in_slot(lease, Halt(), partial(self._outbox.settle, lease, outcome))
             elif job is not None and hold is not None:
                 self._run(lease, job, hold)
-        recovery.clear_strays(self._journal, self._engine, self._base, self._emit)
+        recovery.clear_strays(self._journal, self._engine, self.base, self._emit)
         self._reconcile_due = self._clock() + _RECONCILE_S
         failpoint("after:recover")
 
@@ -265,7 +265,7 @@ class Worker:
         if self._clock() < self._reconcile_due:
             return
         self._reconcile_due = self._clock() + _RECONCILE_S
-        recovery.clear_strays(self._journal, self._engine, self._base, self._emit, older_than_s=_RECONCILE_S)
+        recovery.clear_strays(self._journal, self._engine, self.base, self._emit, older_than_s=_RECONCILE_S)
         self._housekeeper.tidy()
 
     def _is_full(self) -> bool:

@@ -10,6 +10,7 @@
         quarantine/       what nobody could make sense of, kept for a person; never read or deleted by the worker
 
 Imported by worker, runner and build. Knows no engine: where the directory lies on the engine's host is told to it.
+How PATH_BASE is reached, and who might lead us elsewhere: `trusted`.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ import fcntl
 import hashlib
 import math
 import os
-import pwd
 import socket
-import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from jobfetcher import quota, tree
+from jobfetcher import quota, tree, trusted
 from jobfetcher.core.errors import ConfigError, JobFault, JobReason, WorkerFault, WorkerReason
 from jobfetcher.core.failpoints import failpoint
 from jobfetcher.core.halt import Halt
@@ -38,17 +38,13 @@ from jobfetcher.core.job import Job, JobId
 from jobfetcher.core.run import Scarce, Stored, Taken
 from jobfetcher.core.text import clean
 from jobfetcher.leftovers import Leftovers
+from jobfetcher.pinned import shown
 from jobfetcher.quota import Quota
 
 _MIB, _GIB = 1024**2, 1024**3
 
 #: Room that is always kept free: the larger of the two, at most half the disk (a small one must be usable at all).
 _RESERVE_BYTES, _RESERVE_SHARE = 5 * _GIB, 0.05
-
-#: All that a worker makes in PATH_BASE: a directory with nothing else in it is ours alone.
-_OURS = {"lock", "jobs", "cache", "proof", "quarantine", "journal.ballast", "refused.json", "refused.json.new"}
-_OURS |= {"nonces.jsonl", "nonces.jsonl.new"}
-_OURS |= {f"journal.db{part}" for part in ("", "-wal", "-shm", "-journal", ".new", ".draft")}
 
 #: How the lock file begins while it is held, and what its holder puts over that when it leaves in order.
 _HELD, _LEFT = b"process ", b"left by "
@@ -89,9 +85,7 @@ def check_base(path: Path, *, reserve_mib: int | None, cache_mib: int) -> None:
     """Raise ConfigError where PATH_BASE must not lie, or its disk has less than RESERVE_DISK (None: auto) or, beside
     that, less than CACHE_SIZE. Makes nothing."""
     try:
-        _check_links(path)
-        if not path.exists():
-            _check_owners(path)  # where it must not lie, nothing is made
+        trusted.check(path)  # where it must not lie, nothing is made
         check_reserve(path, reserve_mib, cache_mib)
     except OSError as error:
         raise _unusable(path, error) from None
@@ -156,24 +150,33 @@ class Base:
         self._awaited_lock = threading.Lock()
         self._spare: Callable[[int], None] | None = None
         self._quota: Quota | None = None
+        #: Whether the engine's mounts name the real path though others might lead it elsewhere; and that it was led.
+        self.watches_way = False
+        self._moved = ""
         check_base(path, reserve_mib=reserve_mib, cache_mib=cache_mib)
         try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Followed once, here: below it no link ever is.
-            self.path = path = path.resolve()
-            self._watched = [Watched(path, str(path))]
-            #: What this worker could not delete there.
-            self.left = Leftovers(path / "jobs")
-            _check_first_user(path)
-            _make_private(path)
-            _check_owners(path)
-            (path / "jobs").mkdir(mode=0o700, exist_ok=True)
-            with tree.opened(path, ["jobs"]) as jobs:  # a link in its place is refused
-                os.fchmod(jobs, 0o700)
-            self._lock, before = _lock(path / "lock")
-            self.crashed = bool(before) and not before.startswith(_LEFT)
+            way = trusted.claim(path)
         except OSError as error:
             raise _unusable(path, error) from None
+        #: PATH_BASE for the kernel, and for people and the engine: another one where somebody else might lead the real
+        #: path elsewhere, who is named in `foreign`.
+        self.path, self.real, self.foreign = way.path, way.real, way.foreign
+        self.descriptor = way.descriptor
+        self._watched = [Watched(self.path, str(self.real))]
+        #: What this worker could not delete there.
+        self.left = Leftovers(self.path / "jobs")
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir("jobs", 0o700, dir_fd=self.descriptor)
+            with tree.opened(self.path, ["jobs"]) as jobs:  # a link in its place is refused
+                os.fchmod(jobs, 0o700)
+            self._lock, before = _lock(self.descriptor, self.real)
+            self.crashed = bool(before) and not before.startswith(_LEFT)
+        except BaseException as error:
+            os.close(self.descriptor)
+            if isinstance(error, OSError):
+                raise _unusable(path, error) from None
+            raise
 
     def job(self, job_id: JobId) -> Workspace:
         """Where one job lives; nothing is made yet."""
@@ -194,7 +197,7 @@ class Base:
         ValueError for a `name` that is more than one name.
         """
         if name in {"", ".", ".."} or "/" in name:
-            raise ValueError(f"not the name of something in {self.path / 'jobs'}: {name[:80]!r}")
+            raise ValueError(f"not the name of something in {self.real / 'jobs'}: {name[:80]!r}")
         (self.path / "quarantine").mkdir(mode=0o700, exist_ok=True)
         with tree.opened(self.path, ["jobs"]) as jobs, tree.opened(self.path, ["quarantine"]) as shelf:
             os.fchmod(shelf, 0o700)
@@ -203,7 +206,7 @@ class Base:
                 os.rename(name, moved, src_dir_fd=jobs, dst_dir_fd=shelf)
             for folder in (shelf, jobs):  # or it would be deleted as a leftover after a power cut
                 os.fsync(folder)
-        return self.path / "quarantine" / moved
+        return self.real / "quarantine" / moved
 
     @property
     def filesystem(self) -> str:
@@ -231,7 +234,10 @@ class Base:
         self._spare = make_room
 
     def check_room(self) -> None:
-        """Raise WorkerFault(DISK) when less is free than must always be kept free, with what open jobs await."""
+        """Raise WorkerFault(DISK) when less is free than must always be kept free, with what open jobs await, or when
+        PATH_BASE was led elsewhere once (`unmoved`)."""
+        if self._moved:
+            raise WorkerFault(WorkerReason.DISK, self._moved)
         if full := self.is_full() or self._is_promised():
             raise WorkerFault(WorkerReason.DISK, full)
 
@@ -269,7 +275,7 @@ class Base:
             os.pwrite(self._lock, os.pread(self._lock, 200, 0), 0)
             os.fdatasync(self._lock)
         except OSError as error:
-            return f"{self.path} cannot be written: {error.strerror}; look for disk errors (dmesg)"
+            return f"{self.real} cannot be written: {error.strerror}; look for disk errors (dmesg)"
         return ""
 
     def _is_promised(self) -> str:
@@ -278,7 +284,7 @@ class Base:
             return ""
         disk = _disk(self.path)
         free, least = disk.f_bavail * disk.f_frsize, self.reserve_bytes(disk.f_blocks * disk.f_frsize)
-        return f"what is free in {self.path} is promised to inputs on their way" if free - awaited < least else ""
+        return f"what is free in {self.real} is promised to inputs on their way" if free - awaited < least else ""
 
     def awaits(self, job_id: JobId, size: int) -> None:
         """`size` more bytes will come for a job: reserved until it says less; 0 when all is there.
@@ -304,7 +310,7 @@ class Base:
         if free - size < least:
             raise WorkerFault(
                 WorkerReason.DISK,
-                f"{size / _MIB:.0f} MiB more do not fit into {self.path}: {free / _MIB:.0f} MiB are free and "
+                f"{size / _MIB:.0f} MiB more do not fit into {self.real}: {free / _MIB:.0f} MiB are free and "
                 f"{least / _MIB:.0f} MiB must stay free (RESERVE_DISK)",
             )
 
@@ -355,6 +361,38 @@ class Base:
         """Bytes that must stay free of a disk of `total` bytes."""
         return _reserve_bytes(total, self._reserve_mib)
 
+    @contextmanager
+    def unmoved(self, job_id: JobId, undo: Callable[[], object]) -> Iterator[None]:
+        """Around the start of a container whose mount names the real path: where that does not lead to this job's
+        directory, before or right after, `undo` is called and no job is taken any more (FAULTS.md T26).
+
+        Raises WorkerFault(DISK). Does nothing where nobody else can lead it elsewhere.
+        """
+        self._check_way(job_id)
+        yield
+        try:
+            self._check_way(job_id)
+        except WorkerFault:
+            undo()
+            raise
+
+    def _check_way(self, job_id: JobId) -> None:
+        if not self.watches_way:
+            return
+        try:
+            held = self.job(job_id).files.stat()
+        except OSError as error:
+            raise WorkerFault(WorkerReason.DISK, f"the job's directory is gone: {error.strerror}") from error
+        # What is not there, a link, or not for us to enter is another one as well.
+        with contextlib.suppress(OSError), trusted.followed(self.real / "jobs" / job_id / "files") as found:
+            if os.path.samestat(held, os.fstat(found)):
+                return
+        self._moved = (
+            f"another directory was put in the place of {self.real} while the worker runs: {self.foreign}, who can do "
+            "that; no job is taken any more. Choose a PATH_BASE below directories of root's, and start the worker anew"
+        )
+        raise WorkerFault(WorkerReason.DISK, self._moved)
+
     def say_goodbye(self) -> None:
         """Note that this process leaves because it was told to, however abruptly. One write; raises OSError."""
         os.pwrite(self._lock, _LEFT, 0)
@@ -362,6 +400,7 @@ class Base:
     def close(self) -> None:
         """Let go of the directory."""
         os.close(self._lock)
+        os.close(self.descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -401,7 +440,7 @@ class Workspace:
             self._enclose(self.parts, self.files)
             self.files.chmod(0o777)  # 0700 above; the job may run as any user
         except OSError as error:
-            raise WorkerFault(WorkerReason.DISK, f"{self.path} cannot be made: {error.strerror}") from error
+            raise WorkerFault(WorkerReason.DISK, f"{shown(self.path)} cannot be made: {error.strerror}") from error
 
     def _enclose(self, first: Path, second: Path) -> None:
         """One limit for both: files are moved, and linked, from one to the other."""
@@ -436,7 +475,7 @@ class Workspace:
             tree.remove(self.path, old.name)
         except OSError as error:
             raise WorkerFault(
-                WorkerReason.DISK, f"what an earlier run left in {self.path} cannot be cleared away: {error}"
+                WorkerReason.DISK, shown(f"what an earlier run left in {self.path} cannot be cleared away: {error}")
             ) from error
         return same
 
@@ -464,7 +503,7 @@ class Workspace:
                     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         except OSError as error:
             raise WorkerFault(
-                WorkerReason.DISK, f"the disk of {self.path} takes no writes: {error.strerror}"
+                WorkerReason.DISK, f"the disk of {shown(self.path)} takes no writes: {error.strerror}"
             ) from error
 
     def make_folders(self, paths: Iterable[str]) -> None:
@@ -521,14 +560,14 @@ def _device(path: Path) -> int:
     try:
         return path.stat().st_dev
     except OSError as error:
-        raise WorkerFault(WorkerReason.DISK, f"the disk of {path} does not answer: {error.strerror}") from error
+        raise WorkerFault(WorkerReason.DISK, f"the disk of {shown(path)} does not answer: {error.strerror}") from error
 
 
 def _disk(path: Path) -> os.statvfs_result:
     try:
         return os.statvfs(path)
     except OSError as error:
-        raise WorkerFault(WorkerReason.DISK, f"the disk of {path} does not answer: {error.strerror}") from error
+        raise WorkerFault(WorkerReason.DISK, f"the disk of {shown(path)} does not answer: {error.strerror}") from error
 
 
 def _is_one_disk(one: Path, other: Path) -> bool:
@@ -580,83 +619,19 @@ def _label(shelf: int, name: str, why: str) -> str:
         return moved
 
 
-def _check_links(path: Path) -> None:
-    """A link on the way may be the owner's own (/home on another disk, say), and no other user's: they could lead the
-    worker elsewhere at its next start (FAULTS.md T21)."""
-    here = path.absolute()
-    for folder in (*reversed(here.parents), here):
-        if folder.is_symlink() and folder.lstat().st_uid not in {0, os.geteuid()}:
-            raise ConfigError(f"PATH_BASE: {folder} is a link of another user; choose another place")
-        if folder.is_symlink() and not folder.exists():
-            raise ConfigError(f"PATH_BASE: {folder} is a link to {folder.readlink()}, which is not there")
-
-
-def _check_first_user(path: Path) -> None:
-    """Without root's rights, what a worker of another user made there can neither be used nor be deleted."""
-    if os.geteuid() == 0:
-        return
-    for place in (path, *(path / name for name in sorted(_OURS))):
-        try:
-            owner = place.lstat().st_uid
-        except OSError:
-            continue  # not there, or not for us to see: its directory says why
-        if owner != os.geteuid():
-            raise ConfigError(
-                f"PATH_BASE: {place} belongs to another user ({_user(owner)}), perhaps since a worker was run there as "
-                f"that user; run `sudo chown -R {_user(os.geteuid())} {path}`, or choose a directory of your own"
-            )
-
-
-def _user(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
-
-
-def _make_private(path: Path) -> None:
-    """Mode 0700 where the directory is ours alone; one that holds other things keeps its mode (jobs/ is 0700)."""
-    seen = path.stat()
-    names = {entry.name for entry in path.iterdir()}
-    if stat.S_IMODE(seen.st_mode) != 0o700 and names <= _OURS:
-        path.chmod(0o700)
-
-
-def _check_owners(path: Path) -> None:
-    """Whoever may rename a directory may replace what is below it (FAULTS.md T21); a sticky one prevents that.
-
-    Of a path that is not there yet, what is above it is looked at. A group that is its owner's alone (same number, as
-    most systems give every user) is the owner.
-    """
-    for folder in (path.resolve(), *path.resolve().parents):
-        try:
-            seen = folder.stat()
-        except FileNotFoundError:
-            continue  # it is going to be made
-        if seen.st_mode & stat.S_ISVTX and folder != path.resolve():
-            continue  # but in PATH_BASE itself, others could put their own `jobs` before ours
-        by_group = seen.st_mode & stat.S_IWGRP and seen.st_gid != seen.st_uid
-        if by_group or seen.st_mode & stat.S_IWOTH:
-            others = "everybody" if seen.st_mode & stat.S_IWOTH else "its group"
-            raise ConfigError(
-                f"PATH_BASE: {folder} can be changed by {others}, who could then replace the worker's files; "
-                f"run `chmod go-w {folder}` or choose another place"
-            )
-
-
-def _lock(path: Path) -> tuple[int, bytes]:
+def _lock(folder: int, real: Path) -> tuple[int, bytes]:
     """A lock, and what its last holder wrote.
 
     It ends with this process, however that ends; a file left behind does not block (FAULTS.md F7).
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
         raise ConfigError(
-            f"PATH_BASE: {path.parent} is in use by another worker ({holder}); stop it or choose another directory"
+            f"PATH_BASE: {real} is in use by another worker ({holder}); stop it or choose another directory"
         ) from None
     before = os.pread(descriptor, 200, 0)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")

@@ -49,6 +49,7 @@ from jobfetcher.core.text import clean
 from jobfetcher.engine.api import EngineApi, NotFound, Refused
 from jobfetcher.engine.sayings import INIT_BROKEN, INIT_FAILED, init_fault, setting_fault, start_fault
 from jobfetcher.engine.volumes import MOUNT_POINT
+from jobfetcher.pinned import shown
 
 #: The image of the box: nothing in it. By this name it is found again.
 IMAGE = "jobfetcher-proof:1"
@@ -205,14 +206,14 @@ def _fault(code: int, said: str, init: str, folder: Path) -> WorkerFault:
     if "no such file" in why:
         return WorkerFault(
             WorkerReason.DISK,
-            f"a file that the worker writes to {folder} is not seen in containers: the engine mounts another directory "
-            "of that name; is the worker in a namespace of its own (a private mount, another machine, snap)?",
+            f"a file that the worker writes to {shown(folder)} is not seen in containers: the engine mounts another "
+            "directory of that name; is the worker in a namespace of its own (a private mount, another machine, snap)?",
         )
     if "permission denied" in why:
         return WorkerFault(
             WorkerReason.DISK,
-            f"containers may not use what the worker writes to {folder}; is it SELinux (`ausearch -m avc`), or a "
-            "directory above it that the engine's user may not enter?",
+            f"containers may not use what the worker writes to {shown(folder)}; is it SELinux (`ausearch -m avc`), or "
+            "a directory above it that the engine's user may not enter?",
         )
     return WorkerFault(
         WorkerReason.ENGINE, f"a container for a test ended with exit code {code}: {clean(said, 300) or 'no word'}"
@@ -231,7 +232,7 @@ def _program(folder: Path, init: str) -> Iterator[tuple[str, ...]]:
         path.write_text(f"#!{init} -h\n", encoding="ascii")
         path.chmod(0o755)  # whatever the umask; JOB_USER may be anybody
     except OSError as error:
-        raise WorkerFault(WorkerReason.DISK, f"{folder} cannot be written: {error.strerror}") from error
+        raise WorkerFault(WorkerReason.DISK, f"{shown(folder)} cannot be written: {error.strerror}") from error
     try:
         yield (f"{MOUNT_POINT}/{name}",)
     finally:

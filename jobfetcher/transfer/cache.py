@@ -35,6 +35,7 @@ from jobfetcher.core.errors import WorkerFault, WorkerReason
 from jobfetcher.core.ports import Emit
 from jobfetcher.core.run import Stored
 from jobfetcher.core.urls import SignedRequest, parse_origin
+from jobfetcher.pinned import shown
 
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -188,7 +189,7 @@ class Cache:
                 if not self._has(note, folder):
                     self._store(note, part, folder, check)
         except OSError as error:
-            self._say("disk", f"inputs are not kept for later jobs: {self._path}: {error.strerror}")
+            self._say("disk", f"inputs are not kept for later jobs: {shown(self._path)}: {error.strerror}")
         except WorkerFault as fault:
             self._say("room", f"inputs are not kept for later jobs: {fault}")
 

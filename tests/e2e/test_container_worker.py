@@ -8,6 +8,7 @@ import base64
 import contextlib
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jobfetcher.core.job import parse_job_id
 from jobfetcher.sources.worker_api.signing import sign
 from tests.support.mock_server import MockServer
+from tests.support.mounts import needs_root
 from tests.support.services import answers, free_port, running, wait_until
 from tests.support.worker import UNTIL_LET_GO, Lab
 
@@ -338,3 +340,23 @@ def test_a_worker_that_is_not_root_and_not_let_at_the_socket_says_so(bay: Bay) -
         last = worker.printed.splitlines()[-1]
     assert last.startswith("jobfetcher: no permission to use the container engine at unix:///var/run/docker.sock; ")
     assert last.endswith("or the socket's group to the worker's container (docker run --group-add GROUP_ID)")
+
+
+@pytest.mark.fault("T26")
+@needs_root
+def test_a_directory_of_another_user_with_other_things_in_it_goes_on_working(bay: Bay) -> None:
+    """As the reference's own example lies in somebody's home: the worker has a directory of its own there, reached
+    through a descriptor, as no second name can be mounted in a container."""
+    (bay.lab.base / "thesis.tex").write_text("precious")
+    bay.lab.base.chmod(0o755)
+    os.chown(bay.lab.base, 1234, 1234)
+    job = submit_copy(bay.lab)
+    with bay.worker("run", "--once") as worker:
+        assert worker.ended() == 0
+        printed = worker.printed
+    assert "PATH_BASE: /data belongs to 1234, who could put another directory in its place" in printed
+    assert bay.lab.ended(job) == ("finished", "")
+    assert bay.lab.server.results(job)["output/out/copy.bin"] == INPUT
+    assert sorted(entry.name for entry in bay.lab.base.iterdir()) == ["jobfetcher", "thesis.tex"]
+    assert (bay.lab.base.stat().st_uid, stat.S_IMODE(bay.lab.base.stat().st_mode)) == (1234, 0o755)
+    assert list((bay.lab.base / "jobfetcher" / "jobs").iterdir()) == []
