@@ -1,5 +1,5 @@
 # The worker as an image. Run it with the engine's socket and the data directory mounted:
-#   docker run -v HOST_DIR:/data -v /var/run/docker.sock:/var/run/docker.sock -v $PWD/.env:/app/.env:ro IMAGE
+#   docker run -v /var/lib/jobfetcher:/data -v /var/run/docker.sock:/var/run/docker.sock -v $PWD/.env:/app/.env:ro IMAGE
 # BASE_IMAGE is any image with python3 >= 3.11 and its venv module. Proxies and certificates of a builder's network belong
 # into that image, not here. A tag may be moved by whoever owns it, so a release names its base by digest:
 # scripts/image-release builds nothing from a tag, and says how to put the digest here.

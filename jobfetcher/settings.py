@@ -214,7 +214,9 @@ class Settings(BaseModel):
         None,
         "Where USERNAME signs in, as POOL_ID/CLIENT_ID; the password goes nowhere else. Empty: where it did first.",
     )
-    path_base: FilePath = Field(description="Directory for jobs and the journal, private to this worker.")
+    path_base: FilePath = Field(
+        description="Directory for jobs and the journal, private to this worker. Best below directories of root's."
+    )
     path_host_base: FilePath | None = _field(
         None, "Where PATH_BASE lies on the engine's host. Found by itself; a wrong one is refused."
     )
