@@ -32,6 +32,7 @@ from pydantic import (
     ValidationError,
 )
 
+from jobfetcher import owners
 from jobfetcher.certificates import is_hashed, read_certificates
 from jobfetcher.core.addresses import Address, Kind, kind_of, plain
 from jobfetcher.core.errors import ConfigError
@@ -453,7 +454,7 @@ def load(
     """
     environ = os.environ if environ is None else environ
     warnings: list[str] = []
-    path, in_file = _dotenv(env_file, environ)
+    path, in_file = _dotenv(env_file, environ, warnings)
     found_in = {"environment": environ, **({} if in_file is None else {str(path): in_file})}
     layers = {layer: _named(layer, values, warnings) for layer, values in found_in.items()}
     given: dict[str, Any] = {}
@@ -479,6 +480,7 @@ def load(
         given["path_base"] = environ.get("JOBFETCHER_DEFAULT_PATH_BASE") or user_data_dir("jobfetcher")
     looked_for = path.absolute() if in_file is None else None
     settings = _check(given, origin)
+    warnings += _changed_by_others(settings, layers)
     if (token := _find("access_token", layers)) is not None and origin["access_token"] == token.layer:
         settings._access_token_path = token.path
     if server:
@@ -592,6 +594,18 @@ def _is_rehashed(folder: str) -> bool:
         return False
 
 
+def _changed_by_others(settings: Settings, layers: Mapping[str, _Layer]) -> Iterator[str]:
+    """Files that settings name, and docker's own, which names the programs that know a registry's password. The file of
+    settings itself was looked at before it was read."""
+    for name in SECRETS:
+        if (found := _find(name, layers)) is not None and found.path is not None:
+            yield from owners.check(found.path.expanduser(), f"{name.upper()}_FILE", secret=True)
+    for name in ("ca_file", "job_signing_keys"):
+        if (path := getattr(settings, name)) is not None:
+            yield from owners.check(path, name.upper())
+    yield from owners.check(Path(docker_config()))
+
+
 def _readable_by_others(layers: Mapping[str, _Layer]) -> Iterator[str]:
     for layer, values in layers.items():
         if layer == "environment" or not any(values.get(name.upper()) for name in SECRETS):
@@ -600,7 +614,9 @@ def _readable_by_others(layers: Mapping[str, _Layer]) -> Iterator[str]:
             yield f"{layer} holds a secret and can be read by others; run `chmod 600 {layer}`"
 
 
-def _dotenv(env_file: Path | None, environ: Mapping[str, str]) -> tuple[Path, dict[str, str] | None]:
+def _dotenv(
+    env_file: Path | None, environ: Mapping[str, str], warnings: list[str]
+) -> tuple[Path, dict[str, str] | None]:
     """The file that settings are looked for in, and what stands in it; None where there is none."""
     path = env_file or Path(".env")
     if path.is_dir():
@@ -609,6 +625,7 @@ def _dotenv(env_file: Path | None, environ: Mapping[str, str]) -> tuple[Path, di
             "remove it, make the file, and start again"
         )
     if path.is_file():
+        warnings += owners.check(path)
         return path, read_dotenv(path, environ, lambda key: key.upper().removeprefix(PREFIX) in _LITERAL)
     if env_file is not None:
         raise ConfigError(f"there is no file {path.absolute()} (--env-file)")

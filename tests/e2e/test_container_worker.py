@@ -343,17 +343,21 @@ def test_a_worker_that_is_not_root_and_not_let_at_the_socket_says_so(bay: Bay) -
 
 
 @pytest.mark.fault("T26")
+@pytest.mark.fault("T32")
 @needs_root
 def test_a_directory_of_another_user_with_other_things_in_it_goes_on_working(bay: Bay) -> None:
     """As the reference's own example lies in somebody's home: the worker has a directory of its own there, reached
     through a descriptor, as no second name can be mounted in a container."""
     (bay.lab.base / "thesis.tex").write_text("precious")
     bay.lab.base.chmod(0o755)
-    os.chown(bay.lab.base, 1234, 1234)
+    bay.env_file.touch()
+    for theirs in (bay.lab.base, bay.env_file):
+        os.chown(theirs, 1234, 1234)
     job = submit_copy(bay.lab)
     with bay.worker("run", "--once") as worker:
         assert worker.ended() == 0
         printed = worker.printed
+    assert "warning: /app/.env belongs to another user (1234)" in printed
     assert "PATH_BASE: /data belongs to 1234, who could put another directory in its place" in printed
     assert bay.lab.ended(job) == ("finished", "")
     assert bay.lab.server.results(job)["output/out/copy.bin"] == INPUT
