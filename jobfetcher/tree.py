@@ -36,8 +36,14 @@ MAX_DEPTH = 100
 #: Unit of st_blocks in bytes, whatever the filesystem's own blocks are (stat(3type)).
 _BLOCK = 512
 
-#: Of so many folders that lie MAX_DEPTH deep the size of their content is found out: a bound for memory.
-_MOST_WAITING = 10_000
+#: A walk keeps the names of so many folders of one folder; where there are more, it reads that folder twice. With
+#: names of 255 bytes, which take 600 bytes of memory at most, on MAX_DEPTH levels that is 30 MB.
+_FEW = 500
+
+#: Of so many folders that lie a multiple of MAX_DEPTH deep the size of what is below is found out, at 1.5 KB each; and
+#: so many steps are gone in all to open them again, of some microseconds each. Both are bounds against a tree that was
+#: made to be dear.
+_MOST_WAITING, _MOST_STEPS = 10_000, 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +201,7 @@ class Reader:
 def walk(root: Path, start: Sequence[str]) -> Iterator[Found | Skipped]:
     """Every regular file below `root/start`, folder by folder, and what was skipped with the reason.
 
-    Streams: one open directory and the names of its subfolders per level, never a list of files. A start that is
+    Streams: one open directory and a few names of its subfolders per level, never a list of files. A start that is
     missing yields nothing; a start that is itself a regular file yields that file. Raises PermissionError where we may
     not look.
     """
@@ -228,14 +234,24 @@ def is_there(root: Path, parts: Sequence[str]) -> bool:
 
 def _walk(folder: int, parts: tuple[str, ...], device: int) -> Iterator[Found | Skipped]:
     folders: list[str] = []
+    count = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                yield from _entry(folder, entry.name, parts, device)
+                continue
+            count += 1
+            if count <= _FEW:
+                folders.append(entry.name)
+    if count <= _FEW:
+        for name in folders:
+            yield from _entry(folder, name, parts, device)
+        return
+    folders.clear()
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
-            else:
                 yield from _entry(folder, entry.name, parts, device)
-    for name in folders:
-        yield from _entry(folder, name, parts, device)
 
 
 def _entry(folder: int, name: str, parts: tuple[str, ...], device: int) -> Iterator[Found | Skipped]:
@@ -276,18 +292,38 @@ def taken(root: Path, within_s: float = math.inf) -> Taken:
     """What everything below `root` takes on its disk; nothing if it is not there.
 
     A hard-linked file counts once, because each of its names counts in part. For a tree that changes meanwhile it is
-    what was seen. Not seen: what only its owner may look into, unless we are root, and files without any name. After
-    `within_s` seconds it is what was counted so far.
+    what was seen. Not seen: what only its owner may look into, unless we are root, files without any name, and what
+    lies deeper than anybody needs (_MOST_STEPS). After `within_s` seconds it is what was counted so far.
     """
-    usage = _Usage(time.monotonic() + within_s)
-    while usage.waiting and not usage.over:
-        parts = usage.waiting.pop()
+    usage, steps = _Usage(time.monotonic() + within_s), 0
+    while usage.waiting and steps <= _MOST_STEPS and not usage.over:
+        start = usage.waiting.pop()
+        steps += start.depth
         try:
-            with opened(root, parts) as folder:
-                _count(folder, parts, os.fstat(folder).st_dev, usage)
+            with opened(root, start.path()) as folder:
+                _count(folder, start, (), os.fstat(folder).st_dev, usage)
         except OSError:
             continue  # gone, or something else by now
     return Taken(round(usage.bytes), round(usage.inodes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Deep:
+    """A folder that lies a multiple of MAX_DEPTH deep: the way to it from the last one of that kind, which all that lie
+    below that one share."""
+
+    above: _Deep | None
+    parts: tuple[str, ...]
+    depth: int
+
+    def path(self) -> list[str]:
+        """The way from the root."""
+        ways: list[tuple[str, ...]] = []
+        here: _Deep | None = self
+        while here is not None:
+            ways.append(here.parts)
+            here = here.above
+        return [part for parts in reversed(ways) for part in parts]
 
 
 @dataclass(slots=True)
@@ -297,15 +333,16 @@ class _Usage:
     deadline: float
     bytes: float = 0.0
     inodes: float = 0.0
-    waiting: list[tuple[str, ...]] = field(default_factory=lambda: [()])
+    waiting: list[_Deep] = field(default_factory=lambda: [_Deep(None, (), 0)])
 
     @property
     def over(self) -> bool:
         return time.monotonic() > self.deadline
 
 
-def _count(folder: int, parts: tuple[str, ...], device: int, usage: _Usage) -> None:
-    """Count one folder; every MAX_DEPTH levels its subfolders wait to be opened from the root, to save descriptors."""
+def _count(folder: int, start: _Deep, parts: tuple[str, ...], device: int, usage: _Usage) -> None:
+    """Count the folder at `parts` below `start`; every MAX_DEPTH levels its subfolders wait to be opened from the root,
+    to save descriptors."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if usage.over:
@@ -321,14 +358,14 @@ def _count(folder: int, parts: tuple[str, ...], device: int, usage: _Usage) -> N
                 if not is_folder:
                     continue
                 here = (*parts, entry.name)
-                if len(here) % MAX_DEPTH:
+                if len(here) < MAX_DEPTH:
                     inner = os.open(entry.name, _DIR, dir_fd=folder)
                     try:
-                        _count(inner, here, device, usage)
+                        _count(inner, start, here, device, usage)
                     finally:
                         os.close(inner)
                 elif len(usage.waiting) < _MOST_WAITING:
-                    usage.waiting.append(here)
+                    usage.waiting.append(_Deep(start, here, start.depth + len(here)))
             except OSError:
                 continue
 
@@ -343,22 +380,31 @@ def remove(parent: Path, name: str) -> None:
         raise ValueError(f"not the name of something in {parent}: {name[:80]!r}")
     with opened(parent) as folder:
         mount = _mount_id(folder)
-        problem: OSError | None = None
-        waiting = [name]
-        while waiting:
-            problem = _remove(folder, waiting.pop(), 0, _Removal(folder, name, mount, waiting)) or problem
+        removal = _Removal(folder, name, mount)
+        problem = _remove(folder, name, 0, removal)
+        while removal.has_moved:  # found by their names: a list of them might be long
+            removal.has_moved = False
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith(removal.moved):
+                        problem = _remove(folder, entry.name, 0, removal) or problem
     if problem is not None:
         raise problem
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Removal:
-    """What stays the same during one removal. Folders nested too deeply are moved to `top` and wait in `waiting`."""
+    """One removal of `name` in `top`. Folders nested too deeply are moved to `top`, under names that begin with
+    `moved`, and `has_moved` says that there may be such."""
 
     top: int
     name: str
     mount: int
-    waiting: list[str]
+    has_moved: bool = False
+
+    @property
+    def moved(self) -> str:
+        return f"{self.name}.deep"
 
 
 def _remove(folder: int, name: str, depth: int, removal: _Removal) -> OSError | None:
@@ -369,9 +415,8 @@ def _remove(folder: int, name: str, depth: int, removal: _Removal) -> OSError | 
             os.unlink(name, dir_fd=folder)
             return None
         if depth > MAX_DEPTH:
-            moved = f"{removal.name}.deep{seen.st_ino}"
-            os.rename(name, moved, src_dir_fd=folder, dst_dir_fd=removal.top)
-            removal.waiting.append(moved)
+            os.rename(name, f"{removal.moved}{seen.st_ino}", src_dir_fd=folder, dst_dir_fd=removal.top)
+            removal.has_moved = True
             return None
         inner = os.open(name, _DIR, dir_fd=folder)
     except FileNotFoundError:

@@ -307,3 +307,26 @@ def test_descriptors_are_closed_after_half_a_walk_too(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError), tree.opened(tmp_path, ("0", "x")):
         pass
     assert open_descriptors() == before
+
+
+@pytest.mark.fault("N8")
+def test_a_folder_of_many_folders_is_walked_and_removed_whole(tmp_path: Path) -> None:
+    """The names of more than a few folders are not kept: the walk reads such a folder twice."""
+    names = [f"{number}/file" for number in range(1_300)] + ["1/more/file", "file", "another"]
+    for name in names:
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).touch()
+    walked = ["/".join(item.parts) for item in tree.walk(tmp_path / "root", ()) if isinstance(item, Found)]
+    assert sorted(walked) == sorted(names)
+    assert {walked[0], walked[1]} == {"file", "another"}  # a folder's own files first
+    tree.remove(tmp_path, "root")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_nested_too_deeply_is_removed_whatever_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    for number in range(5):
+        descend(tmp_path / "root", f"d{number}", 3 * MAX_DEPTH + 7, b"x")
+    (tmp_path / "another").mkdir()
+    tree.remove(tmp_path, "root")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["another"]
