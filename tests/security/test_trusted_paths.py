@@ -8,6 +8,7 @@ import contextlib
 import os
 import stat
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from functools import partial
@@ -36,10 +37,13 @@ from jobfetcher.testing.fake_transfer import FakeTransfer
 from jobfetcher.trusted import SUBFOLDER
 from jobfetcher.worker import Leaving
 from jobfetcher.workspace import Base
+from tests.security.test_data_dir import NOBODY, in_child_as_nobody, shared
 from tests.support.jobs import Emitted, make_job
 from tests.support.mounts import needs_root
 from tests.support.trees import fingerprint, names_in, open_descriptors
 from tests.support.worker import UNTIL_LET_GO, Lab, running_worker, wait_until_running, work
+
+__all__ = ["shared"]
 
 pytestmark = [needs_root, pytest.mark.fault("T26")]
 
@@ -188,6 +192,50 @@ def test_a_database_that_cannot_be_held_to_its_directory_is_not_opened(
     monkeypatch.setattr("jobfetcher.pinned._registered", missing)
     with Base(home / "base") as base, pytest.raises(ConfigError, match="cannot be kept from following links"):
         Journal(base.path / "journal.db")
+
+
+def test_a_damaged_journal_is_put_aside_in_the_directory_that_is_held(home: Path) -> None:
+    with Base(home / "base") as base:
+        with contextlib.closing(Journal(base.path / "journal.db")) as journal:
+            journal.claim(JobId("7"), "t", make_job())
+        with (home / "base" / "journal.db").open("r+b") as file:
+            file.truncate(1000)
+        with untouched(home):
+            (home / "base").rename(home / "elsewhere")
+            (home / "evil").rename(home / "base")
+            with contextlib.closing(Journal(base.path / "journal.db")) as journal:
+                assert f"the old file is in {home}/elsewhere/quarantine/journal-" in journal.damage
+            (home / "base").rename(home / "evil")
+        assert len(names_in(home / "elsewhere" / "quarantine")) == 1
+
+
+def test_a_worker_without_root_holds_its_directory_as_well(shared: Path) -> None:
+    (shared / "home" / "nobody").mkdir(parents=True)
+    for name in ("home", "home/nobody"):
+        (shared / name).chmod(0o755)
+    os.chown(shared / "home" / "nobody", NOBODY, NOBODY)
+    os.chown(shared / "home", OTHER, OTHER)
+    said = in_child_as_nobody(AS_NOBODY, str(shared / "home" / "nobody" / "base"))
+    assert said.splitlines() == [f"{shared}/home belongs to {OTHER}", "True", "journal.db"]
+
+
+AS_NOBODY = f"""
+    import contextlib
+    sys.path[:0] = {sys.path!r}
+    from pathlib import Path
+    from jobfetcher.pinned import is_pinned
+    from jobfetcher.journal import Journal
+    from jobfetcher.workspace import Base
+    import _sqlite3
+    try:
+        with Base(Path(sys.argv[1])) as base:
+            print(base.foreign)
+            print(is_pinned(base.path))
+            with contextlib.closing(Journal(base.path / "journal.db")):
+                print(*sorted(one.name for one in base.real.iterdir() if one.name.endswith(".db")))
+    finally:
+        pass
+"""
 
 
 def test_a_path_is_pinned_where_it_is_right_below(tmp_path: Path) -> None:
