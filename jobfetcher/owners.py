@@ -38,7 +38,7 @@ def check(path: Path, name: str = "", *, secret: bool = False) -> Iterator[str]:
             yield from (f"{intro}{why}" for why in _writers(place, seen, intro))
             if seen.st_uid not in {0, os.geteuid()} and not is_said:
                 is_said = True  # one sentence for a file and the directory that it lies in
-                yield f"{intro}{_foreign(place, seen.st_uid)}"
+                yield f"{intro}{_foreign(place, seen)}"
         if secret and path.stat().st_mode & stat.S_IROTH:
             yield f"{intro}{path} holds a secret and can be read by everybody; run `chmod 600 {path}`"
     except OSError:
@@ -71,10 +71,13 @@ def _writers(place: Path, seen: os.stat_result, intro: str) -> Iterator[str]:
         yield f"{place} can be changed by its group; run `chmod g-w {place}`"
 
 
-def _foreign(place: Path, owner: int) -> str:
+def _foreign(place: Path, seen: os.stat_result) -> str:
+    why = f"{place} belongs to another user ({_user(seen.st_uid)})"
+    if stat.S_ISDIR(seen.st_mode):
+        return f"{why}, who can put another file there at any time; unless that is you, keep it in a place of root's"
     return (
-        f"{place} belongs to another user ({_user(owner)}), who can change it at any time; run "
-        f"`chown {_user(os.geteuid())} {place}`, unless that is you (a file of yours that is mounted into a container)"
+        f"{why}, who can change it at any time; run `chown {_user(os.geteuid())} {place}`, unless that is you (a file "
+        "of yours that is mounted into a container)"
     )
 
 

@@ -240,6 +240,7 @@ def _takes(folder: int, real: Path) -> bool:
     with _reopened(folder) as base:
         if not names(base) <= OURS:
             return False
+        _check_content(base, real)  # first: a start that is refused takes nothing away
         try:
             os.fchown(base, 0, -1)
             os.fchmod(base, 0o700)

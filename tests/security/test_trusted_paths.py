@@ -365,6 +365,7 @@ def test_what_another_user_put_there_is_refused(tmp_path: Path, name: str) -> No
     os.chown(base, OTHER, OTHER)
     with pytest.raises(ConfigError, match=rf"{base}/{name} belongs to another user.*chown -R root {base}"):
         Base(base)
+    assert base.stat().st_uid == OTHER  # as it was: a worker of that user may go on with it
     os.chown(base / name, 0, 0)
     with Base(base):
         pass
