@@ -9,7 +9,7 @@ import hashlib
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
@@ -46,7 +46,6 @@ from jobfetcher.settings import Settings, docker_config
 from jobfetcher.show import machine_words
 from jobfetcher.sources.worker_api.auth import Auth, CognitoAuth, CognitoPool, StaticToken
 from jobfetcher.sources.worker_api.client import Client
-from jobfetcher.sources.worker_api.nonces import NAME as NONCES
 from jobfetcher.sources.worker_api.nonces import Nonces
 from jobfetcher.sources.worker_api.pool_pin import PoolPin
 from jobfetcher.sources.worker_api.reply import Reply, failure
@@ -79,10 +78,12 @@ def make_own_host(settings: Settings) -> OwnHost:
 
 
 def make_source(
-    settings: Settings, emit: Emit, own: OwnHost | None = None, *, nonces: Path | None = None
+    settings: Settings, emit: Emit, own: OwnHost | None = None, *, base: Callable[[], Path] | None = None
 ) -> WorkerApi:
-    """The worker API, signed in lazily. Close it when done. `nonces`: where it is noted which signed jobs were taken;
-    None: nowhere, so that only this process knows."""
+    """The worker API, signed in lazily. Close it when done.
+
+    `base`: PATH_BASE, once it is open, where it is noted which signed jobs were taken; None: only this process knows.
+    """
     for proxy in settings.proxies.addresses:
         redact(unquote(urlsplit(proxy).password or ""))
     trust = read_certificates(settings.ca_file)
@@ -93,19 +94,19 @@ def make_source(
         proxy=settings.proxies,
         own=own or make_own_host(settings),
     )
-    client.auth = make_auth(settings, client, emit)
+    client.auth = make_auth(settings, client, emit, base or (lambda: settings.path_base))
     return WorkerApi(
         client,
         make_policy(settings),
         wanted=Filter(groups=settings.groups, older_than_s=settings.older_than),
         emit=emit,
-        signatures=make_verifier(settings, nonces),
+        signatures=make_verifier(settings, base),
         # One that takes longer than the interval would eat the next one.
         beat_within_s=min(BEAT_WITHIN_S, max(_LEAST_BEAT_S, settings.timeout_status)),
     )
 
 
-def make_verifier(settings: Settings, nonces: Path | None) -> Verifier | None:
+def make_verifier(settings: Settings, base: Callable[[], Path] | None) -> Verifier | None:
     """What checks signatures of jobs, where the owner wants them signed."""
     if settings.job_signing_keys is None:
         return None
@@ -116,11 +117,12 @@ def make_verifier(settings: Settings, nonces: Path | None) -> Verifier | None:
         version_1="version-1" in settings.job_signing_allow,
         every_input=settings.job_signing_inputs == "required",
     )
-    return Verifier(read_keys(settings.job_signing_keys), rules, Nonces(nonces))
+    return Verifier(read_keys(settings.job_signing_keys), rules, Nonces(base))
 
 
-def make_auth(settings: Settings, client: Client, emit: Emit) -> Auth:
-    """A fixed token if one is set, else sign-in; every secret is kept out of the log from here on."""
+def make_auth(settings: Settings, client: Client, emit: Emit, base: Callable[[], Path]) -> Auth:
+    """A fixed token if one is set, else sign-in; every secret is kept out of the log from here on. `base`: where it is
+    kept where the password goes."""
     if settings.access_token is not None:
         redact(settings.access_token.get_secret_value())
         again = None if settings.access_token_path is None else settings.read_access_token
@@ -145,7 +147,7 @@ def make_auth(settings: Settings, client: Client, emit: Emit) -> Auth:
         return client.send("POST", url, (), headers, body)
 
     username, tokens = settings.username, count()
-    pin = PoolPin(settings.path_base, settings.api_url, settings.cognito_pool)
+    pin = PoolPin(base, settings.api_url, settings.cognito_pool)
 
     def on_token(token: str) -> None:
         redact(token)
@@ -350,7 +352,11 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         opened.callback(finder.close)
         settings, info, inventory, gpus, budget, disks = look_at_machine(settings, finder, emit)
         own = make_own_host(settings)
-        source = make_source(settings, emit, own, nonces=settings.path_base / NONCES)
+
+        def kept_in() -> Path:  # asked when the first job is, which is after PATH_BASE was opened below
+            return base.path
+
+        source = make_source(settings, emit, own, base=kept_in)
         opened.callback(source.close)
         base = opened.enter_context(
             Base(settings.path_base, reserve_mib=settings.reserve_disk, cache_mib=settings.cache_size)

@@ -55,8 +55,7 @@ def fetch_job(settings: Settings, offer: Offer, *, emit: Emit | None = None) -> 
     The server gives it out for good the moment it answers (PROTOCOL.md S1): store the result before anything else. A
     job that nobody could run is reported as failed here, then UnreadableJob is raised; one that only this worker must
     not run is given back, and it is UnwantedJob. That a signed job is played again is not noticed from one call to the
-    next. Raises SourceUnavailable or
-    SourceRefused when the server could not be asked.
+    next. Raises SourceUnavailable or SourceRefused when the server could not be asked.
     """
     emit = emit or _silent
     with ExitStack() as opened:

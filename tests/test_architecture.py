@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dotenv": set(),
     "resources": set(),
     "telemetry": set(),
-    "sources": set(),
+    "sources": {"pinned"},
     "transfer": {"pinned"},
     "engine": {"pinned", "tree"},
     "testing": set(),

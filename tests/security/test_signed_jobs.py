@@ -300,18 +300,22 @@ def test_a_signature_holds_until_it_expires(now: float, said: str) -> None:
         verifier(now=now).check(SEVEN, signed())
 
 
+def nonces_in(base: Path, now: Callable[[], float]) -> Nonces:
+    return Nonces(lambda: base, now)
+
+
 @pytest.mark.fault("T30")
 def test_a_job_that_ended_is_not_run_again_and_one_that_was_given_back_is(tmp_path: Path) -> None:
-    made, path = signed(), tmp_path / "nonces"
-    first = verifier(nonces=Nonces(path, lambda: NOW))
+    made, path = signed(), tmp_path / "nonces.jsonl"
+    first = verifier(nonces=nonces_in(path.parent, lambda: NOW))
     first.check(SEVEN, made)
     first.check(SEVEN, made)  # it was given back, or its lease ran out
-    again = verifier(nonces=Nonces(path, lambda: NOW))  # the next process
+    again = verifier(nonces=nonces_in(path.parent, lambda: NOW))  # the next process
     again.check(SEVEN, made)
     again.ended(EIGHT)
     again.check(SEVEN, made)
     again.ended(SEVEN)
-    for known in (again, verifier(nonces=Nonces(path, lambda: NOW))):
+    for known in (again, verifier(nonces=nonces_in(path.parent, lambda: NOW))):
         with pytest.raises(ValueError, match="that job has ended: it is played again"):
             known.check(SEVEN, made)
         known.check(SEVEN, signed())  # signed anew by whoever holds the key
@@ -319,37 +323,37 @@ def test_a_job_that_ended_is_not_run_again_and_one_that_was_given_back_is(tmp_pa
 
 @pytest.mark.fault("T30")
 def test_a_nonce_serves_one_job_and_is_forgotten_when_it_cannot_be_used_any_more(tmp_path: Path) -> None:
-    nonce, path, now = "n" * 16, tmp_path / "nonces", [float(NOW)]
-    known = Nonces(path, lambda: now[0])
+    nonce, path, now = "n" * 16, tmp_path / "nonces.jsonl", [float(NOW)]
+    known = nonces_in(path.parent, lambda: now[0])
     verifier(nonces=known).check(SEVEN, signed(nonce=nonce))
     with pytest.raises(ValueError, match="used before, for job 7: it is played again"):
         verifier(nonces=known).check(EIGHT, signed("8", nonce=nonce))
     verifier(nonces=known).check(EIGHT, signed("8", private=bytes(32), key="old", nonce=nonce))  # of another signer
     assert path.read_text().count("nonce") == 2
     now[0] += HOUR + 301
-    verifier(now=now[0], nonces=Nonces(path, lambda: now[0])).check(EIGHT, signed("8", expires=NOW + DAY))
+    verifier(now=now[0], nonces=nonces_in(path.parent, lambda: now[0])).check(EIGHT, signed("8", expires=NOW + DAY))
     assert path.read_text().count("nonce") == 1
 
 
 @pytest.mark.fault("T30", "A10")
 @pytest.mark.parametrize("tail", [b'{"nonce": "lab x', b"\0" * 100, b"[]\n7\n{}\n", b'{"nonce": 1, "job": 2}\n'])
 def test_a_torn_note_costs_no_other(tmp_path: Path, tail: bytes) -> None:
-    path, made = tmp_path / "nonces", signed()
-    first = verifier(nonces=Nonces(path, lambda: NOW))
+    path, made = tmp_path / "nonces.jsonl", signed()
+    first = verifier(nonces=nonces_in(path.parent, lambda: NOW))
     first.check(SEVEN, made)
     first.ended(SEVEN)
     with path.open("ab") as file:
         file.write(tail)
     with pytest.raises(ValueError, match="played again"):
-        verifier(nonces=Nonces(path, lambda: NOW)).check(SEVEN, made)
+        verifier(nonces=nonces_in(path.parent, lambda: NOW)).check(SEVEN, made)
 
 
 @pytest.mark.fault("T30")
 def test_what_cannot_be_noted_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "missing/nonces"):
+    for base in (tmp_path / "file", tmp_path / "missing"):
         with pytest.raises(WorkerFault, match="no signed job is run") as fault:
-            verifier(nonces=Nonces(path, lambda: NOW)).check(SEVEN, signed())
+            verifier(nonces=nonces_in(base, lambda: NOW)).check(SEVEN, signed())
         assert fault.value.reason is WorkerReason.DISK
 
 

@@ -78,7 +78,7 @@ def test_jobs_of_a_remapped_engine_are_nobody_out_here(engine: docker.APIClient,
             assert printed_id(bench) == "0"
             first = int(named[0][1])
             assert (bench.files / "made").stat().st_uid == first > 65535
-            bench.engine.own(bench.image.id, str(bench.files))
+            bench.engine.own(str(bench.files))
             assert (bench.files / "made").stat().st_uid == os.getuid()
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from jobfetcher.core.errors import WorkerFault, WorkerReason
 from jobfetcher.core.job import JobId
+from jobfetcher.pinned import shown
 
 #: The file's name in PATH_BASE.
 NAME = "nonces.jsonl"
@@ -32,10 +33,11 @@ class _Noted:
 
 
 class Nonces:
-    """Thread-safe. `path` None: nothing is kept beyond this process. `now` is the time of day, in seconds."""
+    """Thread-safe. `base` says where PATH_BASE is when that is needed, for it is made after what reads settings; None:
+    nothing is kept beyond this process. `now` is the time of day, in seconds."""
 
-    def __init__(self, path: Path | None = None, now: Callable[[], float] = time.time) -> None:
-        self._path = path
+    def __init__(self, base: Callable[[], Path] | None = None, now: Callable[[], float] = time.time) -> None:
+        self._base = base
         self._now = now
         self._lock = threading.Lock()
         self._noted: dict[str, _Noted] | None = None
@@ -62,14 +64,19 @@ class Nonces:
                 if noted.job == job_id and not noted.ended:
                     self._note(replace(noted, ended=True))
 
+    @property
+    def _path(self) -> Path | None:
+        return None if self._base is None else self._base() / NAME
+
     def _read(self) -> dict[str, _Noted]:
         if self._noted is not None:
             return self._noted
+        path = self._path
         found: dict[str, _Noted] = {}
         lines: list[bytes] = []
         try:
-            if self._path is not None and self._path.exists():
-                lines = [line for line in self._path.read_bytes().splitlines() if line]
+            if path is not None and path.exists():
+                lines = [line for line in path.read_bytes().splitlines() if line]
             for line in lines:
                 with contextlib.suppress(ValueError, TypeError):
                     one = _Noted(**json.loads(line))
@@ -77,8 +84,8 @@ class Nonces:
                         found[one.nonce] = one
                     else:
                         found.pop(one.nonce, None)
-            if self._path is not None and len(found) != len(lines):
-                self._rewrite(self._path, found)
+            if path is not None and len(found) != len(lines):
+                self._rewrite(path, found)
         except OSError as error:
             raise self._unusable(error) from error
         self._noted = found
@@ -94,15 +101,15 @@ class Nonces:
 
     def _note(self, noted: _Noted) -> None:
         known = self._read()
-        if self._path is not None:
+        if (path := self._path) is not None:
             try:
-                is_new = not self._path.exists()
-                with self._path.open("a", encoding="utf-8") as file:
+                is_new = not path.exists()
+                with path.open("a", encoding="utf-8") as file:
                     file.write(_line(noted))
                     file.flush()
                     os.fsync(file.fileno())
                 if is_new:
-                    _sync_folder(self._path.parent)
+                    _sync_folder(path.parent)
             except OSError as error:
                 if noted.ended:
                     known[noted.nonce] = noted
@@ -111,7 +118,7 @@ class Nonces:
 
     def _unusable(self, error: OSError) -> WorkerFault:
         return WorkerFault(
-            WorkerReason.DISK, f"{self._path} cannot be used, so no signed job is run: {error.strerror or error}"
+            WorkerReason.DISK, f"{shown(self._path)} cannot be used, so no signed job is run: {error.strerror or error}"
         )
 
 

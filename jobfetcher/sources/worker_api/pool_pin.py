@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from jobfetcher.core.errors import SourceRefused
 from jobfetcher.core.text import clean
+from jobfetcher.pinned import shown
 from jobfetcher.sources.worker_api.auth import CognitoPool
 
 #: Lies in PATH_BASE from the first sign-in on. No secret is in it.
@@ -26,12 +28,18 @@ NAME = "sign-in.json"
 class PoolPin:
     """Checks a pool before anything is sent to it. `wanted`: COGNITO_POOL, which then is the only word on it.
 
+    `base` says where PATH_BASE is when that is needed, for it is made after what reads settings.
+
     Not thread-safe: `auth` asks for one pool at a time.
     """
 
-    def __init__(self, base: Path, api_url: str, wanted: str | None = None) -> None:
-        self._path, self._api_url, self._wanted = base / NAME, api_url, wanted
+    def __init__(self, base: Callable[[], Path], api_url: str, wanted: str | None = None) -> None:
+        self._base, self._api_url, self._wanted = base, api_url, wanted
         self._checked: CognitoPool | None = None
+
+    @property
+    def _path(self) -> Path:
+        return self._base() / NAME
 
     def check(self, pool: CognitoPool) -> CognitoPool:
         """The pool, if the password may be sent there. Raises SourceRefused, saying how to accept another one."""
@@ -48,7 +56,7 @@ class PoolPin:
             return pool
         else:
             why = f"and it was {_described(known)} when this worker signed in first"
-            how = f"set COGNITO_POOL to it, or delete {self._path}"
+            how = f"set COGNITO_POOL to it, or delete {shown(self._path)}"
         raise SourceRefused(
             f"the server has its workers sign in at {_described(pool)}, {why}: no password is sent there. If the "
             f"server's administrator says that it is right, {how}"
@@ -61,14 +69,15 @@ class PoolPin:
         if pool is None or self._wanted is not None or self._kept() == pool:
             return
         noted = json.dumps({"api_url": self._api_url, **pool.model_dump()})
-        draft = self._path.with_name(f"{NAME}.new")
+        path = self._path
+        draft = path.with_name(f"{NAME}.new")
         with contextlib.suppress(OSError):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(draft, flags, 0o600), "w") as file:
                 file.write(noted)
                 file.flush()
                 os.fsync(file.fileno())
-            draft.replace(self._path)
+            draft.replace(path)
 
     def _kept(self) -> CognitoPool | None:
         """What was kept for this server; what cannot be read counts as nothing, for damage must not stop a worker."""
