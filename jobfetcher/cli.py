@@ -107,6 +107,23 @@ def resources(
 
 
 @app.command()
+def broker(env_file: EnvFile = None) -> None:
+    """Stand between a worker and the container engine: pass what a worker needs, and nothing else.
+
+    For machines whose worker shall not hold the engine's socket, which is as good as root. Runs beside the worker, as
+    root, with the same settings (PATH_BASE, JOB_*, ALLOWED_IMAGES, GPUS, ...); needs no server and no account. The
+    worker is given DOCKER_HOST=unix:///run/jobfetcher/broker.sock (BROKER_SOCKET). Jobs run on while it is away.
+
+    Exit codes: 0 told to end; 1 the engine does not answer; 2 a setting or the machine's set-up is wrong.
+    """
+    loaded = _load({}, env_file, server=False)
+    with ExitStack() as opened:
+        emit, bars = _telemetry(loaded.settings)
+        opened.callback(bars.close)
+        raise typer.Exit(_guarded(lambda: _broker(loaded.settings, emit)))
+
+
+@app.command()
 def config(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     env_file: EnvFile = None,
@@ -263,6 +280,19 @@ def _stand_firm() -> None:
         Path("/proc/self/oom_score_adj").write_text("-500")
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, -5)
+
+
+def _broker(settings: Settings, emit: Emit) -> None:
+    from jobfetcher import build_broker
+
+    def end(_number: int, _frame: object) -> None:
+        settings.broker_socket.unlink(missing_ok=True)
+        os._exit(0)  # at once: what it has to remember is written, and jobs are the engine's
+
+    with build_broker.broker(settings, emit) as ready:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end)
+        ready.serve()
 
 
 def _resources(as_json: bool, env_file: Path | None) -> int:

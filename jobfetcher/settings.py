@@ -362,6 +362,18 @@ class Settings(BaseModel):
     )
     aws_endpoint_url: str | None = _field(None, "Where to sign in instead of AWS's own address (for tests).")
     docker_host: str | None = _field(None, "The engine's socket. Empty: unix:///var/run/docker.sock.")
+    broker_socket: FilePath = _field(
+        Path("/run/jobfetcher/broker.sock"),
+        "Where the broker listens (jobfetcher broker); its worker has DOCKER_HOST=unix:// and this path.",
+    )
+    broker_user: str | None = _field(
+        None, "User (name or number) whose worker may use the broker. Empty: root, and the broker's own."
+    )
+    broker_state: FilePath | None = _field(
+        None,
+        "File in which the broker keeps which images came through it, for IMAGE_KEEP. Empty: it forgets them when it "
+        "ends.",
+    )
     log_format: Annotated[Literal["plain", "json"], BeforeValidator(_lower)] = _field(
         "plain", "Log lines: plain, or json (one object a line)."
     )

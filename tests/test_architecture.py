@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": {"pinned"},
     "transfer": {"pinned"},
     "engine": {"pinned", "tree"},
+    "broker": {"engine"},
     "testing": set(),
     "outage": set(),
     "outbox": {"journal", "leftovers", "outage", "workspace"},
@@ -94,10 +95,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "worker",
         "workspace",
     },
+    "build_broker": {"broker", "build", "engine", "settings"},
     "steps": {"build", "outbox", "staging", "settings", "workspace"},
     "show": {"settings"},
     "refusals": set(),
-    "cli": {"build", "refusals", "settings", "show", "telemetry", "resources", "worker"},
+    "cli": {"build", "build_broker", "refusals", "settings", "show", "telemetry", "resources", "worker"},
     "__main__": {"cli"},
 }
 

@@ -219,7 +219,7 @@ class Images:
             try:
                 found = self._api.ask("GET", f"/images/{image_id}/json").json()
                 names = [*(found.get("RepoTags") or ()), *(found.get("RepoDigests") or ())]
-                if not all(_means(wanted, str(name)) for name in names):
+                if not all(means(wanted, str(name)) for name in names):
                     return False
                 # noprune: what it was built on, if it was built here after all, is not ours.
                 self._api.ask("DELETE", f"/images/{image_id}", timeout_s=self._api.work_s, noprune="1")
@@ -304,7 +304,7 @@ class Images:
             size_bytes=int(found.get("Size") or 0),
             pulled=pulled,
             volumes=volumes,
-            own_init=_own_init(config),
+            own_init=own_init(config),
             labels=label_keys(config),
             env=acting_env(config),
         )
@@ -532,7 +532,7 @@ def _without_name(wanted: Reference, said: str) -> str:
     return re.sub(rf"(?:(?<=/)|(?<=for )|(?<=repository ))(?:library/)?{path}(?![a-z0-9_.-]){tag}", "IMAGE", said)
 
 
-def _means(wanted: Reference, name: str) -> bool:
+def means(wanted: Reference, name: str) -> bool:
     """Whether a name that an image has came with `wanted`: itself, or the digest that the engine notes with a pull."""
     try:
         known = parse_reference(name)
@@ -541,7 +541,7 @@ def _means(wanted: Reference, name: str) -> bool:
     return known == wanted or (wanted.digest is None and known.tag is None and known.repository == wanted.repository)
 
 
-def _own_init(config: Mapping[str, Any]) -> Literal["", "entry point", "command"]:
+def own_init(config: Mapping[str, Any]) -> Literal["", "entry point", "command"]:
     """What of an image is a program that must be process 1, by the names such programs have."""
     entry_point, command = config.get("Entrypoint") or (), config.get("Cmd") or ()
     if entry_point:
@@ -551,7 +551,7 @@ def _own_init(config: Mapping[str, Any]) -> Literal["", "entry point", "command"
 
 def _was_made_here(wanted: Reference, found: Mapping[str, Any]) -> bool:
     """Whether it was built or loaded on this machine: the engine notes a digest of what it pulled or pushed."""
-    return not any(_means(wanted, str(digest)) for digest in found.get("RepoDigests") or ())
+    return not any(means(wanted, str(digest)) for digest in found.get("RepoDigests") or ())
 
 
 def _digest(wanted: Reference, found: Mapping[str, Any]) -> str | None:
