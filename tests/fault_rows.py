@@ -193,7 +193,7 @@ ROWS = {
 }
 
 #: Threats that wait for the second pass over who can get in and out.
-SECOND_PASS = {"T31", "T33"}
+SECOND_PASS = {"T31"}
 
 #: What of a row comes with a later part of the program.
 WAITING = {
