@@ -18,6 +18,7 @@ import docker
 import pytest
 
 from jobfetcher import build
+from jobfetcher.broker.pins import ROOM
 from jobfetcher.core.errors import WorkerFault
 from jobfetcher.core.halt import Halt
 from jobfetcher.core.ports import Container
@@ -233,6 +234,8 @@ def broker_command(lab: Lab, folder: Path, **more: str) -> Iterator[Command]:
     with command(["broker"], {**env, "JOB_NETWORK": "none", **more}, folder) as running:
         running.wait_for("listening at")
         yield running
+    with contextlib.suppress(OSError):  # a place of this worker's that is in use, or gone
+        (ROOM / build.find_instance(str(lab.base))).rmdir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
