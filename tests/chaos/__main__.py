@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.prefetch,
             options.cache,
             options.pages,
+            options.broker,
         )
         verdict = run(asked, directory, _show)
         code = _report(verdict)
@@ -91,6 +92,7 @@ examples:
   python -m tests.chaos --kills 1000 --seed 7     an hour or two
   python -m tests.chaos --engine --kills 30       kills an engine of its own, too; needs root
   python -m tests.chaos --max-jobs 3 --prefetch 1 --cache
+  python -m tests.chaos --kills 200 --broker      a worker without the engine's socket
   python -m tests.chaos --kills 200 --pages       strangers' pages, and the user's side of the server away
 
 Exit codes: 0 all well; 1 something is wrong; 2 something is missing here; 130 Ctrl-C.
@@ -112,6 +114,9 @@ Exit codes: 0 all well; 1 something is wrong; 2 something is missing here; 130 C
         "--pages",
         action="store_true",
         help="strangers' pages as answers, and the user's side away now and then",
+    )
+    parser.add_argument(
+        "--broker", action="store_true", help="a broker between worker and engine, which is killed, too; needs root"
     )
     parser.add_argument("--keep", action="store_true", help="keep the directory also when all is well")
     return parser

@@ -30,6 +30,9 @@ _VERY_SHORT_SHARE = 0.15
 #: Of the lives with an engine of our own, so many see it killed or stopped; the worker goes down with it in half.
 _ENGINE_SHARE, _BOTH_SHARE = 0.25, 0.5
 
+#: Of the lives with a broker between worker and engine, so many see it killed; it is away for at most so many seconds.
+_BROKER_SHARE, _BROKER_AWAY_S = 0.4, 2.0
+
 #: A worker that comes after a kill says no end before the calls of the dead one are surely over, 10 or 30 s. So when
 #: its hands are full, one lives until it has brought half of its jobs to their end, at most so long.
 _BREATHER_S = 75.0
@@ -63,6 +66,7 @@ class Options:
 
     `max_jobs`, `prefetch` and `cache` (whether inputs are kept) are the worker's settings. `pages`: the user's side of
     the server goes away and comes back, and some requests are answered by pages of gateways, filters and portals.
+    `broker`: the worker has no engine but behind a broker, which is killed, too.
     """
 
     kills: int = 50
@@ -73,6 +77,7 @@ class Options:
     prefetch: int = 0
     cache: bool = False
     pages: bool = False
+    broker: bool = False
 
 
 def run(options: Options, directory: Path, progress: Progress = lambda line: None) -> Verdict:
@@ -91,6 +96,7 @@ def run(options: Options, directory: Path, progress: Progress = lambda line: Non
         lab = Lab(server, directory / "base", image, engine)
         opened.callback(remove_containers, lab)
         campaign = Campaign(options, lab, own, directory / "logs", progress)
+        opened.callback(campaign.end_broker)
         campaign.do_kills()
         campaign.let_end()
         return campaign.judge()
@@ -117,11 +123,15 @@ class Campaign:
         self._starts = Starts(lab)
         self._began = time.monotonic()
         self._away = False
+        self._broker: contextlib.ExitStack | None = None
+        self._broker_process: Command | None = None
         if options.pages:
             # but not to the user's own requests, which are the campaign's
             everything = {"path": "^(?!/user/)", "page": "any"}
             self._server.set_faults({**everything, "rate": _PAGES_SHARE, "seed": options.seed})
         logs.mkdir()
+        if options.broker:
+            self._start_broker()
 
     @property
     def _server(self) -> MockServer:
@@ -170,7 +180,8 @@ class Campaign:
     @contextlib.contextmanager
     def _worker(self, held: dict[int, str]) -> Iterator[Command]:
         """A worker; whatever the block does, its life is on record afterwards. `held`: see `open_jobs`."""
-        own_engine = {} if self._own_engine is None else {"docker_host": self._own_engine.url}
+        behind = f"unix://{self._broker_socket}" if self._options.broker else self._engine_url
+        own_engine = {} if behind is None else {"docker_host": behind}
         cache_size = "1GiB" if self._options.cache else "0"
         ahead = {"prefetch": str(self._options.prefetch), "cache_size": cache_size}
         env = self._lab.env(timeout_status="1", log_level="debug", **ahead, **own_engine)
@@ -190,6 +201,9 @@ class Campaign:
         if self._own_engine is not None and self._chance.random() < _ENGINE_SHARE:
             self._wait(worker, self._chance.uniform(0.5, _SHORT[1]))
             self._engine_goes(self._own_engine, worker)
+        if self._options.broker and self._chance.random() < _BROKER_SHARE:
+            self._wait(worker, self._chance.uniform(0.0, _SHORT[1]))
+            self._broker_goes(worker)
         shortest, longest = _VERY_SHORT if self._chance.random() < _VERY_SHORT_SHARE else _SHORT
         if not self._wait(worker, self._chance.uniform(shortest, longest)):
             self._note_crash(worker)
@@ -224,11 +238,45 @@ class Campaign:
         time.sleep(self._chance.uniform(0.0, 2.0))
         engine.start()
 
+    @property
+    def _engine_url(self) -> str | None:
+        return None if self._own_engine is None else self._own_engine.url
+
+    @property
+    def _broker_socket(self) -> Path:
+        return self._logs / "broker.sock"
+
+    def _start_broker(self) -> None:
+        """A broker with the engine's socket, on its own."""
+        self._lab.base.mkdir(mode=0o700, exist_ok=True)
+        env = {"PATH_BASE": str(self._lab.base), "BROKER_SOCKET": str(self._broker_socket), "GPUS": "none"}
+        env |= {} if self._engine_url is None else {"DOCKER_HOST": self._engine_url}
+        self._broker = contextlib.ExitStack()
+        self._broker_process = self._broker.enter_context(command(["broker"], env, self._logs))
+        self._broker_process.wait_for("listening at")
+
+    def _broker_goes(self, worker: Command) -> None:
+        """The broker is killed and comes back after a while; the worker may go down with it."""
+        assert self._broker_process is not None
+        self._broker_process.send(signal.SIGKILL)
+        self._kills += 1
+        if self._chance.random() < _BOTH_SHARE:
+            worker.send(signal.SIGKILL)
+        time.sleep(self._chance.uniform(0.0, _BROKER_AWAY_S))
+        self.end_broker()
+        self._start_broker()
+
+    def end_broker(self) -> None:
+        """End the broker, if there is one."""
+        if self._broker is not None:
+            self._broker.close()
+            self._broker = None
+
     def _note_crash(self, worker: Command) -> None:
-        """It ended by itself, which is right only where its engine was away; whoever runs it starts it again."""
+        """It ended by itself, which is right only where its engine or the broker was away; it is started again."""
         code = worker.wait()
         said = f"exit code {code}: {' | '.join(worker.errors.splitlines()[-3:])}"
-        if self._own_engine is None:
+        if self._own_engine is None and not self._options.broker:
             self._crashes.append(said)
         self._in_a_row += 1
         if self._in_a_row >= _CRASHES:
