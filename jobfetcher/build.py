@@ -74,7 +74,7 @@ _LEAST_FILES = 64
 
 def make_own_host(settings: Settings) -> OwnHost:
     """The API's host. One for the whole worker: all who speak to it, or because of it, must see the same change."""
-    return OwnHost(settings.origin.host, resolve)
+    return OwnHost(settings.origin.host, resolve, is_proven=settings.origin.scheme == "https")
 
 
 def make_source(

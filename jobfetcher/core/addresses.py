@@ -63,6 +63,10 @@ class Kind(StrEnum):
     NEVER = "link-local or metadata"
 
 
+#: The most public kind first: whoever lies there is trusted with the least.
+_PUBLICITY = (Kind.PUBLIC, Kind.PRIVATE, Kind.LOOPBACK)
+
+
 def plain(address: str) -> Address:
     """The address, an IPv4 one where it only wears IPv6 clothes (::ffff:127.0.0.1, 64:ff9b::7f00:1). ValueError: it is
     none."""
@@ -105,7 +109,7 @@ def class_of(addresses: Iterable[str]) -> Kind | None:
     """The kind that a host counts as which has all these addresses: the most public one of them, because trust in what
     lies inside is for those who lie wholly inside. None: nothing is known of it."""
     kinds = {kind_of(plain(address)) for address in addresses}
-    return next((kind for kind in (Kind.PUBLIC, Kind.PRIVATE, Kind.LOOPBACK) if kind in kinds), None)
+    return next((kind for kind in _PUBLICITY if kind in kinds), None)
 
 
 def is_open(kind: Kind, own: Kind | None) -> bool:
@@ -123,16 +127,27 @@ def is_open(kind: Kind, own: Kind | None) -> bool:
 
 
 class OwnHost:
-    """The API's own host, by the addresses that its name had when they were first asked for. Thread-safe.
+    """The API's own host, by the kind of addresses that its name has. Thread-safe.
 
     Others answer for a name. Who has it answer with an address inside would lead this worker there, and be trusted with
-    more (FAULTS.md T7): so its class is pinned for the life of this process. A server that moves to another place of
-    the same kind is followed; for one that moves inside, or out, the worker is started anew.
+    more (FAULTS.md T7): so what is found first is pinned for the life of this process, and trust is only ever lowered.
+    A server that moves to another place of the same kind, or to a more public one, is followed; the first answer may
+    have been that of a hotel's portal. For one that moves inside, the worker is started anew.
+
+    `is_proven`: by TLS. Then its own calls go wherever the name leads (a VPN may have it lead inside), for nobody else
+    can answer there, but what it is trusted with stays as it was.
     """
 
-    def __init__(self, host: str, resolver: Resolver, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        host: str,
+        resolver: Resolver,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        is_proven: bool = False,
+    ) -> None:
         self.host = host
-        self._resolver, self._clock = resolver, clock
+        self._resolver, self._clock, self._is_proven = resolver, clock, is_proven
         self._lock = threading.Lock()
         #: One that is written down as an address is the owner's word, and nobody can have it answer otherwise.
         address = literal(host)
@@ -143,7 +158,7 @@ class OwnHost:
 
     @property
     def addresses(self) -> frozenset[str] | None:
-        """Those that it had first; None: nobody has asked, or none were to be had."""
+        """Those that it is known by: the most public ones that it had. None: nobody has asked, or none were there."""
         return self._pinned
 
     @property
@@ -167,16 +182,19 @@ class OwnHost:
                 self._not_before = self._clock() + _AGAIN_AFTER_S
 
     def resolve(self) -> list[str]:
-        """Its addresses now, in the order in which they are to be tried, without those of a kind that it did not have
-        at first. Where nothing is left, ValueError says so to people. Raises OSError when there are none."""
+        """Its addresses now, in the order in which they are to be tried, without those of a kind that it must not have.
+        Where nothing is left, ValueError says so to people. Raises OSError when there are none."""
         found = list(self._resolver(self.host))
         if self._is_literal:
             return found
         with self._lock:
-            known = {kind_of(plain(address)) for address in self._pin(found)} - {Kind.NEVER}
+            known = {kind_of(plain(address)) for address in self._pin(found)}
+        if self._is_proven and known:
+            known |= {Kind.PUBLIC, Kind.PRIVATE, Kind.LOOPBACK}
+        known.discard(Kind.NEVER)
         usable = [address for address in found if kind_of(plain(address)) in known]
         if found and not usable:
-            was = f", and it was {class_of(self._pinned or ())} when this worker started" if known else ""
+            was = f", and it was {self.kind} before" if known else ""
             raise ValueError(
                 f"the name {self.host} leads to {found[0]}, which is {kind_of(plain(found[0]))}{was}: it is not asked "
                 "there. If the server has moved, start the worker anew"
@@ -184,8 +202,9 @@ class OwnHost:
         return usable
 
     def _pin(self, addresses: Collection[str]) -> frozenset[str]:
-        """What it had first. The lock is held."""
-        if self._pinned is None and class_of(addresses) is not None:
+        """What it is known by from here on. The lock is held."""
+        now, before = class_of(addresses), self.kind
+        if now is not None and (before is None or _PUBLICITY.index(now) < _PUBLICITY.index(before)):
             self._pinned = frozenset(addresses)
         self._until = self._clock() + _KNOWN_FOR_S
         return self._pinned or frozenset()

@@ -175,8 +175,8 @@ class UrlPolicy:
         Public addresses may; STORAGE_ALLOW may; private ones where the API itself is private or on this machine,
         loopback where the API is on this machine (FAULTS.md T7). Link-local ones, the clouds' metadata, multicast and
         unspecified ones never, unless allow-listed by number. The API's own host may have what is of the API's class,
-        and nothing else. `api_addresses`: what the API's host had when the worker started; none: that is not known.
-        `port`: the one that is asked, for entries that name one.
+        and nothing else, but where TLS proves that it is the API. `api_addresses`: what the API's host is known by
+        (`OwnHost`); none: that is not known. `port`: the one that is asked, for entries that name one.
         """
         if self.allows(host, port, address):
             return
@@ -190,7 +190,8 @@ class UrlPolicy:
                 f"storage host {host} has the internal address {ip}, which this worker does not connect to; "
                 "if that storage is yours, add the host to STORAGE_ALLOW",
             )
-        if kind is not Kind.NEVER and own in {kind, None}:
+        is_proven = self.api.scheme == "https" and port == self.api.port  # `check_url` takes nothing without TLS there
+        if kind is not Kind.NEVER and (is_proven or own in {kind, None}):
             return
         was = "" if own is None else f"; the API was {own} when this worker started"
         raise WorkerFault(

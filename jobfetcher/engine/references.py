@@ -70,8 +70,16 @@ def allowed(reference: Reference, patterns: Iterable[str]) -> bool:
 
 
 def names_registry(patterns: Iterable[str], domain: str) -> bool:
-    """Whether one of the globs of ALLOWED_IMAGES names that registry letter for letter, and not by a glob."""
-    return any(pattern != "*" and _split_domain(pattern)[0] == domain for pattern in patterns)
+    """Whether one of the globs of ALLOWED_IMAGES names that registry: letter for letter, or by the domain that it lies
+    in (`*.lab.example`). Any other glob may take names that a stranger gives (`registry.lab*`)."""
+    return any(pattern != "*" and _names(_split_domain(pattern)[0], domain) for pattern in patterns)
+
+
+def _names(named: str, domain: str) -> bool:
+    above = named.removeprefix("*")
+    if above != named and above.startswith(".") and "." in above[1:] and not set(above) & set("*?["):
+        return domain.endswith(above)
+    return named == domain
 
 
 def _matches(reference: Reference, pattern: str) -> bool:

@@ -164,6 +164,41 @@ def test_a_server_that_moves_within_its_kind_is_followed(server: FileServer) -> 
     assert (reply.status, reply.body) == (200, b"of this machine")
 
 
+def test_a_server_that_is_found_to_be_public_is_followed_and_trusted_with_less() -> None:
+    """The first answer was that of a hotel's portal, say: no restart is needed, and nothing inside is trusted."""
+    names = Names("10.0.0.1")
+    own = OwnHost("api.example", names)
+    assert (own.resolve(), own.kind) == (["10.0.0.1"], Kind.PRIVATE)
+    names.answers = (PUBLIC,)
+    assert (own.resolve(), own.kind) == ([PUBLIC], Kind.PUBLIC)
+    names.answers = ("10.0.0.1",)
+    with pytest.raises(ValueError, match="which is private, and it was public before"):
+        own.resolve()
+    assert own.addresses == frozenset({PUBLIC})
+
+
+def test_a_server_that_tls_proves_may_move_inside_and_is_trusted_with_no_more(tmp_path: Path) -> None:
+    """A VPN that is switched on: leases go on, and a storage inside is as closed as before."""
+    names = Names(PUBLIC)
+    settings = Settings(api_url="https://api.example", path_base=tmp_path, access_token="t")
+    own = OwnHost("api.example", names, is_proven=True)
+    own.learn()
+    names.answers = (INSIDE,)
+    assert (own.resolve(), own.kind) == ([INSIDE], Kind.PUBLIC)
+    names.answers = ("169.254.169.254",)
+    with pytest.raises(ValueError, match="it is not asked there"):
+        own.resolve()
+    policy = build.make_policy(settings)
+    policy.check_address("api.example", INSIDE, [PUBLIC], port=443)
+    for host, address, port in (
+        ("api.example", INSIDE, 8443),
+        ("api.example", "169.254.169.254", 443),
+        ("files.example", INSIDE, 443),
+    ):
+        with pytest.raises(WorkerFault):
+            policy.check_address(host, address, [PUBLIC], port=port)
+
+
 def test_an_address_in_api_url_is_its_owners_word(server: FileServer) -> None:
     for host in ("127.0.0.1", "0.0.0.0"):
         own = OwnHost(host, lambda host: (host,))
