@@ -172,6 +172,7 @@ class Campaign:
             lives=self._lives,
             crashes=self._crashes,
             engine_killed=self._own_engine is not None,
+            broker_killed=self._options.broker,
         )
         return judge(self._planned, seen)
 

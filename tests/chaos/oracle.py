@@ -62,6 +62,8 @@ class Seen:
     violations: Sequence[str] = ()
     crashes: Sequence[str] = ()
     engine_killed: bool = False
+    #: So was the broker: what was asked just then had no answer, and a job may be given back for it.
+    broker_killed: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def judge(planned: Mapping[int, Planned], seen: Seen) -> Verdict:
     requests_after = _late(seen.events)
     for job, plan in planned.items():
         losses = [*_loss(job, plan, seen)]
-        if releases[job] and not seen.engine_killed:
+        if releases[job] and not (seen.engine_killed or seen.broker_killed):
             losses.append(f"given back {releases[job]} times")
         if not seen.engine_killed and job in seen.states and not starts[job]:
             losses.append("the engine never started it")
@@ -118,7 +120,7 @@ def judge(planned: Mapping[int, Planned], seen: Seen) -> Verdict:
             wrong[job].append(f"{len(ends)} ends, {again} of them rightly told again, and {mails} mails")
         late += len(requests_after[job])
         wrong[job] += requests_after[job]
-        allowed = 2 * (1 + releases[job]) if seen.engine_killed else 1
+        allowed = (1 + releases[job]) * (2 if seen.engine_killed else 1)
         if starts[job] > allowed:
             extra += starts[job] - allowed
             wrong[job].append(f"{starts[job]} container starts")

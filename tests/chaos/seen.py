@@ -83,6 +83,7 @@ def see(
     lives: Sequence[Life] = (),
     crashes: Sequence[str] = (),
     engine_killed: bool = False,
+    broker_killed: bool = False,
 ) -> Seen:
     """All that there is to see, when no worker runs any more."""
     server = lab.server
@@ -102,6 +103,7 @@ def see(
         violations=[f"job {found['job_id']}: {found['rule']}" for found in server.violations()],
         crashes=crashes,
         engine_killed=engine_killed,
+        broker_killed=broker_killed,
     )
 
 

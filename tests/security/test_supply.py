@@ -134,7 +134,7 @@ def installs() -> list[tuple[str, str]]:
     found = []
     for path in paths:
         if path.is_file() and path.suffix in ("", ".py", ".md"):
-            for line in path.read_text().replace("\\\n", " ").splitlines():
+            for line in path.read_text(errors="replace").replace("\\\n", " ").splitlines():
                 for command in re.split("&&|;", line.partition("# ")[0]):
                     if re.search(r"\bpip\b.* (install|wheel|download) ", command):
                         found.append((str(path.relative_to(REPOSITORY)), command))
