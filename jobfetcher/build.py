@@ -31,6 +31,7 @@ from jobfetcher.engine import users
 from jobfetcher.engine.api import DEFAULT_URL
 from jobfetcher.engine.docker import DockerEngine, EngineInfo
 from jobfetcher.engine.flavour import Flavour
+from jobfetcher.engine.guard import Guard
 from jobfetcher.engine.host_path import check_host_path, find_host_path, runs_inside
 from jobfetcher.engine.images import ImagePolicy, PullPolicy
 from jobfetcher.engine.registries import RegistryRules
@@ -207,7 +208,8 @@ def make_engine(settings: Settings, instance: str, emit: Emit, own: OwnHost | No
         registries=None if own is None else make_registry_rules(settings, own),
     )
     url = settings.docker_host or DEFAULT_URL
-    return DockerEngine(instance, url=url, images=images, policy=make_box(settings), emit=emit)
+    guard = Guard(emit) if settings.job_network_guard == "auto" else None
+    return DockerEngine(instance, url=url, images=images, policy=make_box(settings), guard=guard, emit=emit)
 
 
 def make_registry_rules(settings: Settings, own: OwnHost) -> RegistryRules:

@@ -309,6 +309,7 @@ def _resources(as_json: bool, env_file: Path | None) -> int:
     settings = _load({}, env_file, server=False).settings
     with closing(build.make_engine(settings, "", note)) as engine:
         machine = build.look_at_machine(settings, engine, note)
+        notes += filter(None, [engine.open_network()])  # `run` says it when its first container gets the network
     notes += detect.read_gpus(settings.gpus).problems
     budget = machine.budget
     record = resources_record(machine.inventory, budget.free(), budget.slots, notes, machine.engine, machine.disks)

@@ -278,6 +278,11 @@ class Settings(BaseModel):
     job_network: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = _field(
         "bridge", "Network of jobs: bridge (an own one, jobs cannot reach each other), none, or a network's name."
     )
+    job_network_guard: Annotated[Literal["auto", "off"], BeforeValidator(_lower)] = _field(
+        "auto",
+        "Rules of this machine's firewall that keep jobs on the network bridge from its own services: auto (where the "
+        "worker may make them), or off.",
+    )
     job_runtime: str | None = _field(
         None, "Engine runtime for jobs, such as nvidia, runsc or kata. Empty: the default."
     )

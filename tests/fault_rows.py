@@ -193,7 +193,7 @@ ROWS = {
 }
 
 #: Threats that wait for the second pass over who can get in and out.
-SECOND_PASS = {"T31"}
+SECOND_PASS: set[str] = set()
 
 #: What of a row comes with a later part of the program.
 WAITING = {
@@ -203,6 +203,7 @@ WAITING = {
     "T18": "the whole row: there is no status page yet",
     "T19": "that `doctor` tries the metadata address from a container",
     **dict.fromkeys(SECOND_PASS, "the whole row: it comes with the second pass over who can get in and out"),
+    "T31": "that jobs cannot learn each other's names from the engine's name server",
     "T24": "the base image's digest and a signature: they come with the first release",
 }
 

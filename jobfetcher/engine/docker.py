@@ -50,6 +50,7 @@ from jobfetcher.engine.api import (
 from jobfetcher.engine.box import box
 from jobfetcher.engine.flavour import Flavour, Limit, docker_flavour, podman_flavour
 from jobfetcher.engine.flood import Restraint
+from jobfetcher.engine.guard import Guard, bridge_of
 from jobfetcher.engine.images import ImagePolicy, Images
 from jobfetcher.engine.measure import written
 from jobfetcher.engine.polling import runs
@@ -145,6 +146,7 @@ class DockerEngine:
     """One engine, seen by one worker (`instance`). Thread-safe. Connects on first use.
 
     `policy`: what jobs get, for the worker's own box that gives files back (`own`).
+    `guard`: what keeps jobs on the own network from services of the machine; None: nothing does.
     `reconnect_s`: how long a running job waits for an engine that went away before its worker is declared at fault.
     `look_up_s`, `work_s`: see `EngineApi`. `clock`, `now` and `sleep`: time passing, the time of day, and a pause.
     """
@@ -156,6 +158,7 @@ class DockerEngine:
         url: str = DEFAULT_URL,
         images: ImagePolicy | None = None,
         policy: BoxPolicy | None = None,
+        guard: Guard | None = None,
         emit: Emit = lambda *_, **__: None,
         reconnect_s: float = RECONNECT_S,
         look_up_s: float = LOOK_UP_S,
@@ -173,6 +176,7 @@ class DockerEngine:
         self.emit = emit
         self._images = Images(self.api, images or ImagePolicy(), emit)
         self._policy = policy or BoxPolicy()
+        self._guard = guard
         self._network_lock = threading.Lock()
         self._helpers: set[str] = set()
         self._proofs: set[str] = set()
@@ -509,27 +513,46 @@ class DockerEngine:
         """
         options = self.flavour().network_options
         with self._network_lock, self.api.calling("make the network for jobs"):
-
-            def find() -> list[Mapping[str, Any]]:
-                networks = self.api.ask("GET", "/networks", filters=json.dumps({"name": [OWN_NETWORK]})).json()
-                return [network for network in networks if network["Name"] == OWN_NETWORK]
-
-            if not (found := find()):
+            if not (found := self._own_networks()):
                 wanted = {"Name": OWN_NETWORK, "Driver": "bridge", "Options": dict(options), "CheckDuplicate": True}
                 try:
                     self.api.ask("POST", "/networks/create", timeout_s=self.api.work_s, body=wanted)
-                    found = find()
+                    found = self._own_networks()
                 except Refused:
-                    if not (found := find()):  # else another worker was faster
+                    if not (found := self._own_networks()):  # else another worker was faster
                         raise
-            oldest = min(found, key=lambda network: (network["Created"], network["Id"]), default=None)
+            oldest = _oldest(found)
         if oldest is None or not options.items() <= (oldest.get("Options") or {}).items():
             raise WorkerFault(
                 WorkerReason.ENGINE,
                 f"the network {OWN_NETWORK} lets containers see each other; remove it "
                 f"(docker network rm {OWN_NETWORK}), and the worker makes its own",
             )
+        if self._guard is not None and self._is_guarded():
+            self._guard.hold(bridge_of(oldest["Id"], oldest.get("Options") or {}))
         return str(oldest["Id"])
+
+    def open_network(self) -> str:
+        """Why jobs will reach services of the machine, as a sentence; nothing where they will not, or where the owner
+        wants no guard. Makes nothing. Raises WorkerFault."""
+        if self._guard is None or self._policy.network != OWN_NETWORK or not self._is_guarded():
+            return ""
+        with self.api.calling("look for the network for jobs"):
+            found = _oldest(self._own_networks())
+        return self._guard.why_not(bridge_of(found["Id"], found.get("Options") or {}) if found else "")
+
+    def _is_guarded(self) -> bool:
+        """Not an engine without root rights: its bridges are in a network namespace where no service of the machine is.
+        Podman names its bridges otherwise, and does not say how in this API."""
+        return not self.flavour().rootless and not self.flavour().kind
+
+    def _own_networks(self) -> list[Mapping[str, Any]]:
+        networks = self.api.ask("GET", "/networks", filters=json.dumps({"name": [OWN_NETWORK]})).json()
+        return [network for network in networks if network["Name"] == OWN_NETWORK]
+
+
+def _oldest(networks: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    return min(networks, key=lambda network: (network["Created"], network["Id"]), default=None)
 
 
 @dataclass(slots=True)

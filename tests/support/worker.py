@@ -276,6 +276,7 @@ class Lab:
             "gpus": "none",
             "reserve_disk": "0",
             "job_network": "none",
+            "job_network_guard": "off",  # tests leave the rules of this machine's firewall alone
             "pull_policy": "never",
         }
         return {**quick, **signing_in, **TESTS_WITH, **changes}
