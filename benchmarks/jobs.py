@@ -50,8 +50,14 @@ from tests.support.worker import Command, command
 COPY = ("cp /files/in/a /files/out/a && cp /files/in/b /files/out/b",)
 
 #: Not the shipped ones: where the server is, and nothing that depends on the machine. It asks every 0.5 s, which only
-#: matters when the queue was empty: after each job it asks at once.
-_SETTINGS = {"access_token": "mock-token", "gpus": "none", "timeout_job": "0.5", "reserve_disk": "0"}
+#: matters when the queue was empty: after each job it asks at once. A measurement leaves no rules in the firewall.
+_SETTINGS = {
+    "access_token": "mock-token",
+    "gpus": "none",
+    "timeout_job": "0.5",
+    "reserve_disk": "0",
+    "job_network_guard": "off",
+}
 
 
 class Api(MockServer):

@@ -269,3 +269,14 @@ def test_a_setting_decides(clean: PrivateEngine, tmp_path: Path, lab: Lab, setti
         notes = [note for note in json.loads(run.output)["notes"] if "JOB_NETWORK_GUARD" in note]
     assert len(notes) == guards
     assert all("in a container or on another machine" in note for note in notes)
+
+
+def test_run_says_it_once_at_its_start(clean: PrivateEngine, tmp_path: Path, lab: Lab) -> None:
+    """When it shows itself that this machine runs jobs, before it asks for one; and jobs run."""
+    lab.submit("true")
+    settings = lab.env(docker_host=clean.url, job_network="bridge", job_network_guard="auto")
+    with command(["run", "--once"], settings, tmp_path) as run:
+        assert run.wait() == 0, run.errors
+        assert run.errors.count("JOB_NETWORK_GUARD=off") == 1, run.errors
+        assert run.errors.index("JOB_NETWORK_GUARD=off") < run.errors.index("job 1")
+    assert lab.server.job(1)["state"] == "finished"
