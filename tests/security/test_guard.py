@@ -152,7 +152,7 @@ def test_the_machine_may_still_speak_to_a_job(clean: PrivateEngine, tmp_path: Pa
         container = bench.engine.start(bench.spec("echo of the job | nc -l -p 80", policy=BoxPolicy()))
         try:
             [found] = clean.client().inspect_container(container.id)["NetworkSettings"]["Networks"].values()
-            ask = [require_program("busybox", "busybox-static"), "nc", found["IPAddress"], "80"]
+            ask = [require_program("busybox", "busybox-static"), "nc", "-w", "3", found["IPAddress"], "80"]
 
             def answer() -> bool:
                 done = subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
