@@ -192,9 +192,6 @@ ROWS = {
     "T33": "a worker that was broken into and holds the engine's socket",
 }
 
-#: Threats that wait for the second pass over who can get in and out.
-SECOND_PASS: set[str] = set()
-
 #: What of a row comes with a later part of the program.
 WAITING = {
     "B19": "that `doctor` refuses a second live instance",
@@ -202,7 +199,6 @@ WAITING = {
     "T10": "the status page among the places that are searched",
     "T18": "the whole row: there is no status page yet",
     "T19": "that `doctor` tries the metadata address from a container",
-    **dict.fromkeys(SECOND_PASS, "the whole row: it comes with the second pass over who can get in and out"),
     "T31": "that jobs cannot learn each other's names from the engine's name server",
     "T24": "the base image's digest and a signature: they come with the first release",
 }
@@ -226,7 +222,7 @@ NOT_HERE = {
 }
 
 #: Rows that have no test at all; each must be in WAITING or NOT_HERE.
-WITHOUT_TEST = frozenset({"T18"} | SECOND_PASS)
+WITHOUT_TEST = frozenset({"T18"})
 
 
 class Mark(NamedTuple):
