@@ -133,11 +133,22 @@ class Outbox:
             if self._journal.was_accepted(job_id):
                 return Standing.KEEP
         standing = tell(lease, outcome, worker_fault_is_error=self._worker_fault_is_error)
+        if (standing is not Standing.KEEP or outcome.ending is Ending.DROPPED) and self._has_run(job_id):
+            lease.used_up()
         if outcome.ending is not Ending.DROPPED:
             self.outage.answered(job_id)
             with contextlib.suppress(WorkerFault):  # a full disk: if this process dies now, it is told once more
                 self._journal.accepted(job_id)
         return standing
+
+    def _has_run(self, job_id: JobId) -> bool:
+        """Whether a run of the job was begun. The journal says so, for it knew before the engine did. A heartbeat may
+        have asked before the run, and a server may hold its answer back until the job has done its work (T30)."""
+        try:
+            record = self._journal.record(job_id)
+        except WorkerFault:
+            return True  # it may have
+        return record is not None and record.runs > 0
 
     @property
     def waiting(self) -> list[JobId]:

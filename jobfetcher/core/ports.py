@@ -66,6 +66,12 @@ class Lease(Protocol):
         """Give the job back for others. Idempotent like `settle`, same errors."""
         ...
 
+    def used_up(self) -> None:
+        """The job ran here and was then taken back: it must not be handed to this worker again as if it had not run
+        (FAULTS.md T30). `settle` says so by itself. Sends nothing, never raises, and may be called again.
+        """
+        ...
+
     def sign_input(self, ref: FileRef) -> SignedRequest:
         """A request that fetches an input, signed now. Raises JobFault if the source does not know it."""
         ...

@@ -106,6 +106,9 @@ class FakeLease:
     def release(self, why: str) -> Standing:
         return self._say("released", why)
 
+    def used_up(self) -> None:
+        """Jobs are not signed here, so none can be played again."""
+
     def sign_input(self, ref: FileRef) -> SignedRequest:
         if self._source.known_refs is not None and ref not in self._source.known_refs:
             raise JobFault(JobReason.INPUT_MISSING, f"input {ref} does not exist")

@@ -4,6 +4,7 @@ whom, until when, once, and with the inputs that were meant (T30)."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -12,7 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,27 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobfetcher.core.errors import ConfigError, WorkerFault, WorkerReason
+from jobfetcher.core.errors import ConfigError, SourceError, UnreadableJob, WorkerFault, WorkerReason
 from jobfetcher.core.job import JobId, parse_job_id
+from jobfetcher.core.machine import Offer, Share
+from jobfetcher.core.phases import Phase
+from jobfetcher.core.ports import Claim, Standing
+from jobfetcher.core.run import Ending, Image, Outcome
 from jobfetcher.core.text import clean
+from jobfetcher.core.urls import UrlPolicy
+from jobfetcher.journal import Journal
+from jobfetcher.outbox import Outbox
 from jobfetcher.sources.worker_api.nonces import NAME, Nonces
 from jobfetcher.sources.worker_api.signing import Keys, NotForThisWorker, Rules, Verifier, read_keys, sign
+from jobfetcher.sources.worker_api.source import Filter, WorkerApi
 from jobfetcher.sources.worker_api.wire import parse_specs
+from jobfetcher.testing.fake_engine import FakeEngine
+from jobfetcher.workspace import Base
 from tests.fuzz.hostile import fuzz, values
+from tests.support.jobs import Emitted, FakeClock
 from tests.support.mounts import needs_root
+from tests.support.scripted_api import Answer, ScriptedApi, hang_up, reply, scripted_api
+from tests.support.talk import client_of
 from tests.support.worker import Lab, work
 
 SEVEN, EIGHT = parse_job_id("7"), parse_job_id("8")
@@ -319,6 +334,142 @@ def test_a_job_that_ended_is_not_run_again_and_one_that_was_given_back_is(tmp_pa
         with pytest.raises(ValueError, match="that job has ended: it is played again"):
             known.check(SEVEN, made)
         known.check(SEVEN, signed())  # signed anew by whoever holds the key
+
+
+class Player:
+    """A server that hands out the same signed job again and again, and a worker's memory that outlives its processes.
+
+    Each `process` is a new adapter with the same file of nonces, as a worker has after a restart. `answers`: what the
+    server says after the job.
+    """
+
+    def __init__(self, api: ScriptedApi, base: Path) -> None:
+        self.api, self.base, self.made = api, base, signed()
+        self.clock = FakeClock()
+
+    @contextmanager
+    def process(self) -> Iterator[WorkerApi]:
+        client = client_of(self.api.url)
+        known = verifier(nonces=nonces_in(self.base, lambda: NOW))
+        parts: dict[str, Any] = {"wanted": Filter(), "emit": Emitted(), "signatures": known, "clock": self.clock}
+        with closing(WorkerApi(client, UrlPolicy(client.origin), **parts)) as source:
+            yield source
+
+    def take(self, source: WorkerApi, *answers: Answer | int) -> Claim:
+        self.api.answers.clear()
+        self.api.then(reply(200, json.dumps({"7": self.made}).encode()), *answers)
+        claim = source.fetch(Offer(4.0, 4096), 0.0)
+        assert claim is not None
+        return claim
+
+    def is_refused(self) -> bool:
+        """Whether the next process refuses the job, for it is played again."""
+        with self.process() as source:
+            try:
+                self.take(source)
+            except UnreadableJob as error:
+                return "played again" in str(error)
+            return False
+
+
+@pytest.fixture
+def player(tmp_path: Path) -> Iterator[Player]:
+    with scripted_api() as api:
+        yield Player(api, tmp_path)
+
+
+FINISHED, FAILED = Outcome(Ending.FINISHED, None, ""), Outcome(Ending.JOB_FAILED, None, "exit code 3")
+
+#: What a server may say to an end.
+NO_ACCEPTANCE: dict[str, Answer | int] = {"404": 404, "500": 500, "503": 503, "403": 403, "409": 409, "no": hang_up}
+
+
+@pytest.mark.fault("T30")
+@pytest.mark.parametrize("answer", NO_ACCEPTANCE)
+@pytest.mark.parametrize("outcome", [FINISHED, FAILED], ids=["finished", "error"])
+def test_a_job_that_ended_here_is_not_run_again_whatever_the_server_says_of_its_end(
+    player: Player, outcome: Outcome, answer: str
+) -> None:
+    with player.process() as source:
+        claim = player.take(source, *[NO_ACCEPTANCE[answer]] * 4)
+        with contextlib.suppress(SourceError):  # it is told again by the outbox
+            assert claim.lease.settle(outcome) is not Standing.KEEP
+    assert player.is_refused()
+    player.clock.now += 31
+    with player.process() as source:  # and the end is still told, for telling needs no signature
+        player.api.answers.clear()
+        player.api.then(reply(200, b'"postprocessing"'), 204, 204)
+        lease = source.resume(player.api.url, SEVEN, cut_off=Phase.SETTLING)
+        player.clock.now += 31
+        assert lease.settle(outcome) is Standing.KEEP
+    assert player.api.said[-1] == ("finished" if outcome is FINISHED else "error")
+
+
+@pytest.mark.fault("T30")
+@pytest.mark.parametrize("answer", [204, 404, 500])
+def test_a_job_that_was_given_back_may_come_again(player: Player, answer: int) -> None:
+    with player.process() as source:
+        claim = player.take(source, answer)
+        with contextlib.suppress(SourceError):
+            claim.lease.release("no room")
+    assert not player.is_refused()
+
+
+@contextmanager
+def outbox_of(player: Player, journal: Journal, base: Base) -> Iterator[Outbox]:
+    yield Outbox(
+        base=base,
+        journal=journal,
+        engine=FakeEngine(),
+        worker_fault_is_error=False,
+        emit=Emitted(),
+        sleep=lambda _: None,
+        clock=player.clock,
+    )
+
+
+GIVEN_BACK = Outcome(Ending.WORKER_FAILED, WorkerReason.SHUTDOWN, "the worker is stopped")
+DROPPED = Outcome(Ending.DROPPED, None, "taken back by the server")
+
+
+@pytest.mark.fault("T30")
+@pytest.mark.parametrize("restarted", [False, True], ids=["at once", "by the next process"])
+@pytest.mark.parametrize(
+    ("outcome", "answer", "ran", "refused"),
+    [
+        (DROPPED, 404, False, False),  # nothing of it ran, and somebody else may give it back
+        (DROPPED, 404, True, True),
+        (GIVEN_BACK, 204, True, False),
+        (GIVEN_BACK, 404, False, False),
+        (GIVEN_BACK, 404, True, True),
+    ],
+    ids=["cancelled before it ran", "cancelled", "given back", "gone before it ran", "gone as it was given back"],
+)
+def test_a_job_that_is_taken_back_after_its_run_began_is_not_run_again(
+    tmp_path: Path, player: Player, outcome: Outcome, answer: int, ran: bool, refused: bool, restarted: bool
+) -> None:
+    """The journal knows of the run, and not the heartbeat: a server may answer `404` to one that it held back."""
+    with closing(Base(tmp_path / "base", reserve_mib=0)) as base, closing(Journal(tmp_path / "journal")) as journal:
+        with player.process() as source:
+            lease, job = player.take(source, *[answer] * 4)
+            journal.claim(job.id, lease.token, job)
+            if ran:
+                journal.advance(SEVEN, Phase.STAGING_IN)
+                journal.running(SEVEN, Share(1.0, 64), Image("sha256:1", "busybox", None, "amd64"))
+            if not restarted:
+                with outbox_of(player, journal, base) as outbox:
+                    outbox.settle(lease, outcome)
+            else:
+                journal.settling(SEVEN, outcome)
+        if restarted:
+            with player.process() as source, outbox_of(player, journal, base) as outbox:
+                player.api.answers.clear()
+                player.api.then(reply(200, b'"running"') if answer == 204 else 404, answer)
+                lease = source.resume(player.api.url, SEVEN, cut_off=Phase.SETTLING)
+                player.clock.now += 31
+                assert outbox.deliver(lease, outcome)
+        assert journal.records() == []
+    assert player.is_refused() == refused
 
 
 @pytest.mark.fault("T30")

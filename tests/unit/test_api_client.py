@@ -428,13 +428,13 @@ def test_a_job_that_others_may_run_is_given_back(
 
 
 @pytest.mark.fault("T30")
-def test_a_signature_is_used_up_by_an_end_that_the_server_accepted_and_by_nothing_else(
+def test_a_signature_is_used_up_by_an_end_that_was_decided_here_and_by_nothing_else(
     client: Client, api: ScriptedApi, emit: Emitted
 ) -> None:
     checks = Checks()
     source = signed_source(client, emit, checks)
-    for last, over in (("release", []), ("settle", ["7"])):
-        api.then(reply(200, json.dumps({"7": GOOD}).encode()), 204, 204)
+    for last, answer, over in (("release", 204, []), ("settle", 204, ["7"]), ("settle", 404, ["7"])):
+        api.then(reply(200, json.dumps({"7": GOOD}).encode()), 204, answer)
         claim = source.fetch(OFFER, 0.0)
         assert claim is not None
         assert claim.lease.beat(Phase.CLAIMED) is Standing.KEEP
@@ -444,6 +444,7 @@ def test_a_signature_is_used_up_by_an_end_that_the_server_accepted_and_by_nothin
         else:
             claim.lease.settle(FAILED)
         assert checks.over == over
+        checks.over.clear()
 
 
 # -- a lease: beats ---------------------------------------------------------------------------------------------------

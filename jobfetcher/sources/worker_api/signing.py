@@ -193,7 +193,7 @@ class Verifier:
         return self._check_terms(key_id, job_id, specs, terms)
 
     def ended(self, job_id: JobId) -> None:
-        """The server knows how that job ended: what was signed for it is used up. Never raises."""
+        """That job has ended here, whatever the server says of it: what was signed for it is used up. Never raises."""
         self._nonces.ended(job_id)
 
     def _check_signature(

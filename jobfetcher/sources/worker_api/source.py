@@ -367,12 +367,17 @@ class ApiLease:
                 self._accepted_at, self._heard = asked_at, ""
 
     def settle(self, outcome: Outcome) -> Standing:
+        # Before anything is sent: a server that never accepts an end could else play the job again for ever (T30).
+        self._on_end(self.job_id)
         word = FINISHED if outcome.ending is Ending.FINISHED else ERROR
         # S11: what is written here is appended to the user's record and mailed; a plain success needs no words.
         return self._end(word, "" if outcome.ending is Ending.FINISHED and not outcome.message else outcome.message)
 
     def release(self, why: str) -> Standing:
         return self._end(QUEUED, why)
+
+    def used_up(self) -> None:
+        self._on_end(self.job_id)
 
     def sign_input(self, ref: FileRef) -> SignedRequest:
         failpoint("before:sign_input")
@@ -579,8 +584,6 @@ class ApiLease:
                 self._rest_after(error)
                 raise
             self._settled = standing is Standing.KEEP
-            if self._settled and word in _ENDS:
-                self._on_end(self.job_id)
             return standing
 
     def _check_not_too_soon(self) -> None:
