@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import errno
 import hashlib
 import itertools
 import json
@@ -481,9 +482,74 @@ def test_a_nonce_serves_one_job_and_is_forgotten_when_it_cannot_be_used_any_more
         verifier(nonces=known).check(EIGHT, signed("8", nonce=nonce))
     verifier(nonces=known).check(EIGHT, signed("8", private=bytes(32), key="old", nonce=nonce))  # of another signer
     assert path.read_text().count("nonce") == 2
-    now[0] += HOUR + 301
-    verifier(now=now[0], nonces=nonces_in(path.parent, lambda: now[0])).check(EIGHT, signed("8", expires=NOW + DAY))
-    assert path.read_text().count("nonce") == 1
+    now[0] += 92 * DAY
+    nine = parse_job_id("9")
+    for _ in range(2):  # the second start knows of a signature that was made long after the first two had run out
+        late = signed("9", expires=int(now[0]) + HOUR)
+        verifier(now=now[0], nonces=nonces_in(path.parent, lambda: now[0])).check(nine, late)
+    assert [json.loads(line)["job"] for line in path.read_text().splitlines() if line] == ["9", "9"]
+
+
+@pytest.mark.fault("T30", "J4")
+@pytest.mark.parametrize("ahead", [DAY, 80 * DAY, 1000 * DAY, 36_500 * DAY])
+def test_a_start_with_the_clock_ahead_forgets_no_nonce(tmp_path: Path, ahead: float) -> None:
+    made, now = signed(), [float(NOW)]
+
+    def start() -> Verifier:
+        return Verifier(KEYS, RULES, nonces_in(tmp_path, lambda: now[0]), lambda: now[0])
+
+    first = start()
+    first.check(SEVEN, made)
+    first.ended(SEVEN)
+    now[0] += ahead
+    again = start()
+    with pytest.raises(ValueError, match="ran out"):
+        again.check(SEVEN, made)
+    again.ended(EIGHT)  # which reads the file
+    now[0] = NOW
+    for known in (again, start()):
+        with pytest.raises(ValueError, match="played again"):
+            known.check(SEVEN, made)
+
+
+@pytest.mark.fault("T30", "D5")
+def test_nonces_do_not_pile_up_while_the_worker_runs(tmp_path: Path) -> None:
+    """Half a day goes by from one job to the next, each is signed for an hour, and those of 91 days are to be known."""
+    path, now = tmp_path / NAME, [float(NOW)]
+    known = nonces_in(tmp_path, lambda: now[0])
+    most = 0
+    for number in range(3000):
+        now[0] += DAY / 2
+        job = parse_job_id(str(number))
+        known.use(f"lab {number:016}", job, now[0] + HOUR)
+        known.ended(job)
+        most = max(most, path.read_bytes().count(b"nonce"))
+    assert most <= 2 * 92 + 1000  # what is to be known, and the lines since
+    for check in (known, nonces_in(tmp_path, lambda: now[0])):
+        with pytest.raises(ValueError, match="played again"):
+            check.use(f"lab {2999:016}", parse_job_id("2999"), now[0] + HOUR)
+        with pytest.raises(ValueError, match="played again"):  # 89 days old
+            check.use(f"lab {2999 - 178:016}", parse_job_id(str(2999 - 178)), now[0] + HOUR)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [NAME]
+
+
+@pytest.mark.fault("T30", "D5")
+def test_an_end_that_could_not_be_noted_is_noted_when_there_is_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, made = verifier(nonces=nonces_in(tmp_path, lambda: NOW)), signed()
+    known.check(SEVEN, made)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        disk.setattr(Path, "open", lambda *_, **__: full(0))
+        known.ended(SEVEN)
+    known.check(EIGHT, signed("8"))  # the next job
+    with pytest.raises(ValueError, match="played again"):
+        verifier(nonces=nonces_in(tmp_path, lambda: NOW)).check(SEVEN, made)
 
 
 @pytest.mark.fault("T30", "A10")

@@ -19,8 +19,9 @@ So neither what runs nor its files can be changed, and no signature serves a sec
 list of names; the worker must have one of them (its API's origin, or what JOB_SIGNING_AUDIENCE says), else the job is
 given back for those it is meant for. `expires`: Unix time in seconds, at most 90 days ahead; five minutes of difference
 between two clocks are forgiven. `nonce`: 16 to 128 letters, digits, `_` and `-`, never used before; once a job has
-ended here, its nonce is known until it expires, and the same words played again are refused. `inputs`: SHA-256 of the
-content by path below /files, for some or all of `files_down`; a file of another content fails the job before it runs.
+ended here, its nonce is known until long after it expired (nonces.py), and the same words played again are refused.
+`inputs`: SHA-256 of the content by path below /files, for some or all of `files_down`; a file of another content fails
+the job before it runs.
 And what is signed must name its image by digest, because a tag means what its registry says today.
 
 The labels of the handler (`entrypoint`, `image_name`, `image_version`) are not signed, because nothing of them runs;
