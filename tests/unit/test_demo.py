@@ -49,6 +49,47 @@ def test_what_is_no_picture_is_said(content: bytes) -> None:
         run._read_pgm(content)
 
 
+def engine_script(top: Path, python: str = "") -> "subprocess.CompletedProcess[str]":
+    """Run the script in a checkout at `top` whose .venv is missing, or has `python` as its Python; a dockerd that it
+    starts is a stand-in that leaves `top/started`."""
+    (top / "scripts").mkdir()
+    script = shutil.copy(ENGINE, top / "scripts")
+    programs = {top / "bin" / "dockerd": f"touch {top}/started"}
+    if python:
+        programs[top / ".venv" / "bin" / "python"] = python
+    for program, does in programs.items():
+        program.parent.mkdir(parents=True)
+        program.write_text(f"#!/bin/sh\n{does}\n")
+        program.chmod(0o755)
+    environ = {"PATH": f"{top / 'bin'}:{os.environ['PATH']}"}  # and no DOCKER_HOST: the engine of this machine
+    return subprocess.run(["bash", script], env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["start"], [""], ["--rights", "--rights"]])
+def test_the_script_of_the_engine_does_nothing_for_words_that_it_does_not_know(words: list[str]) -> None:
+    environ = {"PATH": os.environ["PATH"], "DOCKER_HOST": "unix:///nowhere.sock"}
+    ended = subprocess.run(
+        ["bash", str(ENGINE), *words], env=environ, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "usage: scripts/engine [--rights]\n")
+
+
+@pytest.mark.docker
+def test_no_second_engine_is_started_where_there_is_no_virtual_environment(tmp_path: Path) -> None:
+    ended = engine_script(tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.docker
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts an engine")
+def test_no_second_engine_is_started_beside_one_that_does_not_answer(tmp_path: Path) -> None:
+    ended = engine_script(tmp_path, python="echo timed out >&2; exit 1")
+    assert ended.returncode == 1
+    assert "holds /var/run/docker.sock and does not answer, so no second one is started: timed out\n" in ended.stderr
+    assert not (tmp_path / "started").exists()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_rights_to_the_engine_are_looked_at_without_anything_installed() -> None:
     """With the system's own Python, and none of the checkout's."""
