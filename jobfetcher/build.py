@@ -386,8 +386,9 @@ def worker(settings: Settings, polling: Polling, emit: Emit) -> Iterator[Worker]
         host_base = _mounted_from(base, host_base, finder, settings, opened)
         opened.callback(engine.close)
         if os.geteuid() != 0:  # FAULTS.md E13
-            base.left.also_own(lambda name: engine.own(f"{host_base}/jobs/{name}"))
-            if why := engine.cannot_own():
+            if not base.cannot_own():
+                base.left.also_own(lambda name: engine.own(f"{host_base}/jobs/{name}"))
+            if why := base.cannot_own() or engine.cannot_own():
                 message = f"what a job's root user writes can neither be sent nor deleted by this worker: {why}"
                 emit("no_helper", level="warning", message=message)
         journal = Journal(base.path / "journal.db")

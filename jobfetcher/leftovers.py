@@ -19,6 +19,7 @@ from pathlib import Path
 from jobfetcher import tree
 from jobfetcher.core.errors import WorkerFault, WorkerReason
 from jobfetcher.core.text import clean
+from jobfetcher.pinned import shown
 
 _MIB = 1024**2
 
@@ -37,8 +38,9 @@ class _Left:
     size: int
 
     def sentence(self) -> str:
-        held = f"{self.path} is left, with {self.size / _MIB:.0f} MiB that this worker may not delete"
-        return f"{held} ({self.why}); delete it as root (rm -r {self.path}), or the next start tries again"
+        where = shown(self.path)
+        held = f"{where} is left, with {self.size / _MIB:.0f} MiB that this worker may not delete"
+        return f"{held} ({self.why}); delete it as root (rm -r {where}), or the next start tries again"
 
 
 class Leftovers:
@@ -87,7 +89,7 @@ class Leftovers:
         left = [one for one in sorted(self._left.values(), key=lambda one: -one.size) if one.path.exists()]
         if not left:
             return ""
-        named = ", ".join(f"{one.path} ({one.size / _MIB:.0f} MiB)" for one in left[:_NAMED])
+        named = ", ".join(f"{shown(one.path)} ({one.size / _MIB:.0f} MiB)" for one in left[:_NAMED])
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         return f"this worker may not delete what jobs left in {named}{more}; delete that as root"
 

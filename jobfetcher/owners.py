@@ -23,6 +23,9 @@ from pathlib import Path
 
 from jobfetcher.core.errors import ConfigError
 
+#: File systems without modes, as mountinfo names them (proc(5)): FAT, NTFS, shares of Windows, and its drives in WSL.
+_WITHOUT_MODES = frozenset({"9p", "cifs", "drvfs", "exfat", "fuseblk", "msdos", "ntfs", "ntfs3", "smb3", "vfat"})
+
 
 def check(path: Path, name: str = "", *, secret: bool = False) -> Iterator[str]:
     """What should be mended about a file or directory, which the setting `name` names: warnings, as sentences.
@@ -64,11 +67,24 @@ def _writers(place: Path, seen: os.stat_result, intro: str) -> Iterator[str]:
         return
     if seen.st_mode & stat.S_IWOTH:
         why = f"{place} can be changed by everybody, who could then decide what the worker does"
-        if not os.statvfs(place).f_flag & os.ST_RDONLY:
+        if _knows_no_modes(seen.st_dev):
+            yield f"{why}, as far as that disk says, which knows no modes; keep it on one that does"
+        elif os.statvfs(place).f_flag & os.ST_RDONLY:
+            yield f"{why}, though not through this read-only mount; run `chmod go-w` where it lies"
+        else:
             raise ConfigError(f"{intro}{why}; run `chmod go-w {place}`")
-        yield f"{why}, though not through this read-only mount; run `chmod go-w` where it lies"
     elif seen.st_mode & stat.S_IWGRP and seen.st_gid != seen.st_uid:
         yield f"{place} can be changed by its group; run `chmod g-w {place}`"
+
+
+def _knows_no_modes(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether a disk shows one mode for all files, which chmod does not change: those of Windows, in WSL2 as well."""
+    ours = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = mounts.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.split()[2] == ours and line.rpartition(" - ")[2].split()[0] in _WITHOUT_MODES for line in lines)
 
 
 def _foreign(place: Path, seen: os.stat_result) -> str:

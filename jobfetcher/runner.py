@@ -405,8 +405,9 @@ class Runner:
     def _own(self, job_id: JobId) -> None:
         """Without root, what a job's root wrote may neither be read nor deleted before this (FAULTS.md E13)."""
         if os.geteuid() != 0 and self._base.job(job_id).files.is_dir():
-            with self._base.unmoved(job_id, lambda: None):
-                self._engine.own(self._host_path(job_id))
+            if why := self._base.cannot_own():
+                raise WorkerFault(WorkerReason.DISK, f"files of other users are not given back: {why}")
+            self._engine.own(self._host_path(job_id))
 
     def _host_path(self, job_id: JobId) -> str:
         return str(self._host_base / "jobs" / job_id / "files")

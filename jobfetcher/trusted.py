@@ -84,8 +84,8 @@ def claim(path: Path) -> Way:
             real = steps.real
         else:
             foreign = foreign or f"{steps.real} belongs to {user(above.owner)}"
-            base, real = _make(SUBFOLDER, steps.here), steps.real / SUBFOLDER
             _refuse_earlier(steps.here, steps.real, above.owner)
+            base, real = _make(SUBFOLDER, steps.here), steps.real / SUBFOLDER
     finally:
         steps.close()
     with _closed_on_error(base):

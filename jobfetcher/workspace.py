@@ -393,6 +393,18 @@ class Base:
         )
         raise WorkerFault(WorkerReason.DISK, self._moved)
 
+    def cannot_own(self) -> str:
+        """Why nothing here may be given to this worker's user by a helper with root's rights; nothing where it may.
+
+        The helper changes whatever lies at the path, and does so before anybody could look at it once more (T26).
+        """
+        if not self.watches_way:
+            return ""
+        return (
+            f"{self.foreign}, who could have the files of anybody given to this worker; choose a PATH_BASE below "
+            "directories of root's, or of this worker's user"
+        )
+
     def say_goodbye(self) -> None:
         """Note that this process leaves because it was told to, however abruptly. One write; raises OSError."""
         os.pwrite(self._lock, _LEFT, 0)

@@ -160,3 +160,25 @@ def test_what_nobody_can_write_through_this_mount_goes_on_working(tmp_path: Path
 
 def test_what_is_not_there_is_no_business_of_this_check(tmp_path: Path) -> None:
     assert list(owners.check(tmp_path / "missing", "X", secret=True)) == []
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("ext4", True), ("vfat", False), ("9p", False), ("fuseblk", False)])
+def test_where_a_disk_knows_no_modes_nobody_is_told_to_change_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, refused: bool
+) -> None:
+    """A Windows drive in WSL2 shows 0777 for every file, and chmod does nothing there. The kind is put in."""
+    file = tmp_path / ".env"
+    file.touch()
+    file.chmod(0o777)
+    device = file.stat().st_dev
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"22 1 {os.major(device)}:{os.minor(device)} / / rw - {kind} /dev/sda1 rw\n")
+    known = owners._knows_no_modes
+    monkeypatch.setattr(owners, "_knows_no_modes", lambda device: known(device, mounts))
+    if refused:
+        with pytest.raises(ConfigError, match="can be changed by everybody"):
+            list(owners.check(file))
+    else:
+        [said, *_] = owners.check(file)
+        assert "knows no modes; keep it on one that does" in said
+        assert "chmod" not in said

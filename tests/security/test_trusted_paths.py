@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import docker
 import pytest
 
-from jobfetcher import refusals
+from jobfetcher import refusals, tree
 from jobfetcher.build import find_instance
 from jobfetcher.core.errors import ConfigError, WorkerFault, WorkerReason
 from jobfetcher.core.halt import Halt
@@ -27,6 +27,7 @@ from jobfetcher.core.run import Ending, Outcome
 from jobfetcher.engine.run_spec import BoxPolicy, build_run_spec
 from jobfetcher.engine.second_name import ROOM, second_name, sees
 from jobfetcher.journal import Journal
+from jobfetcher.leftovers import LeftBehind
 from jobfetcher.pinned import connect, is_pinned, pinned, shown
 from jobfetcher.resources.budget import Budget
 from jobfetcher.runner import Rules, Runner
@@ -348,9 +349,38 @@ def test_an_earlier_workers_journal_is_not_lost_out_of_sight(tmp_path: Path) -> 
     for name in ("journal.db", "holiday.jpg"):
         (theirs / name).touch()
     os.chown(theirs, OTHER, OTHER)
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ConfigError, match=f"`chown root {theirs}`, or move") as refused:
         Base(theirs)
     assert len(str(refused.value).splitlines()) == 1
+    assert not (theirs / SUBFOLDER).exists()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_where_others_lead_the_way_no_helper_of_roots_gives_files_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker without root's rights: the owner of a directory above puts a link in the place of a leftover, and the
+    helper would give the victim's files to the worker's user."""
+    theirs = tmp_path / "home"
+    theirs.mkdir()
+    os.chown(theirs, OTHER, OTHER)
+    with Base(theirs / "base") as base:
+        assert base.foreign
+        assert base.cannot_own() == ""  # root mounts what it holds open, and owns all files by itself
+        base.watches_way = True
+        assert f"{theirs} belongs to {OTHER}, who could have the files of anybody" in base.cannot_own()
+        left = base.path / "jobs" / "3"
+        left.mkdir()
+        monkeypatch.setattr(tree, "remove", _denied)
+        with pytest.raises(LeftBehind) as named:
+            base.remove("3")
+        assert f"rm -r {theirs / 'base' / 'jobs' / '3'}" in str(named.value)
+        assert "/proc/self" not in f"{named.value} {base.left.words()}"
+
+
+def _denied(*_: object) -> None:
+    raise PermissionError(13, "Permission denied")
 
 
 @pytest.mark.parametrize("name", ["jobs", "cache", "quarantine", "proof", "lock", "journal.db", "journal.db-wal"])
