@@ -108,6 +108,15 @@ def followed(path: Path) -> Iterator[int]:
         os.close(here)
 
 
+def mounted(descriptor: int) -> str:
+    """What is mounted where an open directory lies, as its path on its disk (proc(5), mountinfo, "root"): `/` for a
+    plain disk. A bind mount, such as of a container's volume, shows here where its directory is now."""
+    with open(f"/proc/self/fdinfo/{descriptor}") as lines:
+        number = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
+    with open("/proc/self/mountinfo", errors="replace") as mounts:
+        return next((line.split()[3] for line in mounts if line.split(maxsplit=1)[0] == number), "/")
+
+
 def user(number: int) -> str:
     """A user's name, or the number of one that has none here."""
     try:

@@ -170,6 +170,8 @@ class Base:
                 os.mkdir("jobs", 0o700, dir_fd=self.descriptor)
             with tree.opened(self.path, ["jobs"]) as jobs:  # a link in its place is refused
                 os.fchmod(jobs, 0o700)
+            #: For a worker in a container: which directory of the host is mounted here.
+            self._mounted = trusted.mounted(self.descriptor)
             self._lock, before = _lock(self.descriptor, self.real)
             self.crashed = bool(before) and not before.startswith(_LEFT)
         except BaseException as error:
@@ -364,7 +366,8 @@ class Base:
     @contextmanager
     def unmoved(self, job_id: JobId, undo: Callable[[], object]) -> Iterator[None]:
         """Around the start of a container whose mount names the real path: where that does not lead to this job's
-        directory, before or right after, `undo` is called and no job is taken any more (FAULTS.md T26).
+        directory, before or right after, `undo` is called and no job is taken any more (FAULTS.md T26). In a container
+        the host's directories above are not seen, but that the one which is mounted was moved is.
 
         Raises WorkerFault(DISK). Does nothing where nobody else can lead it elsewhere.
         """
@@ -377,6 +380,14 @@ class Base:
             raise
 
     def _check_way(self, job_id: JobId) -> None:
+        # A plain disk is not asked for: its root is its root.
+        if self._mounted != "/" and (now := trusted.mounted(self.descriptor)) != self._mounted:
+            self._moved = (
+                f"the host's directory that is mounted at {self.real} was moved from {clean(self._mounted, 200)} to "
+                f"{clean(now, 200)} while the worker runs, and the engine may be led to another one; no job is taken "
+                "any more. Start the worker anew"
+            )
+            raise WorkerFault(WorkerReason.DISK, self._moved)
         if not self.watches_way:
             return
         try:

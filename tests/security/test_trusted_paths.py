@@ -357,6 +357,30 @@ def test_an_earlier_workers_journal_is_not_lost_out_of_sight(tmp_path: Path) -> 
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@needs_root
+def test_a_worker_in_a_container_sees_that_its_directory_was_moved_on_the_host(tmp_path: Path) -> None:
+    """A bind mount, as of a volume: whoever owns the directory above it moves it, and puts another in its place."""
+    theirs, seen_here = tmp_path / "home" / "jobs", tmp_path / "data"
+    for folder in (theirs, seen_here):
+        folder.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", theirs, seen_here], check=True)
+    try:
+        with Base(seen_here) as base:
+            undone: list[str] = []
+            base.job(JobId("7")).create()
+            with base.unmoved(JobId("7"), partial(undone.append, "before")):
+                pass
+            moved = pytest.raises(WorkerFault, match=r"was moved from \S+/home/jobs to \S+/home/moved")
+            with moved as fault, base.unmoved(JobId("7"), partial(undone.append, "container removed")):
+                theirs.rename(theirs.with_name("moved"))
+            assert undone == ["container removed"]
+            assert fault.value.reason is WorkerReason.DISK
+            with pytest.raises(WorkerFault, match="no job is taken any more"):
+                base.check_room()
+    finally:
+        subprocess.run(["umount", seen_here], check=True)
+
+
 def test_where_others_lead_the_way_no_helper_of_roots_gives_files_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
