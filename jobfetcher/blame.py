@@ -40,7 +40,10 @@ _MIB, _GIB = 1024**2, 1024**3
 
 @dataclass(slots=True)
 class Account:
-    """What was there of one job, and what was free, when its run was first watched; later the verdict, if it fell."""
+    """What was there of one job, and what was free, when its run was first watched; later the verdict, if it fell.
+
+    Of a run that an earlier process began nobody knows what was free then: it is taken for all that the disk can hold.
+    """
 
     free: dict[int, Taken]
     kept: Taken
@@ -55,20 +58,33 @@ class Blame:
         self._sleep = sleep
         self._accounts: dict[JobId, Account] = {}
 
-    def open(self, job_id: JobId) -> None:
-        """From now on a job runs."""
-        self._accounts[job_id] = Account(self._base.free(), self._base.job(job_id).taken(_COUNT_FIRST_S))
+    def open(self, job_id: JobId, *, began_before: bool = False) -> None:
+        """From now on a job runs. `began_before`: an earlier process began it."""
+        free = self._base.sizes() if began_before else self._base.free()
+        self._accounts[job_id] = Account(free, self._base.job(job_id).taken(_COUNT_FIRST_S))
 
     def close(self, job_id: JobId) -> None:
         """No question about that job will come any more."""
         self._accounts.pop(job_id, None)
 
-    def judge(self, job_id: JobId, full: Full, before: Mapping[int, Taken], remove: Callable[[], None]) -> str:
+    def judge(
+        self,
+        job_id: JobId,
+        full: Full,
+        before: Mapping[int, Taken],
+        remove: Callable[[], None],
+        *,
+        since: int,
+        seen: Callable[[], int] = lambda: 0,
+    ) -> str:
         """Why the job is to blame for that full disk, in a sentence; nothing: it is not. For once a run.
 
-        `before`: what was free when it was told to end. `remove` takes its container away, and returns when it is gone.
-        Raises what `remove` raises, and WorkerFault(DISK) where the disk does not answer.
+        `before`: what was free when it was told to end, and `since`: `Base.made_room` then. Where something else went
+        away meanwhile, nobody can tell whose room came back: of that no more counts than what was `seen` of the job's,
+        in bytes or inodes. `remove` takes its container away, and returns when it is gone. Raises what `remove` raises,
+        and WorkerFault(DISK) where the disk does not answer.
         """
+        most = seen()
         remove()
         account = self._accounts.pop(job_id, None)
         if account is None or full.disk is None:
@@ -79,7 +95,7 @@ class Blame:
         needed = max(gone.of(full.scarce) / _SHARE_OF_GONE, full.least / _SHARE_OF_RESERVE)
         for look in range(_LOOKS):
             back = (self._base.free().get(full.disk, Taken()) - before.get(full.disk, Taken())).of(full.scarce)
-            back = max(0, back)
+            back = max(0, min(back, most) if self._base.has_made_room(since) else back)
             if 0 < back + kept >= needed:
                 account.verdict = (
                     f"stopped: the job filled the disk (it used {amount(back + kept, full)}, of which "
@@ -101,7 +117,7 @@ class Blame:
         try:
             full = self._base.find_full()
             if not account.verdict and full is not None:
-                self.judge(job_id, full, self._base.free(), remove)
+                self.judge(job_id, full, self._base.free(), remove, since=self._base.made_room)
         except WorkerFault:
             return None
         return JobFault(JobReason.DISK_FILLED, account.verdict) if account.verdict else None
@@ -181,8 +197,8 @@ class Turns:
         left = self._leaving
         if left is None or left.disk != full.disk or not self._base.job(left.job_id).path.exists():
             return False
-        now = self._base.free().get(left.disk, Taken())
-        return now.of(full.scarce) * 2 >= left.free.of(full.scarce)
+        now, then = self._base.free().get(left.disk, Taken()).of(full.scarce), left.free.of(full.scarce)
+        return then > 0 and now * 2 >= then
 
 
 def amount(count: int, full: Full) -> str:

@@ -109,7 +109,9 @@ class Housekeeper:
                 yield image, unused_s
 
     def _remove_image(self, image: KeptImage, unused_s: float) -> None:
-        if not self._engine.forget_image(image.id, image.reference):
+        with self._base.making_room():
+            is_gone = self._engine.forget_image(image.id, image.reference)
+        if not is_gone:
             return  # a container has it, or somebody gave it another name; asked again next time
         self._journal.dropped_image(image)
         self._emit(

@@ -215,7 +215,8 @@ class Runner:
             assert record.exit is not None  # noqa: S101 - the journal has an exit from STAGING_OUT on
             exit = record.exit
 
-        self._collect(job.id, halt)
+        with self._base.making_room():
+            self._collect(job.id, halt)
         fault = fault_of(exit, record.share, workspace.logs / _LOG)
         inputs = self._journal.marked(job.id, "in")
         text = provenance(job, image=record.image, spec=spec, inputs=inputs, exit=exit, seconds=seconds)
@@ -304,8 +305,10 @@ class Runner:
             container = self._container(job.id, record, spec, halt)
             pulse.enter(Phase.RUNNING)
             hold.begin()
-            stopping, remove = partial(self._journal.stopping, job.id), partial(self._remove_saved, job.id, halt)
-            exit = self.watcher.wait(job.id, container, halt, stopping, remove)
+            # With its files given back, so that all of them can be counted.
+            stopping, remove = partial(self._journal.stopping, job.id), partial(self._collect, job.id, halt)
+            began_before = record.container is not None
+            exit = self.watcher.wait(job.id, container, halt, stopping, remove, began_before=began_before)
             failpoint("after:wait")
             halt.check()  # then it was stopped, and its exit code is not its own
             if not exit.genuine:

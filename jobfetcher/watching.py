@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from jobfetcher.blame import Blame, Turns, size
 from jobfetcher.core.errors import JobFault, JobReason, Stopped, StopReason, WorkerFault, WorkerReason
@@ -86,16 +87,19 @@ class Watcher:
         halt: Halt,
         before_stop: Callable[[], None],
         remove: Callable[[], None],
+        *,
+        began_before: bool = False,
     ) -> Exit:
         """How the container ended. `Exit.stopped_for` is set where one of the limits ended it.
 
         `before_stop` is called before this worker begins to stop it, and may raise WorkerFault: it is stopped anyway.
         `remove` is called where it was stopped for a full disk: it saves what must be saved and removes the container.
+        `began_before`: an earlier process began the run.
 
         Raises Stopped(DETACH) with the container running on, and what `Container.wait` and `remove` raise. Any other
         halt stops the container, and its exit is returned: the caller asks the halt.
         """
-        self.blame.open(job_id)
+        self.blame.open(job_id, began_before=began_before)
         watch = _Watch(self._base, self._limits, job_id, container, self._turns, self._emit, self._clock)
         with self._turns.running(job_id, watch.holds):
             with self._stopping(job_id, container, halt, before_stop) as stop:
@@ -108,7 +112,8 @@ class Watcher:
                 return exit
             said = ""
             if watch.full is not None and exit.genuine and halt.reason is None:
-                said = self.blame.judge(job_id, watch.full, watch.before, remove)
+                seen = partial(watch.holds_elsewhere, watch.full)
+                said = self.blame.judge(job_id, watch.full, watch.before, remove, since=watch.since, seen=seen)
             if said:
                 return replace(exit, stopped_for=JobReason.DISK_FILLED, error=said)
             return replace(exit, stopped_for=watch.reason, error=watch.why)
@@ -200,6 +205,7 @@ class _Watch:
         #: The disk for which it is stopped, whoever filled it, and what was free of all disks then.
         self.full: Full | None = None
         self.before: dict[int, Taken] = {}
+        self.since = 0
 
     def oversteps(self) -> bool:
         """Whether the job must be stopped now; True once."""
@@ -242,6 +248,7 @@ class _Watch:
         self.reason = WorkerReason.DISK
         self.why = f"the disk ran full while the job ran: {full.why}"
         if full.disk is not None:
+            self.since = self._base.made_room  # first: what goes away just now counts as gone meanwhile
             self.full, self.before = full, self._base.free()
 
     def holds(self, full: Full) -> int:
@@ -250,6 +257,15 @@ class _Watch:
         try:
             files, written = self._used(_ORDER_S)
             return self._base.used_on(full.disk, files + written.files, written.engine).of(full.scarce)
+        except (WorkerFault, JobFault):  # the disk does not answer, or somebody removed the container
+            return 0
+
+    def holds_elsewhere(self, full: Full) -> int:
+        """How much of that disk its container holds beside the job's directory, as far as it can be seen."""
+        assert full.disk is not None  # noqa: S101 - for another fault nobody has a turn
+        try:
+            written = self._container.written()
+            return self._base.used_on(full.disk, written.files, written.engine).of(full.scarce)
         except (WorkerFault, JobFault):  # the disk does not answer, or somebody removed the container
             return 0
 

@@ -150,6 +150,9 @@ class Base:
         self._awaited_lock = threading.Lock()
         self._spare: Callable[[int], None] | None = None
         self._quota: Quota | None = None
+        #: How often this worker took something away that took room, and how much of that is under way (`making_room`).
+        self.made_room = self._making_room = 0
+        self._making_lock = threading.Lock()
         #: Whether the engine's mounts name the real path though others might lead it elsewhere; and that it was led.
         self.watches_way = False
         self._moved = ""
@@ -184,13 +187,32 @@ class Base:
         """Where one job lives; nothing is made yet."""
         return Workspace(self.path / "jobs" / job_id, self._quota)
 
+    @contextmanager
+    def making_room(self) -> Iterator[None]:
+        """Around the removal of what took room: a job's container, or its directory, or an image. Who is asked whether
+        room that came back was another job's must know of it (`blame`)."""
+        with self._making_lock:
+            self._making_room += 1
+        try:
+            yield
+        finally:
+            with self._making_lock:
+                self.made_room += 1
+                self._making_room -= 1
+
+    def has_made_room(self, since: int) -> bool:
+        """Whether anything was taken away since `made_room` was that, or is being."""
+        with self._making_lock:
+            return self._making_room > 0 or self.made_room != since
+
     def leftovers(self, known: frozenset[JobId]) -> list[str]:
         """Names below jobs/ that belong to no open job."""
         return sorted(entry.name for entry in (self.path / "jobs").iterdir() if entry.name not in known)
 
     def remove(self, name: str) -> None:
         """Delete what `leftovers` named, or a job's directory: see `Leftovers.remove`."""
-        self.left.remove(name)
+        with self.making_room():
+            self.left.remove(name)
 
     def quarantine(self, name: str, why: str) -> Path:
         """Move jobs/`name` to quarantine/, for a person to look at, with a WHY.txt beside it; returns where it is now.
@@ -332,6 +354,11 @@ class Base:
         """What is free on each watched disk, by its device number (stat(2)). Raises WorkerFault(DISK)."""
         disks = {_device(watched.path): _disk(watched.path) for watched in self._watched}
         return {device: Taken(disk.f_bavail * disk.f_frsize, disk.f_favail) for device, disk in disks.items()}
+
+    def sizes(self) -> dict[int, Taken]:
+        """How much each watched disk can hold, by its device number. Raises WorkerFault(DISK)."""
+        disks = {_device(watched.path): _disk(watched.path) for watched in self._watched}
+        return {device: Taken(disk.f_blocks * disk.f_frsize, disk.f_files) for device, disk in disks.items()}
 
     def used_on(self, disk: int, files: Taken, layers: Taken) -> Taken:
         """How much a job takes of `disk`, of its directory and of what the engine keeps for it: as far as we see it,

@@ -227,13 +227,17 @@ class DockerEngine:
         self.api.close()
 
     def pause(self, container: str) -> bool:
-        """Pause a container of ours; False where that cannot be: it has ended, or its engine or runtime pauses none."""
+        """Pause a container of ours; False where that cannot be: it has ended, or its engine or runtime pauses none.
+
+        Where the answer is lost it may be paused all the same, so it is known as such before it is asked.
+        """
+        self._held.add(container)
         with self.api.calling("pause a container"):
             try:
                 self.api.ask("POST", f"/containers/{container}/pause", timeout_s=self.api.work_s)
             except Refused:
+                self._held.discard(container)
                 return False
-        self._held.add(container)
         return True
 
     def unpause(self, container: str) -> None:
@@ -692,9 +696,8 @@ class DockerContainer:
         if not runs(state) or self._is_another_run(state):
             line.close()
             return None
-        if self._adopted and state.get("Paused"):
-            self._let_go_if_held()
-        self._adopted = False
+        if not (self._adopted and state.get("Paused")) or self._let_go_if_held():
+            self._adopted = False
         try:
             return self._listen("not-running", line)
         except NotFound:
@@ -918,10 +921,10 @@ class DockerContainer:
                 with self._pausing:  # not while it is being stopped
                     if self._is_being_stopped():
                         return
+                    restraint.hold(self._engine.clock())  # first: the answer may be lost, and it be paused
                     if not self._engine.pause(self._id):
                         self._restraint = None
                         return
-                    restraint.hold(self._engine.clock())
                 if restraint.times == 1:
                     what = f"the container {name} prints without end and is paused again and again"
                     self._engine.emit("held_back", level="warning", message=what)
@@ -936,14 +939,18 @@ class DockerContainer:
         with self._printed(tail, timestamps="1") as frames:
             return time_of(frames)
 
-    def _let_go_if_held(self) -> None:
+    def _let_go_if_held(self) -> bool:
         """It is paused when it comes to us: if it prints without end, an earlier process of this worker paused it and
-        was killed meanwhile."""
-        with contextlib.suppress(WorkerFault), self._printed("all") as frames:
-            for _ in frames:
-                pass
-            if frames.may_lack_its_begin:
-                self._engine.unpause(self._id)
+        was killed meanwhile. False where the engine did not answer, so that it is to be asked again."""
+        try:
+            with self._printed("all") as frames:
+                for _ in frames:
+                    pass
+                if frames.may_lack_its_begin:
+                    self._engine.unpause(self._id)
+        except WorkerFault:
+            return False
+        return True
 
     def last_lines(self, count: int) -> str:
         """See `Container.last_lines`. Gone: nothing."""
@@ -989,12 +996,15 @@ class DockerContainer:
 
 
 def _put_before(path: Path, line: str) -> None:
-    """Make `line` the first of a file."""
+    """Make `line` the first of a file, which stays as it is where there is no room for that."""
     whole = path.with_name(f"{path.name}.whole")
-    with path.open("rb") as old, whole.open("wb") as new:
-        new.write(line.encode())
-        shutil.copyfileobj(old, new, 1024 * 1024)
-    whole.rename(path)
+    try:
+        with path.open("rb") as old, whole.open("wb") as new:
+            new.write(line.encode())
+            shutil.copyfileobj(old, new, 1024 * 1024)
+        whole.rename(path)
+    except OSError:
+        whole.unlink(missing_ok=True)
 
 
 def _removed() -> JobFault:

@@ -254,6 +254,39 @@ def test_a_disk_that_others_filled_is_not_the_jobs_fault(bench: Bench, disks: Di
 
 
 @pytest.mark.fault("D3")
+@pytest.mark.parametrize(("seen", "reason"), [(Taken(), WorkerReason.DISK), (Taken(80 * GIB), JobReason.DISK_FILLED)])
+def test_room_that_another_job_leaves_meanwhile_is_not_this_ones(
+    bench: Bench, disks: Disks, seen: Taken, reason: JobReason | WorkerReason
+) -> None:
+    """The one that filled the disk ended by itself, and its container goes while this one is being stopped: then only
+    what can be seen of this one counts."""
+    bench.container.on_slice = lambda: disks.fill(ENGINES, Taken(3 * GIB, 10**6))
+    bench.container.layer = Written(engine=seen)
+
+    def remove() -> None:
+        with bench.base.making_room():
+            disks.gives_back(ENGINES, Taken(97 * GIB))()
+
+    assert bench.wait(remove=remove).stopped_for is reason
+
+
+@pytest.mark.fault("D3")
+def test_a_run_that_an_earlier_process_began_is_guilty_only_of_half_of_the_whole_disk(
+    bench: Bench, disks: Disks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows what was free when it began: others may have filled the disk before this process came."""
+    monkeypatch.setattr(bench.base, "sizes", lambda: {ENGINES: Taken(100 * GIB, 10**6)})
+    disks.free[ENGINES] = Taken(6 * GIB, 10**6)
+    bench.container.on_slice = lambda: disks.fill(ENGINES, Taken(4 * GIB, 10**6))
+    for back, reason in ((1 * GIB, WorkerReason.DISK), (60 * GIB, JobReason.DISK_FILLED)):
+        bench.container.ended.clear()
+        watcher = bench.watcher()
+        remove = disks.gives_back(ENGINES, Taken(back))
+        end = watcher.wait(SEVEN, bench.container, bench.halt, bench.asked_to_stop, remove, began_before=True)
+        assert end.stopped_for is reason
+
+
+@pytest.mark.fault("D3")
 def test_a_disk_that_was_as_good_as_full_was_not_filled_by_a_handful(bench: Bench, disks: Disks) -> None:
     """Three MiB were gone in all and the job had two of them: less than a twentieth of the reserve is no crime."""
     disks.free[ENGINES] = Taken(5 * GIB + (1 << 20), 10**6)
