@@ -876,7 +876,7 @@ class DockerContainer:
             if self._printed_first or frames.may_lack_its_begin:
                 note += self._missing_begin()
             if note:
-                _put_before(path, note)
+                put_before(path, note)
         except OSError as error:
             raise WorkerFault(WorkerReason.DISK, f"the job's log cannot be written: {error}") from error
 
@@ -995,7 +995,7 @@ class DockerContainer:
                 return
 
 
-def _put_before(path: Path, line: str) -> None:
+def put_before(path: Path, line: str) -> None:
     """Make `line` the first of a file, which stays as it is where there is no room for that."""
     whole = path.with_name(f"{path.name}.whole")
     try:

@@ -1,16 +1,19 @@
 """A job that prints without end costs its own time, not the machine's (FAULTS.md T29)."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
 
 from demo.busybox_image import IMAGE
 from jobfetcher.core.ports import Container
-from jobfetcher.engine.docker import DockerContainer
+from jobfetcher.engine.api import Answer
+from jobfetcher.engine.docker import DockerContainer, put_before
 from jobfetcher.engine.flood import HOLD_S, SPAN_S, Restraint
 from tests.support.boxes import LONG_S, DockerBench, docker_bench
 from tests.support.private_engine import PrivateEngine, private_engine
@@ -107,6 +110,64 @@ def test_the_next_start_lets_go_of_what_a_killed_one_held(own_bench: DockerBench
     assert found.wait(0.1) is None
     assert not paused(own_bench, found)
     found.remove()
+
+
+@pytest.mark.docker
+@pytest.mark.fault("E2")
+def test_one_that_is_paused_while_the_answer_is_lost_is_let_go(
+    own_bench: DockerBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, ask = own_bench.engine.api, own_bench.engine.api.ask
+
+    def lose_answers(method: str, path: str, /, **more: Any) -> Answer:
+        answer = ask(method, path, **more)
+        if path.endswith("/pause"):
+            raise TimeoutError("the answer is lost")
+        return answer
+
+    monkeypatch.setattr(api, "ask", lose_answers)
+    container = own_bench.engine.start(own_bench.spec(ONE_LETTER))
+    wait_until(lambda: container.wait(0.5) is not None or paused(own_bench, container), "it is paused", LONG_S)
+    assert not container.is_paused()  # so nobody is told that a person did it
+    own_bench.engine.close()
+    assert not paused(own_bench, container)
+    container.remove()
+
+
+@pytest.mark.docker
+@pytest.mark.fault("A4", "E2")
+def test_the_next_start_asks_again_where_the_log_could_not_be_read(
+    own_bench: DockerBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = own_bench.engine.start(own_bench.spec(ONE_LETTER))
+    wait_until(lambda: started.wait(0.5) is not None or paused(own_bench, started), "it is paused", LONG_S)
+    found = DockerContainer(own_bench.engine, started.id)
+
+    def refuse(*_: object, **__: object) -> Any:
+        raise ConnectionResetError("the engine is busy")
+
+    with monkeypatch.context() as away:
+        away.setattr(own_bench.engine.api, "reading", refuse)
+        assert found.wait(0.1) is None
+    assert paused(own_bench, found)
+    clock = own_bench.engine.clock
+    monkeypatch.setattr(own_bench.engine, "clock", lambda: clock() + 60)  # whether it runs is asked anew by then
+    assert found.wait(0.1) is None
+    assert not paused(own_bench, found)
+    found.remove()
+
+
+def test_a_log_stays_whole_where_there_is_no_room_for_its_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "container.log"
+    log.write_text("all that it printed")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    put_before(log, "a note\n")
+    assert log.read_text() == "all that it printed"
+    assert [path.name for path in tmp_path.iterdir()] == ["container.log"]
 
 
 @pytest.mark.docker
