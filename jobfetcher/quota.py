@@ -6,9 +6,11 @@ from its own write (EDQUOT) at once, where the worker would have looked some sec
 
 It takes a disk that is mounted with `prjquota` (ext4 made with `-O quota,project`, or XFS), root's rights in the first
 user namespace, and Linux 5.14. Where any of it is missing the worker counts by itself, as it does for all that does not
-lie in the directory (layer, volumes). It counts and looks for full disks in any case: root in a container without a
-user namespace of its own may give its files another number (FS_IOC_FSSETXATTR), so that a quota stops a mistake and
-slows down a villain. The worker itself, as root, is not held to it (CAP_SYS_RESOURCE): what it brings in only counts.
+lie in the directory (layer, volumes). It counts and looks for full disks in any case: that a job
+gives its files another number the worker's filter of system calls refuses (FS_IOC_FSSETXATTR), but a folder can still
+be told not to hand its number on (FS_IOC_SETFLAGS, outside of a user namespace), and an engine may have a filter of its
+own. So a quota stops a mistake and slows down a villain. The worker itself, as root, is not held to it
+(CAP_SYS_RESOURCE): what it brings in only counts.
 """
 
 from __future__ import annotations
