@@ -59,9 +59,13 @@ class Blame:
         self._accounts: dict[JobId, Account] = {}
 
     def open(self, job_id: JobId, *, began_before: bool = False) -> None:
-        """From now on a job runs. `began_before`: an earlier process began it."""
+        """A job is about to run: what it writes from now on counts. `began_before`: an earlier process began it."""
         free = self._base.sizes() if began_before else self._base.free()
         self._accounts[job_id] = Account(free, self._base.job(job_id).taken(_COUNT_FIRST_S))
+
+    def is_open(self, job_id: JobId) -> bool:
+        """Whether the run of that job is watched for what it takes."""
+        return job_id in self._accounts
 
     def close(self, job_id: JobId) -> None:
         """No question about that job will come any more."""

@@ -302,12 +302,13 @@ class Runner:
     ) -> Exit:
         """Steps 7 and 8: a genuine end of the container, in the journal. Raises WorkerFault for any other."""
         with self._step(job.id, "run", "run", seconds, f"running {clean(job.image, 120)} {limits_in_words(share)}"):
+            began_before = record.container is not None
+            self.watcher.blame.open(job.id, began_before=began_before)  # before it can write anything
             container = self._container(job.id, record, spec, halt)
             pulse.enter(Phase.RUNNING)
             hold.begin()
             # With its files given back, so that all of them can be counted.
             stopping, remove = partial(self._journal.stopping, job.id), partial(self._collect, job.id, halt)
-            began_before = record.container is not None
             exit = self.watcher.wait(job.id, container, halt, stopping, remove, began_before=began_before)
             failpoint("after:wait")
             halt.check()  # then it was stopped, and its exit code is not its own

@@ -94,12 +94,13 @@ class Watcher:
 
         `before_stop` is called before this worker begins to stop it, and may raise WorkerFault: it is stopped anyway.
         `remove` is called where it was stopped for a full disk: it saves what must be saved and removes the container.
-        `began_before`: an earlier process began the run.
+        `began_before`: an earlier process began the run; it counts where nobody opened its account in `blame`.
 
         Raises Stopped(DETACH) with the container running on, and what `Container.wait` and `remove` raise. Any other
         halt stops the container, and its exit is returned: the caller asks the halt.
         """
-        self.blame.open(job_id, began_before=began_before)
+        if not self.blame.is_open(job_id):
+            self.blame.open(job_id, began_before=began_before)
         watch = _Watch(self._base, self._limits, job_id, container, self._turns, self._emit, self._clock)
         with self._turns.running(job_id, watch.holds):
             with self._stopping(job_id, container, halt, before_stop) as stop:
